@@ -1,0 +1,9 @@
+"""Settings of the test run itself: Triton kernels run in Triton's interpreter, nothing leaves this machine."""
+
+import os
+
+# Before anything imports triton: the same kernels, executed on CPU tensors.
+os.environ.setdefault("TRITON_INTERPRET", "1")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

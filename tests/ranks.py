@@ -1,0 +1,55 @@
+"""Run one function on several gloo ranks, each a process of its own, and hand back what each returned."""
+
+from __future__ import annotations
+
+import os
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+
+def _rank_main(rank: int, world: int, port: int, results: Any, fn: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), GLOO_SOCKET_IFNAME="lo")
+    torch.set_num_threads(1)
+    store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=60))
+    try:
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=60))
+        results.put((rank, fn(*args), None))
+    except BaseException:
+        results.put((rank, None, traceback.format_exc()))
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def run_ranks(fn: Callable[..., Any], world: int, *args: Any, timeout: float = 240) -> list[Any]:
+    """Call `fn(*args)` on `world` ranks of one gloo process group; return the results in rank order.
+
+    `fn` and `args` must be picklable (a module-level function). A rank that raises fails the caller with its traceback.
+    """
+    context = mp.get_context("spawn")
+    results = context.Queue()
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    ranks = [
+        context.Process(target=_rank_main, args=(rank, world, store.port, results, fn, args), daemon=True)
+        for rank in range(world)
+    ]
+    for process in ranks:
+        process.start()
+    try:
+        collected: dict[int, Any] = {}
+        for _ in range(world):
+            rank, value, error = results.get(timeout=timeout)
+            assert error is None, f"rank {rank} failed:\n{error}"
+            collected[rank] = value
+        return [collected[rank] for rank in range(world)]
+    finally:
+        for process in ranks:
+            process.join(timeout=10)
+            if process.is_alive():
+                process.kill()
