@@ -1,0 +1,180 @@
+"""DeepSpeed ZeRO over Megatron's groups: the optimizer of a training rank.
+
+DeepSpeed finds experts only inside its own `MoE` class and its own group tables, and it takes Megatron's groups only
+through an `mpu` object with methods that Megatron no longer has. Both gaps are closed here, so that a model knows
+nothing of DeepSpeed: `Zero` wraps any module whose expert parameters are named by the caller.
+
+State leaves and enters as full tensors, one per parameter; DeepSpeed's flat partitions never reach a file. So any
+layout can resume what another one saved.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from expertmesh.parallel.deepspeed_build import prepare_build
+
+EXPERT_GROUP = "expertmesh_experts"
+
+
+class AdamState(NamedTuple):
+    """Optimizer state of one parameter, each shaped like it, float32."""
+
+    exp_avg: torch.Tensor
+    exp_avg_sq: torch.Tensor
+
+
+def _megatron_adapter() -> SimpleNamespace:
+    """Megatron's parallel state under the names that DeepSpeed asks for ("model parallel" means tensor parallel)."""
+    from megatron.core import parallel_state
+
+    adapter = SimpleNamespace()
+    for group in ("tensor_model_parallel", "data_parallel", "pipeline_model_parallel"):
+        for what in ("group", "world_size", "rank"):
+            setattr(adapter, f"get_{group}_{what}", getattr(parallel_state, f"get_{group}_{what}"))
+    adapter.get_model_parallel_group = parallel_state.get_tensor_model_parallel_group
+    adapter.get_model_parallel_world_size = parallel_state.get_tensor_model_parallel_world_size
+    adapter.get_model_parallel_rank = parallel_state.get_tensor_model_parallel_rank
+    return adapter
+
+
+def _marked(module: nn.Module, experts_of_rank: int) -> nn.Module:
+    """`module` inside the one class whose expert parameters DeepSpeed reduces in their own group."""
+    from deepspeed.moe.layer import MoE
+    from deepspeed.utils import groups as tables
+    from megatron.core import parallel_state
+
+    class Marked(MoE):
+        def __init__(self) -> None:
+            nn.Module.__init__(self)  # MoE's own would build DeepSpeed's layer
+            self.inner = module
+            self.num_local_experts = experts_of_rank
+            self.num_experts = experts_of_rank * parallel_state.get_expert_model_parallel_world_size()
+            self.expert_group_name = EXPERT_GROUP
+
+        def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
+            expert = parallel_state.get_expert_model_parallel_group()
+            expert_data = parallel_state.get_expert_data_parallel_group()
+            tables._EXPERT_PARALLEL_GROUP[EXPERT_GROUP] = expert
+            tables._EXPERT_DATA_PARALLEL_GROUP[EXPERT_GROUP] = expert_data
+            tables._EXPERT_PARALLEL_GROUP_RANKS[EXPERT_GROUP] = dist.get_process_group_ranks(expert)
+            tables._EXPERT_DATA_PARALLEL_GROUP_RANKS[EXPERT_GROUP] = dist.get_process_group_ranks(expert_data)
+
+        def forward(self, *args: Any) -> Any:
+            return self.inner(*args)
+
+    return Marked()
+
+
+class Zero:
+    """AdamW with ZeRO partitioning, gradient reduction and clipping by DeepSpeed.
+
+    `expert_parameters` are reduced among the ranks that hold the same experts. Gradients are means over the whole
+    batch, whatever the expert parallel size. `stage` 1 splits optimizer state, 2 gradients too.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        expert_parameters: Sequence[nn.Parameter],
+        *,
+        stage: int,
+        gradient_clipping: float,
+        weight_decay: float,
+        betas: tuple[float, float],
+    ) -> None:
+        prepare_build()
+        os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+        import deepspeed
+        from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
+        from deepspeed.utils import logger
+
+        logger.setLevel("WARNING")
+        deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
+        for parameter in expert_parameters:
+            parameter.allreduce = False  # type: ignore[attr-defined]
+            parameter.group_name = EXPERT_GROUP  # type: ignore[attr-defined]
+        experts = sum(len(p) for p in expert_parameters[:1])
+        marked = _marked(module, experts) if expert_parameters else module
+        decayed = [p for p in module.parameters() if p.ndim > 1]
+        plain = [p for p in module.parameters() if p.ndim <= 1]
+        parameter_groups = split_params_into_different_moe_groups_for_optimizer(
+            [
+                {"params": decayed, "name": "decayed", "weight_decay": weight_decay},
+                {"params": plain, "name": "plain", "weight_decay": 0.0},
+            ]
+        )
+        low_precision = next(module.parameters()).dtype == torch.bfloat16
+        self._engine, self._optimizer, *_ = deepspeed.initialize(
+            model=marked,
+            optimizer=torch.optim.AdamW(parameter_groups, lr=0.0, betas=betas),
+            mpu=_megatron_adapter(),
+            config={
+                # Only ratios of these matter to the engine; the trainer cuts its own batches.
+                "train_micro_batch_size_per_gpu": 1,
+                "gradient_accumulation_steps": 1,
+                "zero_optimization": {"stage": stage},
+                "zero_allow_untested_optimizer": True,
+                "gradient_clipping": gradient_clipping,
+                "bf16": {"enabled": low_precision},
+            },
+        )
+
+    def step(self, loss_of_batch: Callable[[nn.Module], torch.Tensor], learning_rate: float) -> float:
+        """One update from `loss_of_batch(module)`; returns the gradient norm over all ranks, before clipping."""
+        for group in self._optimizer.param_groups:
+            group["lr"] = learning_rate
+        loss = loss_of_batch(self._engine)
+        self._engine.backward(loss)
+        self._engine.step()
+        return float(self._engine.get_global_grad_norm())
+
+    @torch.no_grad()
+    def state(self, parameter: nn.Parameter) -> AdamState:
+        """The whole state of `parameter`, once a step was made. A collective: every rank calls it."""
+        group = next(i for i, p in enumerate(self._optimizer.bit16_groups) if any(q is parameter for q in p))
+        flat = self._optimizer.optimizer.state[self._optimizer.single_partition_of_fp32_groups[group]]
+        state = {}
+        for key in AdamState._fields:
+            whole = torch.zeros(parameter.numel(), device=parameter.device)
+            if place := _place(parameter):
+                whole[place.in_parameter].copy_(flat[key][place.in_partition])
+            dist.all_reduce(whole, group=self._optimizer.real_dp_process_group[group])
+            state[key] = whole.view_as(parameter)
+        return AdamState(**state)
+
+    @torch.no_grad()
+    def load_state(self, states: dict[nn.Parameter, AdamState], steps: int) -> None:
+        """Go on from `states` (one for every parameter) as if this object had made `steps` updates."""
+        optimizer = self._optimizer
+        for partition, parameters in zip(
+            optimizer.single_partition_of_fp32_groups, optimizer.bit16_groups, strict=True
+        ):
+            flat = {key: torch.zeros_like(partition) for key in AdamState._fields}
+            for parameter in parameters:
+                if place := _place(parameter):
+                    for key, whole in states[parameter]._asdict().items():
+                        flat[key][place.in_partition].copy_(whole.flatten()[place.in_parameter])
+            optimizer.optimizer.state[partition] = {"step": torch.tensor(float(steps)), **flat}
+
+
+class _Place(NamedTuple):
+    """The part of a flattened parameter whose optimizer state is on this rank, and where it lies in the partition."""
+
+    in_parameter: slice
+    in_partition: slice
+
+
+def _place(parameter: nn.Parameter) -> _Place | None:
+    mapping = parameter._hp_mapping  # type: ignore[attr-defined]
+    if mapping is None:  # wholly in another rank's partition
+        return None
+    part, flat = mapping.lp_fragment_address, mapping.hp_fragment_address
+    return _Place(slice(part.start, part.start + part.numel), slice(flat.start, flat.start + flat.numel))

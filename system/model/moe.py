@@ -1,0 +1,45 @@
+"""The mixture-of-experts layer: the whole story of a token on one screen."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from expertmesh.kernels.routing import Routing
+from expertmesh.parallel.dispatchers import Dispatcher, ExpertLayer
+from expertmesh.system.model.config import MoEConfig
+from expertmesh.system.model.experts import RoutedExperts, ZeroComputationExperts
+from expertmesh.system.model.router import Router
+
+
+class MoE(nn.Module):
+    """What a token goes through:
+
+    1. route: the router picks top-k experts and their weights; later steps are functions of that decision
+    2. dispatch: a row for every choice of an FFN expert leaves for the rank that holds it
+    3. zero-computation experts answer here, while the rows are on their way
+    4. experts: this rank computes the rows it was sent, one grouped GEMM
+    5. combine: rows come back and are summed by weight
+
+    `shard` is the range of FFN experts held here: all of them, a part (expert parallel), or none (an attention worker,
+    whose dispatcher sends every row to the FFN pool).
+    """
+
+    def __init__(self, config: MoEConfig, hidden_size: int, layer: int, shard: range) -> None:
+        super().__init__()
+        self.experts_of_layer = ExpertLayer(layer, config.ffn_experts)
+        # The released models double (top_k times) what an expert sees (moe_plus_plus_layer.py).
+        self.input_scale = config.top_k if config.gate_mode == "released" else 1
+        self.gate = Router(config, hidden_size, follows_moe=layer > 0)
+        self.zero_computation = ZeroComputationExperts(config, hidden_size)
+        self.experts = RoutedExperts(config, hidden_size, shard)
+
+    def forward(
+        self, x_TD: torch.Tensor, previous_logits_TN: torch.Tensor | None, dispatcher: Dispatcher
+    ) -> tuple[torch.Tensor, Routing]:
+        routing = self.gate(x_TD, previous_logits_TN)
+        x_TD = x_TD * self.input_scale
+        rows_RD, counts_E, handle = dispatcher.dispatch(x_TD, routing, self.experts_of_layer)
+        y_TD = self.zero_computation(x_TD, routing)
+        rows_RD = self.experts(rows_RD, counts_E)
+        return y_TD + dispatcher.combine(rows_RD, handle), routing

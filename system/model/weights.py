@@ -1,0 +1,73 @@
+"""One name for every weight, whatever rank holds it: the names of a checkpoint, and the seeds of initial weights.
+
+Experts lie together in one parameter per layer and rank, for the grouped GEMM. By name they are apart
+(`layers.3.mlp.experts.5.down_proj.weight`), so that any layout can read what any other wrote.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from expertmesh.system.model.experts import RoutedExperts
+
+Split = Callable[[torch.Tensor], dict[str, torch.Tensor]]
+
+
+class Weight(NamedTuple):
+    """A parameter of a module and how it reads under the names that every layout shares."""
+
+    parameter: nn.Parameter
+    is_expert: bool
+    split: Split  # a tensor shaped like the parameter -> views of it by shared name
+
+
+def weights(model: nn.Module) -> Iterator[Weight]:
+    """Every parameter of `model`, in a fixed order. Routed experts split into gate, up and down of each expert."""
+    for prefix, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            full_name = f"{prefix}.{name}" if prefix else name
+            if isinstance(module, RoutedExperts):
+                yield Weight(parameter, True, _expert_split(prefix, name, module.shard))
+            else:
+                yield Weight(parameter, False, _whole(full_name))
+
+
+def _whole(name: str) -> Split:
+    return lambda tensor: {name: tensor}
+
+
+def _expert_split(prefix: str, name: str, shard: range) -> Split:
+    def split(tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+        views = {}
+        for expert, block in zip(shard, tensor, strict=True):
+            if name == "gate_up":
+                gate, up = block.chunk(2)
+                views[f"{prefix}.{expert}.gate_proj.weight"] = gate
+                views[f"{prefix}.{expert}.up_proj.weight"] = up
+            else:
+                views[f"{prefix}.{expert}.down_proj.weight"] = block
+        return views
+
+    return split
+
+
+@torch.no_grad()
+def initialise(model: nn.Module, seed: int, standard_deviation: float) -> None:
+    """Fill every weight from (seed, name) alone, so that all layouts start from the same model.
+
+    Norms 1; constant experts' vectors N(0, 1) as the released MoE++ code has them; all else N(0, standard_deviation^2).
+    """
+    for weight in weights(model):
+        for name, view in weight.split(weight.parameter).items():
+            if name.endswith("norm.weight"):
+                view.fill_(1.0)
+                continue
+            digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+            spread = 1.0 if name.endswith("zero_computation.constant") else standard_deviation
+            view.copy_(torch.randn(view.shape, generator=generator) * spread)

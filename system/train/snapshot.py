@@ -1,0 +1,149 @@
+"""All that a training run needs to go on as if it had never stopped.
+
+    checkpoints/step-000050/             weights, config and tokenizer (see system/model/checkpoint.py), and
+      training/state.json                step, losses so far, the settings that must not change
+      training/optimizer-00001-of-...    Adam moments of each weight under the name that every layout shares
+    checkpoint -> checkpoints/step-...   the newest
+
+A folder is written under another name, flushed, then renamed: no moment exists at which a kill leaves half of one.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from expertmesh.parallel.groups import Groups
+from expertmesh.parallel.zero import AdamState, Zero
+from expertmesh.system.model.checkpoint import (
+    INDEX,
+    CheckpointError,
+    check_checkpoint,
+    flush,
+    read_index,
+    read_json,
+    read_tensors,
+    shard_name,
+    write_config,
+    write_index,
+    write_json,
+    write_tensors,
+)
+from expertmesh.system.model.transformer import Transformer
+from expertmesh.system.model.weights import weights
+
+OPTIMIZER_INDEX = "optimizer.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class RunState:
+    """Where a run stands after `step` updates."""
+
+    step: int
+    losses: list[float]  # cross entropy of each step so far, nats per token
+    settings: dict[str, Any]  # what a resumed run must have in common: model, data, batches, optimizer
+
+
+def checkpoints_of(run_dir: Path) -> list[Path]:
+    """The finished checkpoints of a run, oldest first."""
+    return sorted(p for p in (run_dir / "checkpoints").glob("step-*") if p.name[len("step-") :].isdigit())
+
+
+def save(
+    run_dir: Path,
+    state: RunState,
+    model: Transformer,
+    zero: Zero,
+    groups: Groups,
+    tokenizer_folder: Path,
+    keep: int,
+) -> Path:
+    """Write a checkpoint of `run_dir`; every rank calls it and must see the same file system. Returns its folder.
+
+    Each expert-parallel rank writes its own experts, rank 0 the dense weights too, so nothing is gathered in one place.
+    """
+    final = run_dir / "checkpoints" / f"step-{state.step:06d}"
+    writing = final.with_name(final.name + ".writing")
+    if groups.rank == 0:
+        shutil.rmtree(writing, ignore_errors=True)
+        (writing / "training").mkdir(parents=True)
+        shutil.copytree(tokenizer_folder, writing, dirs_exist_ok=True)
+        write_config(writing, model.config)
+    _wait_for_all()
+
+    model_tensors, optimizer_tensors = {}, {}
+    for weight in weights(model):
+        moments = zero.state(weight.parameter)  # a collective: also on ranks that write nothing
+        if groups.expert_data_rank or not (weight.is_expert or groups.expert_rank == 0):
+            continue
+        model_tensors.update(weight.split(weight.parameter))
+        for kind, tensor in moments._asdict().items():
+            optimizer_tensors.update({f"{kind}/{name}": view for name, view in weight.split(tensor).items()})
+    if groups.expert_data_rank == 0:
+        place = (groups.expert_rank, groups.expert_size)
+        write_tensors(model_tensors, writing / shard_name("model", *place))
+        write_tensors(optimizer_tensors, writing / "training" / shard_name("optimizer", *place))
+    _wait_for_all()
+
+    if groups.rank == 0:
+        write_index(writing / INDEX, sorted(writing.glob("model-*.safetensors")))
+        optimizer_files = sorted((writing / "training").glob("optimizer-*.safetensors"))
+        write_index(writing / "training" / OPTIMIZER_INDEX, optimizer_files)
+        write_json(asdict(state), writing / "training" / "state.json")
+        for folder in (writing / "training", writing):
+            flush(folder)
+        if final.exists():  # a run that went back to an older checkpoint comes by here again
+            shutil.rmtree(final)
+        os.replace(writing, final)
+        flush(final.parent)
+        _point_to(run_dir / "checkpoint", final)
+        for old in checkpoints_of(run_dir)[:-keep]:
+            shutil.rmtree(old)
+    _wait_for_all()
+    return final
+
+
+def read_state(folder: Path) -> RunState:
+    """Where the run that wrote the checkpoint in `folder` stood; the checkpoint's files are looked at too."""
+    check_checkpoint(folder)
+    read_index(folder / "training" / OPTIMIZER_INDEX)
+    path = folder / "training" / "state.json"
+    content = read_json(path)
+    missing = [field.name for field in fields(RunState) if field.name not in content]
+    if missing:
+        raise CheckpointError(f"{path}: no key {missing[0]!r}; the checkpoint is damaged")
+    return RunState(**content)
+
+
+def load_optimizer(folder: Path, state: RunState, model: Transformer, zero: Zero) -> None:
+    """Give `zero` the moments of `model`'s weights, from a checkpoint that any layout may have written."""
+    training = folder / "training"
+    index = read_index(training / OPTIMIZER_INDEX)
+    states = {}
+    for weight in weights(model):
+        moments = {kind: torch.zeros_like(weight.parameter) for kind in AdamState._fields}
+        for kind, whole in moments.items():
+            views = {f"{kind}/{name}": view for name, view in weight.split(whole).items()}
+            for name, tensor in read_tensors(training, index, views).items():
+                views[name].copy_(tensor)
+        states[weight.parameter] = AdamState(**moments)
+    zero.load_state(states, state.step)
+
+
+def _point_to(link: Path, target: Path) -> None:
+    """Make `link` a relative symbolic link to `target`, in one step."""
+    fresh = link.with_name(link.name + ".writing")
+    fresh.unlink(missing_ok=True)
+    fresh.symlink_to(os.path.relpath(target, link.parent))
+    os.replace(fresh, link)
+
+
+def _wait_for_all() -> None:
+    if dist.is_initialized():
+        dist.barrier()

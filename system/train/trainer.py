@@ -1,0 +1,174 @@
+"""The training loop of one rank."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from expertmesh.kernels.device import Device
+from expertmesh.parallel.all_to_all import Traffic
+from expertmesh.parallel.dispatchers import AllToAllDispatcher, Dispatcher, LocalDispatcher
+from expertmesh.parallel.groups import Groups
+from expertmesh.parallel.zero import Zero
+from expertmesh.system.model.checkpoint import load_weights
+from expertmesh.system.model.config import ModelConfig
+from expertmesh.system.model.transformer import Transformer
+from expertmesh.system.model.weights import initialise, weights
+from expertmesh.system.train.config import TrainConfig
+from expertmesh.system.train.dataset import TokenDataset
+from expertmesh.system.train.loss import BatchLoss, LanguageModelLoss
+from expertmesh.system.train.snapshot import RunState, load_optimizer, read_state, save
+
+Record = dict[str, Any]
+"""One line of metrics.jsonl: "start", "step", "validation", "event" (see system/train/report.py)."""
+
+
+def learning_rate(step: int, config: TrainConfig) -> float:
+    """Of update `step`, counted from 1: a straight warm-up, then half a cosine down to the minimum at the last step."""
+    if step <= config.warmup_steps:
+        return config.learning_rate * step / config.warmup_steps
+    progress = (step - config.warmup_steps) / max(config.steps - config.warmup_steps, 1)
+    cosine = (1 + math.cos(math.pi * min(progress, 1.0))) / 2
+    return config.min_learning_rate + (config.learning_rate - config.min_learning_rate) * cosine
+
+
+class Trainer:
+    """One rank of a training run. `run` makes the remaining steps, saving and validating as the recipe says.
+
+    Every rank sees the same sequence of batches and takes its own rows; it calls `report` with each record, which
+    callers use on rank 0 alone.
+    """
+
+    def __init__(
+        self,
+        model_config: ModelConfig,
+        config: TrainConfig,
+        run_dir: Path,
+        groups: Groups,
+        device: Device,
+        settings: dict[str, Any],
+        resume_from: Path | None,
+    ) -> None:
+        self.config, self.run_dir, self.groups, self.device, self.settings = config, run_dir, groups, device, settings
+        self.dataset = TokenDataset(run_dir / "data")
+        with torch.device(device.name):
+            self.model = Transformer(model_config, groups.expert_rank, groups.expert_size)
+        self.state = RunState(step=0, losses=[], settings=settings)
+        if resume_from is None:
+            initialise(self.model, config.seed, model_config.initializer_range)
+        else:
+            self.state = read_state(resume_from)
+            load_weights(self.model, resume_from)
+
+        self.traffic = Traffic()
+        dispatcher: Dispatcher = LocalDispatcher()
+        if groups.expert is not None:
+            dispatcher = AllToAllDispatcher(groups.expert, self.traffic)
+        self.loss = LanguageModelLoss(self.model, dispatcher, groups)
+        self.zero = Zero(
+            self.loss,
+            [weight.parameter for weight in weights(self.model) if weight.is_expert and groups.expert is not None],
+            stage=config.zero_stage,
+            gradient_clipping=config.gradient_clipping,
+            weight_decay=config.weight_decay,
+            betas=config.adam_betas,
+        )
+        if resume_from is not None:
+            load_optimizer(resume_from, self.state, self.model, self.zero)
+
+    def run(self, report: Callable[[Record], None]) -> RunState:
+        """Train to the last step; return where the run then stands."""
+        config = self.config
+        while self.state.step < config.steps:
+            step = self.state.step + 1
+            record = self._train_step(step)
+            self.state = RunState(step, [*self.state.losses, record["loss"]], self.settings)
+            report(record)
+            last = step == config.steps
+            if last or step % config.validate_every == 0:
+                report({"kind": "validation", "step": step, "loss": self.validate()})
+            if last or step % config.checkpoint_every == 0:
+                folder = save(
+                    self.run_dir,
+                    self.state,
+                    self.model,
+                    self.zero,
+                    self.groups,
+                    self.run_dir / "data" / "tokenizer",
+                    config.keep_checkpoints,
+                )
+                report({"kind": "event", "what": "saved", "step": step, "checkpoint": str(folder)})
+        return self.state
+
+    def _train_step(self, step: int) -> Record:
+        config, began = self.config, time.perf_counter()
+        tokens_BS1 = self.dataset.batch(step - 1, config.batch_size, config.sequence_length, config.seed)
+        mine_BS1 = self._my_rows(tokens_BS1)
+        losses: list[BatchLoss] = []
+
+        def loss_of_batch(module: torch.nn.Module) -> torch.Tensor:
+            losses.append(module(mine_BS1))
+            return losses[0].total(self.model.config.moe.balance_loss_weight)
+
+        rate = learning_rate(step, config)
+        grad_norm = self.zero.step(loss_of_batch, rate)
+        batch = losses[0]
+        sent, saved = self.traffic.take()
+        cross_entropy, balance, sent, saved = self._sum_over_ranks(
+            batch.cross_entropy.item() / self.groups.data_size, batch.balance.item() / self.groups.data_size, sent, saved
+        )
+        moe, load_LN = self.model.config.moe, batch.load_LN
+        slots = int(load_LN.sum())
+        ffn_share = float(load_LN[:, : moe.ffn_experts].sum()) / slots
+        seconds = time.perf_counter() - began
+        return {
+            "kind": "step",
+            "step": step,
+            "loss": cross_entropy,
+            "balance_loss": balance,
+            "learning_rate": rate,
+            "grad_norm": grad_norm,
+            "tokens_per_second": config.batch_size * config.sequence_length / seconds,
+            "load_LN": load_LN.tolist(),
+            "ffn_experts_per_token": moe.top_k * ffn_share,
+            "zero_computation_share": 1 - ffn_share,
+            "dispatch_bytes": int(sent),
+            "dispatch_bytes_saved": int(saved),
+            "seconds": seconds,
+        }
+
+    @torch.no_grad()
+    def validate(self) -> float:
+        """Cross entropy of the held-out batches, in nats per token."""
+        config, total, tokens = self.config, 0.0, 0
+        for tokens_BS1 in self._validation_batches():
+            mine_BS1 = self._my_rows(tokens_BS1)
+            targets = mine_BS1[:, 1:].numel()
+            total += self.loss(mine_BS1).cross_entropy.item() * targets
+            tokens += targets
+        self.traffic.take()  # of no interest here, and not the next step's
+        total, tokens = self._sum_over_ranks(total, tokens)
+        assert tokens, f"no held-out tokens in {config.validation_batches} batches"
+        return total / tokens
+
+    def _validation_batches(self) -> Iterator[torch.Tensor]:
+        config = self.config
+        return self.dataset.validation_batches(config.batch_size, config.sequence_length, config.validation_batches)
+
+    def _my_rows(self, tokens_BS1: torch.Tensor) -> torch.Tensor:
+        """This rank's sequences, in order; a short validation batch may leave some ranks with none."""
+        mine_BS1 = tokens_BS1.tensor_split(self.groups.data_size)[self.groups.data_rank]
+        return mine_BS1.to(self.device.name)
+
+    def _sum_over_ranks(self, *values: float) -> list[float]:
+        if self.groups.data is None:
+            return list(values)
+        sums = torch.tensor(values, dtype=torch.float64, device=self.device.name)
+        dist.all_reduce(sums, group=self.groups.data)
+        return sums.tolist()

@@ -1,0 +1,80 @@
+"""Training gives the same losses on any number of ranks, and a resumed run the same bits as one that never stopped."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from ranks import run_ranks
+from tiny import losses, prepare_tiny_data, tiny_model, tiny_training, train
+
+from expertmesh.parallel.sizes import ParallelSizes
+from expertmesh.system.train.config import TrainConfig
+from expertmesh.system.train.snapshot import checkpoints_of
+from expertmesh.system.train.trainer import learning_rate
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run_dir = tmp_path_factory.mktemp("tiny")
+    prepare_tiny_data(run_dir)
+    return run_dir / "data"
+
+
+def new_run(data: Path, run_dir: Path) -> Path:
+    shutil.copytree(data, run_dir / "data")
+    return run_dir
+
+
+# Float32 sums in another order: about 1e-7 a step, growing with the steps.
+SAME_LOSS = 2e-6
+
+
+@pytest.fixture(scope="module")
+def single_rank_losses(data: Path, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+    run_dir = new_run(data, tmp_path_factory.mktemp("single") / "run")
+    (records,) = run_ranks(train, 1, run_dir, ParallelSizes(), tiny_model(), tiny_training())
+    return losses(records)
+
+
+@pytest.mark.parametrize("dp, ep", [(2, 1), (2, 2), (4, 2)], ids=["data parallel", "expert parallel", "both"])
+def test_ranks_do_not_change_losses(data, tmp_path, single_rank_losses, dp, ep):
+    run_dir = new_run(data, tmp_path / "run")
+    ranks = run_ranks(train, dp, run_dir, ParallelSizes(dp=dp, ep=ep), tiny_model(), tiny_training())
+    for records in ranks:
+        assert losses(records) == pytest.approx(single_rank_losses, rel=SAME_LOSS)
+    step = next(record for record in ranks[0] if record["kind"] == "step")
+    assert (step["dispatch_bytes"] > 0) == (ep > 1)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_resumed_run_equals_uninterrupted_run_bit_for_bit(data, tmp_path, stage):
+    sizes, config = ParallelSizes(dp=2, ep=2), tiny_training(zero_stage=stage)
+    whole = run_ranks(train, 2, new_run(data, tmp_path / "whole"), sizes, tiny_model(), config)[0]
+    halfway = checkpoints_of(tmp_path / "whole")[0]
+    assert halfway.name == "step-000002"
+    resumed_dir = new_run(data, tmp_path / "resumed")
+    resumed = run_ranks(train, 2, resumed_dir, sizes, tiny_model(), config, halfway)[0]
+    assert losses(resumed) == losses(whole)[2:]
+    kinds = ("validation",)
+    assert [r for r in resumed if r["kind"] in kinds] == [r for r in whole if r["kind"] in kinds][1:]
+
+
+def test_resuming_on_fewer_ranks_goes_on_with_the_same_losses(data, tmp_path):
+    config = tiny_training()
+    whole = run_ranks(
+        train, 2, new_run(data, tmp_path / "whole"), ParallelSizes(dp=2, ep=2), tiny_model(), config
+    )[0]
+    halfway = checkpoints_of(tmp_path / "whole")[0]
+    resumed_dir = new_run(data, tmp_path / "resumed")
+    (resumed,) = run_ranks(train, 1, resumed_dir, ParallelSizes(), tiny_model(), config, halfway)
+    assert losses(resumed) == pytest.approx(losses(whole)[2:], rel=SAME_LOSS)
+
+
+def test_learning_rate_rises_to_its_peak_and_falls_to_its_minimum():
+    config = TrainConfig(steps=100, warmup_steps=10, learning_rate=1e-3, min_learning_rate=1e-5)
+    assert learning_rate(1, config) == pytest.approx(1e-4)
+    assert learning_rate(10, config) == pytest.approx(1e-3)
+    assert learning_rate(55, config) == pytest.approx((1e-3 + 1e-5) / 2)
+    assert learning_rate(100, config) == pytest.approx(1e-5)
