@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 from expertmesh.kernels.device import Device
 from expertmesh.parallel.groups import build_groups
 from expertmesh.parallel.sizes import ParallelSizes
+from expertmesh.system.model.checkpoint import INDEX, shard_name, write_config, write_index, write_tensors
 from expertmesh.system.model.config import AttentionConfig, ModelConfig, MoEConfig
+from expertmesh.system.model.transformer import Transformer
+from expertmesh.system.model.weights import initialise, weights
 from expertmesh.system.train.config import TrainConfig
 from expertmesh.system.train.dataset import prepare_tokens
 from expertmesh.system.train.trainer import Record, Trainer
@@ -47,3 +51,16 @@ def train(
 
 def losses(records: list[Record]) -> list[float]:
     return [record["loss"] for record in records if record["kind"] == "step"]
+
+
+def write_random_checkpoint(run_dir: Path, model_config: ModelConfig) -> Path:
+    """A checkpoint of random weights beside the data's tokenizer, large enough in spread to say different things."""
+    model = Transformer(model_config)
+    initialise(model, seed=3, standard_deviation=0.2)
+    folder = run_dir / "random"
+    shutil.copytree(run_dir / "data" / "tokenizer", folder)
+    write_config(folder, model_config)
+    tensors = {name: view for weight in weights(model) for name, view in weight.split(weight.parameter).items()}
+    write_tensors(tensors, folder / shard_name("model", 0, 1))
+    write_index(folder / INDEX, [folder / shard_name("model", 0, 1)])
+    return folder
