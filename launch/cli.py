@@ -1,0 +1,282 @@
+"""The one command, `expertmesh`. Verbs say what they take; what they do is imported when one of them is called.
+
+Exit codes: 0 done, 1 failed, 2 wrong input (one line on standard error says what to change), 130 interrupted.
+With --json the result alone is on standard output, everything else on standard error.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    name="expertmesh",
+    help="Train Mixture-of-Experts models with expert parallelism; serve them with attention and experts apart.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+RecipeArgument = Annotated[str, typer.Argument(help="a recipe file, or the name of a shipped one (quickstart)")]
+OverridesArgument = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="changes to it, such as train.steps=50")
+]
+CheckpointArgument = Annotated[Path, typer.Argument(help="a checkpoint folder, or the folder of a training run")]
+AttentionOption = Annotated[int | None, typer.Option(help="attention workers; with neither pool: one process")]
+FFNOption = Annotated[int | None, typer.Option(help="FFN workers, each with a share of the experts")]
+MicroBatchesOption = Annotated[int, typer.Option(min=1, max=8, help="parts of a step in flight to the FFN pool")]
+AddressOption = Annotated[str | None, typer.Option(help="a running Ray cluster: auto or host:port; none: its own")]
+JsonOption = Annotated[bool, typer.Option("--json", help="print the result as JSON")]
+
+
+@contextmanager
+def wrong_input() -> Iterator[None]:
+    """What fails in here was asked for wrongly: one line, exit code 2."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        typer.echo(f"expertmesh: {' '.join(str(error).split())}", err=True)
+        raise typer.Exit(2) from None
+
+
+@contextmanager
+def failures() -> Iterator[None]:
+    """What fails in here failed though it was asked for rightly: one line, exit code 1; the details are in the logs."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        typer.echo("expertmesh: interrupted", err=True)
+        raise typer.Exit(130) from None
+    except RuntimeError as error:
+        logging.getLogger(__name__).debug("failed", exc_info=True)
+        typer.echo(f"expertmesh: {' '.join(str(error).split())}", err=True)
+        raise typer.Exit(getattr(error, "exit_code", 1)) from None
+
+
+def show_json(result: dict[str, Any]) -> None:
+    typer.echo(json.dumps(result))
+
+
+@app.callback()
+def main_options(
+    verbose: Annotated[bool, typer.Option("--verbose", help="log what happens, and tracebacks of failures")] = False,
+) -> None:
+    logging.basicConfig(level=logging.DEBUG if verbose else logging.WARNING, stream=sys.stderr)
+    if verbose:
+        for noisy in ("asyncio", "httpcore", "httpx", "filelock"):
+            logging.getLogger(noisy).setLevel(logging.WARNING)
+
+
+@app.command()
+def train(
+    recipe: RecipeArgument,
+    overrides: OverridesArgument = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="start over; an earlier run is moved aside")] = False,
+    address: AddressOption = None,
+    as_json: JsonOption = False,
+    result_in_log: Annotated[bool, typer.Option(hidden=True)] = False,
+) -> None:
+    """Train a model on this machine, or on a running Ray cluster. Goes on where an interrupted run stopped."""
+    with wrong_input():
+        from expertmesh.launch.recipe import load_recipe
+
+        changes = list(overrides or []) + ([f"cluster.address={address}"] if address else [])
+        checked = load_recipe(recipe, changes)
+        from expertmesh.launch.train_job import find_start, prepare_data, run_job
+
+        start = find_start(checked, fresh)
+        console = _console(as_json)
+        if start.note:
+            console.print(start.note, highlight=False, soft_wrap=True)
+    from expertmesh.launch.progress import TrainingProgress
+
+    with failures(), TrainingProgress(console) as progress:
+        with wrong_input():
+            dataset = prepare_data(checked, start, progress.show)
+        result = run_job(checked, start, dataset, progress.show)
+    if as_json:
+        show_json(result)
+        return
+    if result_in_log:  # a submitted job: its log is the way back
+        from expertmesh.launch.submit import RESULT_MARK
+
+        typer.echo(RESULT_MARK + json.dumps(result))
+    sent, saved = result["dispatch_bytes"], result["dispatch_bytes_saved"]
+    console.print(
+        f"held-out loss {result['validation_loss']:.3f} (unigram model {result['unigram_loss']:.3f}); "
+        f"{result['ffn_experts_per_token']:.2f} FFN experts a token; {sent / 1e6:.0f} MB of rows sent, "
+        f"{saved / 1e6:.0f} MB kept off the wire\ncheckpoint  {result['checkpoint']}\nreport      {result['report']}",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+@app.command()
+def submit(
+    recipe: RecipeArgument,
+    overrides: OverridesArgument = None,
+    address: Annotated[str, typer.Option(help="the cluster's dashboard, such as http://127.0.0.1:8265")] = "",
+    as_json: JsonOption = False,
+) -> None:
+    """Send a training job to a running Ray cluster, follow its log, and end as it ends."""
+    with wrong_input():
+        from expertmesh.launch.recipe import load_recipe
+
+        if not address.startswith(("http://", "https://")):
+            raise ValueError(f"--address {address!r}: give the cluster's dashboard, such as http://127.0.0.1:8265")
+        checked = load_recipe(recipe, list(overrides or []))
+        from expertmesh.launch.submit import submit_job
+
+        job = submit_job(checked, address)
+    with failures():
+        result = job.follow(lambda text: typer.echo(text, nl=False, err=as_json))
+    if as_json:
+        show_json(result)
+
+
+@app.command()
+def generate(
+    checkpoint: CheckpointArgument,
+    prompt: Annotated[str, typer.Option(help="the text to continue")],
+    max_tokens: Annotated[int, typer.Option(min=1, help="longest answer, in tokens")] = 64,
+    temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token each time")] = 0.0,
+    top_p: Annotated[float, typer.Option(min=0, max=1)] = 1.0,
+    seed: Annotated[int | None, typer.Option(help="the same seed gives the same text")] = None,
+    attention: AttentionOption = None,
+    ffn: FFNOption = None,
+    micro_batches: MicroBatchesOption = 1,
+    address: AddressOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Continue a text: in one process, or with attention and experts in separate workers."""
+    with wrong_input():
+        from expertmesh.launch.serving import bring_up, check_pools, open_checkpoint
+        from expertmesh.system.serve.config import ServeConfig
+        from expertmesh.system.serve.request import Request, Sampling
+
+        served = open_checkpoint(checkpoint)
+        pools = check_pools(served.model, attention, ffn)
+        prompt_token_ids = served.tokenizer.encode(prompt)
+        room = served.model.context_length - len(prompt_token_ids)
+        if not prompt_token_ids:
+            raise ValueError("--prompt is empty: give at least one character to continue")
+        if room < 1:
+            raise ValueError(
+                f"--prompt has {len(prompt_token_ids)} tokens; the model's context holds {served.model.context_length}, "
+                "the answer included"
+            )
+    import asyncio
+
+    sampling = Sampling(min(max_tokens, room), temperature=temperature, top_p=top_p, seed=seed)
+    request = Request("generate", prompt_token_ids, sampling)
+
+    async def answer() -> dict[str, Any]:
+        text, token_ids, finish_reason = served.tokenizer.stream(), [], None
+        pieces: list[str] = []
+
+        def show(piece: str) -> None:
+            pieces.append(piece)
+            if not as_json:
+                typer.echo(piece, nl=False)
+
+        async with bring_up(served, pools, ServeConfig(micro_batches=micro_batches), address) as client:
+            if not as_json:
+                typer.echo(prompt, nl=False)
+            async for output in client.generate(request):
+                token_ids.append(output.token_id)
+                finish_reason = output.finish_reason
+                if finish_reason != "stop":
+                    show(text.push(output.token_id))
+            show(text.finish())
+        if not as_json:
+            typer.echo()
+        return {
+            "text": "".join(pieces),
+            "token_ids": token_ids,
+            "prompt_token_ids": prompt_token_ids,
+            "finish_reason": finish_reason,
+            "pools": pools._asdict() if pools else {"joined": 1},
+        }
+
+    with failures():
+        result = asyncio.run(answer())
+    if as_json:
+        show_json(result)
+
+
+@app.command()
+def serve(
+    checkpoint: CheckpointArgument,
+    attention: AttentionOption = None,
+    ffn: FFNOption = None,
+    micro_batches: MicroBatchesOption = 1,
+    host: Annotated[str, typer.Option(help="address to listen on; 0.0.0.0 is every network")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes any free one")] = 8000,
+    model_name: Annotated[str | None, typer.Option(help="name that clients use; none: the checkpoint's folder")] = None,
+    address: AddressOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Answer OpenAI-compatible requests over HTTP, until interrupted."""
+    with wrong_input():
+        from expertmesh.launch.serving import check_pools, listen, open_checkpoint, serve_forever
+        from expertmesh.system.serve.config import ServeConfig
+
+        served = open_checkpoint(checkpoint)
+        pools = check_pools(served.model, attention, ffn)
+        socket = listen(host, port)
+    url = f"http://{host}:{socket.getsockname()[1]}/v1"
+    name = model_name or served.name
+
+    def ready() -> None:
+        if as_json:
+            show_json({"base_url": url, "model": name, "pools": pools._asdict() if pools else {"joined": 1}})
+            return
+        example = json.dumps({"model": name, "prompt": "The import statement", "max_tokens": 32})
+        typer.echo(
+            f"serving {name} at {url}\ncurl {url}/completions -H 'Content-Type: application/json' -d '{example}'"
+        )
+
+    with failures():
+        serve_forever(served, pools, ServeConfig(micro_batches=micro_batches), name, socket, ready, address)
+
+
+@app.command()
+def doctor(as_json: JsonOption = False) -> None:
+    """Say what this machine can and cannot do, and what to install."""
+    from expertmesh.launch.doctor import examine
+
+    findings = examine()
+    if as_json:
+        show_json({"findings": [finding._asdict() for finding in findings]})
+    else:
+        for finding in findings:
+            verdict = "ok" if finding.ok else "MISSING" if finding.needed else "note"
+            typer.echo(f"{verdict:8}{finding.what}: {finding.detail}")
+    if not all(finding.ok or not finding.needed for finding in findings):
+        raise typer.Exit(1)
+
+
+def _console(as_json: bool) -> Any:
+    from rich.console import Console
+
+    return Console(stderr=as_json)
+
+
+def main() -> None:
+    """The console script."""
+    # Before torch is imported by anyone: a warning about packages of GPU machines is no news on this one.
+    os.environ.setdefault("PYTHONWARNINGS", "ignore")
+    app()
+
+
+if __name__ == "__main__":
+    main()

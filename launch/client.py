@@ -1,0 +1,97 @@
+"""One face for all engines: requests go to the least busy one, its outputs come back to whoever asked."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import suppress
+from typing import Protocol
+
+from expertmesh.system.serve.loop import EngineLoop
+from expertmesh.system.serve.request import Output, Request
+
+
+class EngineWorker(Protocol):
+    """An engine somewhere: in this process, or an attention worker of a pool."""
+
+    async def submit(self, request: Request) -> None: ...
+
+    async def cancel(self, request_id: str) -> None: ...
+
+    def outputs(self) -> AsyncIterator[list[Output]]:
+        """One list for each step of the engine."""
+        ...
+
+
+class LocalWorker:
+    """An engine loop of this process."""
+
+    def __init__(self, loop: EngineLoop) -> None:
+        self._loop = loop
+
+    async def submit(self, request: Request) -> None:
+        self._loop.submit(request)
+
+    async def cancel(self, request_id: str) -> None:
+        self._loop.cancel(request_id)
+
+    async def outputs(self) -> AsyncIterator[list[Output]]:
+        batches = self._loop.outputs()
+        while (batch := await asyncio.to_thread(next, batches, None)) is not None:
+            yield batch
+
+
+class Client:
+    """An `EngineClient` over several workers. Use it as an async context manager within one event loop."""
+
+    def __init__(self, workers: list[EngineWorker], context_length: int) -> None:
+        self.context_length = context_length
+        self._workers = workers
+        self._open: list[dict[str, asyncio.Queue[Output | Exception]]] = [{} for _ in workers]
+        self._failed: dict[int, Exception] = {}
+        self._readers: list[asyncio.Task[None]] = []
+
+    async def __aenter__(self) -> Client:
+        self._readers = [asyncio.create_task(self._read(index)) for index in range(len(self._workers))]
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        for reader in self._readers:
+            reader.cancel()
+            with suppress(asyncio.CancelledError):
+                await reader
+
+    async def generate(self, request: Request) -> AsyncIterator[Output]:
+        """Yield the tokens of `request`; closing early cancels it. Raises RuntimeError when its worker fails."""
+        alive = [index for index in range(len(self._workers)) if index not in self._failed]
+        if not alive:
+            raise RuntimeError(f"no engine is left: {next(iter(self._failed.values()))}")
+        index = min(alive, key=lambda i: len(self._open[i]))
+        queue: asyncio.Queue[Output | Exception] = asyncio.Queue()
+        self._open[index][request.id] = queue
+        finished = False
+        try:
+            await self._workers[index].submit(request)
+            while not finished:
+                output = await queue.get()
+                if isinstance(output, Exception):
+                    raise RuntimeError(f"the engine failed: {output}") from output
+                finished = output.finish_reason is not None
+                yield output
+        finally:
+            del self._open[index][request.id]
+            if not finished and index not in self._failed:
+                await self._workers[index].cancel(request.id)
+
+    async def _read(self, index: int) -> None:
+        """Hand every output of one worker to its request, until the worker ends."""
+        try:
+            async for batch in self._workers[index].outputs():
+                for output in batch:
+                    if queue := self._open[index].get(output.request_id):
+                        queue.put_nowait(output)
+            raise RuntimeError("it ended")
+        except Exception as error:
+            self._failed[index] = error
+            for queue in self._open[index].values():
+                queue.put_nowait(error)

@@ -1,0 +1,174 @@
+"""One API request as text: prompts in, pieces of text out, the same for completions and chat, streamed or not.
+
+    prompt ids --> one engine Request per choice --> tokens --> TextStream --> StopStrings --> Piece, Piece, ...
+
+Choices run side by side, and their pieces come in the order the engine makes them. Leaving early (the caller closes
+the iterator, a stop string appears, a sibling fails) closes the engine's iterators, which cancels its requests.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import cast
+
+from expertmesh.launch.openai_api import ApiError, GenerationBody
+from expertmesh.system.serve.request import EngineClient, FinishReason, Output, Request
+from expertmesh.system.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+# An engine that is broken may never let go of a request; an answer must not wait for that.
+CLEANUP_SECONDS = 5.0
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Some text of choice `index`, or, with finish_reason and without text, its end."""
+
+    index: int
+    text: str
+    finish_reason: FinishReason | None = None
+
+
+class StopStrings:
+    """Cuts a growing text before the first stop string, wherever the borders of its pieces fall.
+
+    The stop string that is complete first wins; of two that end together, the longer. `hit` says one was found.
+    """
+
+    def __init__(self, stops: list[str]) -> None:
+        self._stops = stops
+        self._held = ""
+        self.hit = False
+
+    def push(self, text: str) -> str:
+        """Add text; return what can no longer be part of a stop string."""
+        if self.hit:
+            return ""
+        text = self._held + text
+        starts = [(text.find(stop), stop) for stop in self._stops]
+        ends = [(start + len(stop), start) for start, stop in starts if start >= 0]
+        if ends:
+            self.hit, self._held = True, ""
+            return text[: min(ends)[1]]
+        longest = max(map(len, self._stops), default=1) - 1
+        tails = (text[start:] for start in range(max(0, len(text) - longest), len(text)))
+        self._held = next((tail for tail in tails if any(stop.startswith(tail) for stop in self._stops)), "")
+        return text[: len(text) - len(self._held)]
+
+    def finish(self) -> str:
+        """Return what was held back in case a stop string followed."""
+        held, self._held = self._held, ""
+        return held
+
+
+class Completion:
+    """All choices of one API request: `body.n` for each prompt, numbered prompt by prompt.
+
+    prompt_tokens counts every prompt once; completion_tokens grows while `pieces` runs and includes end-of-text tokens.
+    """
+
+    def __init__(
+        self,
+        id: str,
+        engine: EngineClient,
+        tokenizer: Tokenizer,
+        prompts: list[list[int]],
+        body: GenerationBody,
+        *,
+        param: str,
+        echo: list[str | list[int]] | None = None,
+    ) -> None:
+        """Check the prompts (token ids) and lay out the engine's requests.
+
+        `param` is the field the prompts came from, for messages. `echo`, the prompts as they were written, opens the
+        text of their choices.
+        ApiError 400: an empty prompt, an id outside the vocabulary, or more tokens than the context holds.
+        """
+        self._engine, self._tokenizer, self._stops = engine, tokenizer, body.stop
+        self.requests: list[Request] = []
+        for prompt in prompts:
+            for sampling in body.samplings(_max_tokens(prompt, engine, tokenizer, body, param)):
+                self.requests.append(Request(f"{id}-{len(self.requests)}", prompt, sampling))
+        opening = [prompt if isinstance(prompt, str) else tokenizer.decode(prompt) for prompt in echo or []]
+        self._echo = [text for text in opening for _ in range(body.n)]
+        self.prompt_tokens = sum(map(len, prompts))
+        self.completion_tokens = 0
+
+    @property
+    def usage(self) -> dict[str, int]:
+        """The token counts so far, as OpenAI reports them."""
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.completion_tokens,
+            "total_tokens": self.prompt_tokens + self.completion_tokens,
+        }
+
+    async def pieces(self) -> AsyncGenerator[Piece, None]:
+        """Run all choices and yield their pieces. ApiError 503 if the engine fails; the other choices end with it."""
+        queue: asyncio.Queue[Piece | BaseException] = asyncio.Queue()
+
+        def report(task: asyncio.Task[None]) -> None:
+            error = asyncio.CancelledError("cancelled inside") if task.cancelled() else task.exception()
+            if error is not None:
+                queue.put_nowait(error)
+
+        running = len(self.requests)
+        tasks = [asyncio.create_task(self._write(index, queue.put_nowait)) for index in range(running)]
+        for task in tasks:
+            task.add_done_callback(report)
+        try:
+            while running:
+                item = await queue.get()
+                if isinstance(item, BaseException):
+                    logger.error("request %s failed", self.requests[0].id, exc_info=item)
+                    raise ApiError(503, f"the engine failed: {type(item).__name__}: {item}") from item
+                running -= item.finish_reason is not None
+                yield item
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.wait(tasks, timeout=CLEANUP_SECONDS)
+
+    async def _write(self, index: int, put: Callable[[Piece], None]) -> None:
+        """Turn the tokens of one choice into pieces of text."""
+        text, stops = self._tokenizer.stream(), StopStrings(self._stops)
+        if self._echo:
+            put(Piece(index, self._echo[index]))
+        # The engine promises that its iterator can be closed, which AsyncIterator cannot say.
+        tokens = cast(AsyncGenerator[Output, None], self._engine.generate(self.requests[index]))
+        async with aclosing(tokens):
+            async for output in tokens:
+                self.completion_tokens += 1
+                # The end-of-text token is no part of the text, special or not.
+                new = "" if output.finish_reason == "stop" else stops.push(text.push(output.token_id))
+                if output.finish_reason is not None:
+                    new += stops.push(text.finish()) + stops.finish()
+                if new:
+                    put(Piece(index, new))
+                finish_reason = "stop" if stops.hit else output.finish_reason
+                if finish_reason is not None:
+                    put(Piece(index, "", finish_reason))
+                    return
+        raise RuntimeError("the tokens ended without a finish reason")
+
+
+def _max_tokens(prompt: list[int], engine: EngineClient, tokenizer: Tokenizer, body: GenerationBody, param: str) -> int:
+    """How many tokens may follow `prompt`; ApiError 400 if it cannot be continued as asked."""
+    if not prompt:
+        raise ApiError(400, f"{param} is empty: there is nothing to continue", param=param)
+    if not all(0 <= token_id < tokenizer.vocab_size for token_id in prompt):
+        raise ApiError(400, f"{param}: token ids go from 0 to {tokenizer.vocab_size - 1}", param=param)
+    room = engine.context_length - len(prompt)
+    max_tokens = max(1, body.max_tokens_for(room))
+    if max_tokens > room:
+        message = (
+            f"the context holds {engine.context_length} tokens, the request needs {len(prompt) + max_tokens}: "
+            f"{len(prompt)} in {param} and {max_tokens} to generate"
+        )
+        raise ApiError(400, message, param=param, code="context_length_exceeded")
+    return max_tokens

@@ -1,0 +1,192 @@
+"""The OpenAI-compatible HTTP door: it checks what comes in, hands it to the engine and writes the answer.
+
+    POST /v1/completions        POST /v1/chat/completions        GET /v1/models[/{id}]        GET /health
+
+What lies between prompt and text is in completion.py, the shape of the bodies in openai_api.py. Here are the routes,
+the errors (all in OpenAI's form), the event stream, and the watch on the caller's connection: a caller who leaves
+frees the engine at once, streamed or not.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncGenerator, Coroutine
+from contextlib import aclosing
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from starlette.exceptions import HTTPException
+from starlette.types import Receive, Scope, Send
+
+from expertmesh.launch.completion import Completion
+from expertmesh.launch.openai_api import (
+    ApiError,
+    ChatAnswer,
+    ChatBody,
+    CompletionAnswer,
+    CompletionBody,
+    GenerationBody,
+)
+from expertmesh.system.serve.request import EngineClient
+from expertmesh.system.tokenizer import Tokenizer
+
+
+def build_app(engine: EngineClient, tokenizer: Tokenizer, model_name: str) -> FastAPI:
+    """Build the server's app for one model, known to callers as `model_name`."""
+    app = FastAPI(title="expertmesh")
+    for kind in (ApiError, RequestValidationError, HTTPException, Exception):
+        app.add_exception_handler(kind, _answer_error)
+    card = {"id": model_name, "object": "model", "created": int(time.time()), "owned_by": "expertmesh"}
+
+    def check_model(name: str) -> None:
+        if name != model_name:
+            message = f"no model {name!r} here; this server has {model_name!r}"
+            raise ApiError(404, message, param="model", code="model_not_found")
+
+    @app.get("/health")
+    async def health() -> dict[str, str]:
+        """Say that the process answers; nothing about the engine behind it."""
+        return {"status": "ok"}
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        """List the one model."""
+        return {"object": "list", "data": [card]}
+
+    @app.get("/v1/models/{name:path}")
+    async def model(name: str) -> dict[str, Any]:
+        """Describe the model."""
+        check_model(name)
+        return card
+
+    @app.post("/v1/completions")
+    async def completions(body: CompletionBody, request: Request) -> Response:
+        """Continue one or more prompts, each a text or token ids."""
+        check_model(body.model)
+        # In a thread, because a long text takes long to encode and others are waiting for their tokens.
+        prompts = [
+            await asyncio.to_thread(tokenizer.encode, prompt) if isinstance(prompt, str) else prompt
+            for prompt in body.prompt
+        ]
+        answer = CompletionAnswer(model_name)
+        echo = body.prompt if body.echo else None
+        completion = Completion(answer.id, engine, tokenizer, prompts, body, param="prompt", echo=echo)
+        return await _respond(completion, answer, body, request)
+
+    @app.post("/v1/chat/completions")
+    async def chat_completions(body: ChatBody, request: Request) -> Response:
+        """Write the assistant's next turn."""
+        check_model(body.model)
+        try:
+            text = tokenizer.render_chat([message.for_template() for message in body.messages])
+        except ValueError as error:
+            raise ApiError(400, str(error), param="messages") from None
+        prompt = await asyncio.to_thread(tokenizer.encode, text)
+        answer = ChatAnswer(model_name)
+        completion = Completion(answer.id, engine, tokenizer, [prompt], body, param="messages")
+        return await _respond(completion, answer, body, request)
+
+    return app
+
+
+async def _respond(
+    completion: Completion, answer: CompletionAnswer, body: GenerationBody, request: Request
+) -> Response:
+    if body.stream:
+        return _EventStream(_events(completion, answer, body))
+    whole = await _while_connected(request.receive, _whole(completion, answer))
+    return Response(status_code=499) if whole is None else JSONResponse(whole)  # 499 reaches nobody: the caller left
+
+
+async def _whole(completion: Completion, answer: CompletionAnswer) -> dict[str, Any]:
+    """Gather all pieces into one body."""
+    texts = [""] * len(completion.requests)
+    choices: dict[int, dict[str, Any]] = {}
+    async with aclosing(completion.pieces()) as pieces:
+        async for piece in pieces:
+            texts[piece.index] += piece.text
+            if piece.finish_reason is not None:
+                choices[piece.index] = answer.choice(piece.index, texts[piece.index], piece.finish_reason)
+    return answer.whole([choices[index] for index in sorted(choices)], completion.usage)
+
+
+async def _events(completion: Completion, answer: CompletionAnswer, body: GenerationBody) -> AsyncGenerator[str, None]:
+    """Write the pieces as server-sent events. A failure becomes the last event, and [DONE] does not follow it."""
+    include_usage = body.stream_options is not None and body.stream_options.include_usage
+    no_usage: dict[str, Any] = {"usage": None} if include_usage else {}
+    try:
+        for index in range(len(completion.requests)):
+            if opening := answer.opening(index):
+                yield _event(answer.chunk(opening, **no_usage))
+        async with aclosing(completion.pieces()) as pieces:
+            async for piece in pieces:
+                delta = answer.delta(piece.index, piece.text, piece.finish_reason)
+                yield _event(answer.chunk([delta], **no_usage))
+        if include_usage:
+            yield _event(answer.chunk([], usage=completion.usage))
+        yield "data: [DONE]\n\n"
+    except ApiError as error:
+        yield _event(error.body())
+
+
+def _event(content: dict[str, Any]) -> str:
+    # ASCII only: many clients take U+2028 or U+0085 inside a text for the end of the line.
+    return f"data: {json.dumps(content, separators=(',', ':'))}\n\n"
+
+
+class _EventStream(StreamingResponse):
+    """A StreamingResponse that closes its iterator itself when the caller leaves, not whenever Python collects it."""
+
+    def __init__(self, events: AsyncGenerator[str, None]) -> None:
+        super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        self._events = events
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with aclosing(self._events):
+            await _while_connected(receive, self.stream_response(send))
+
+
+async def _while_connected(receive: Receive, work: Coroutine[Any, Any, Any]) -> Any:
+    """Run `work` and return its result, or cancel it and return None if the caller leaves first."""
+
+    async def left() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+    working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(left())
+    try:
+        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        return working.result() if working.done() else None
+    finally:
+        working.cancel()
+        leaving.cancel()
+        await asyncio.wait({working, leaving})
+
+
+async def _answer_error(request: Request, error: Exception) -> Response:
+    """Put any exception into OpenAI's form, with the status that clients decide by."""
+    if isinstance(error, RequestValidationError):
+        error = _first_complaint(error)
+    elif isinstance(error, HTTPException):
+        error = ApiError(error.status_code, str(error.detail))
+    elif not isinstance(error, ApiError):
+        error = ApiError(500, f"the server failed: {type(error).__name__}")
+    return JSONResponse(error.body(), status_code=error.status)
+
+
+def _first_complaint(error: RequestValidationError) -> ApiError:
+    """Turn the first thing wrong with a body into a 400 that names the field."""
+    complaint = error.errors()[0]
+    where = [str(step) for step in complaint["loc"][1:]]
+    if complaint["type"] == "json_invalid":
+        return ApiError(400, f"the body is not JSON: {complaint['ctx']['error']}")
+    if complaint["type"] == "extra_forbidden":
+        message = "this server does not support the field"
+    else:
+        message = complaint["msg"].removeprefix("Value error, ")
+    name = ".".join(where)
+    return ApiError(400, f"{name}: {message}" if name else message, param=name or None)

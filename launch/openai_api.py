@@ -1,0 +1,255 @@
+"""The OpenAI request and answer bodies this server understands, and nothing it does not.
+
+A field that would change the text and is not supported here is refused by name. A field that asks for nothing (null,
+or a value that means "as if absent") passes, and so do the few that are bookkeeping for OpenAI alone.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, model_validator
+
+from expertmesh.system.serve.request import FinishReason, Sampling
+
+# These steer OpenAI's accounts, storage and caches, or tools that no request here can have; the text is the same.
+IGNORED = {
+    "user",
+    "metadata",
+    "store",
+    "service_tier",
+    "safety_identifier",
+    "prompt_cache_key",
+    "prompt_cache_options",
+    "prompt_cache_retention",
+    "parallel_tool_calls",
+}
+
+INT64 = 2**63
+
+
+class ApiError(Exception):
+    """An answer other than 200, in OpenAI's words: `param` is the field at fault, `code` a name programs test for."""
+
+    def __init__(self, status: int, message: str, *, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.status, self.message, self.param, self.code = status, message, param, code
+
+    def body(self) -> dict[str, Any]:
+        """Build the JSON body, the same whether it is the whole answer or the last event of a stream."""
+        kind = "invalid_request_error" if self.status < 500 else "server_error"
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+def _as_prompts(value: Any) -> list[str | list[int]]:
+    """Turn the four ways to write a prompt into a list of texts and of token id lists."""
+    if isinstance(value, str) or (isinstance(value, list) and value and type(value[0]) is int):
+        value = [value]
+    if isinstance(value, list) and value:
+        if all(isinstance(item, str) for item in value):
+            return [_encodable(item) for item in value]
+        if all(isinstance(item, list) and all(type(token_id) is int for token_id in item) for item in value):
+            return value
+    raise ValueError("must be a text, a list of texts, a list of token ids or a list of token id lists, and not empty")
+
+
+def _encodable(text: str) -> str:
+    """Refuse the halves of characters that JSON can spell (a lone \\ud83d) but no encoding can hold."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"is no valid Unicode: {error.reason} at character {error.start}") from None
+    return text
+
+
+def _as_text(value: Any) -> Any:
+    """Join a message's text parts by newlines, as vLLM does."""
+    if not isinstance(value, list):
+        return value
+    for part in value:
+        if not (isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)):
+            raise ValueError('only text parts are supported: {"type": "text", "text": "..."}')
+    return "\n".join(part["text"] for part in value)
+
+
+class _Body(BaseModel):
+    """A JSON object that refuses fields it does not know; null means absent."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    # Values with which a field, otherwise unsupported, changes nothing.
+    without_effect: ClassVar[dict[str, tuple[Any, ...]]] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_without_effect(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        return {
+            name: value
+            for name, value in data.items()
+            if value is not None and value not in cls.without_effect.get(name, ())
+        }
+
+
+class StreamOptions(_Body):
+    """include_usage: one more event before the end, with the token counts."""
+
+    include_usage: bool = False
+    without_effect: ClassVar = {"include_obfuscation": (False,)}
+
+
+class GenerationBody(_Body):
+    """What completions and chat have in common. `stop` is always a list here."""
+
+    model: str
+    temperature: float = Field(1.0, ge=0, le=2)
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int = Field(0, ge=0)
+    n: int = Field(1, ge=1, le=16)
+    stop: Annotated[list[Annotated[str, Field(min_length=1)]], BeforeValidator(_as_list), Field(max_length=4)] = []
+    seed: int | None = Field(None, ge=-INT64, lt=INT64)
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    ignore_eos: bool = False
+    max_tokens: int | None = Field(None, ge=1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_ignored(cls, data: Any) -> Any:
+        return {name: data[name] for name in data if name not in IGNORED} if isinstance(data, dict) else data
+
+    @model_validator(mode="after")
+    def _options_need_stream(self) -> GenerationBody:
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options is only allowed with stream=true")
+        return self
+
+    def max_tokens_for(self, room: int) -> int:
+        """Tokens to generate when the context has `room` for so many; more than `room` if the caller insists."""
+        raise NotImplementedError
+
+    def samplings(self, max_tokens: int) -> list[Sampling]:
+        """One per choice; choice i takes seed + i, or all choices would be the same text."""
+        return [
+            Sampling(
+                max_tokens=max_tokens,
+                temperature=self.temperature,
+                top_p=self.top_p,
+                top_k=self.top_k,
+                seed=None if self.seed is None else self.seed + choice,
+                ignore_eos=self.ignore_eos,
+            )
+            for choice in range(self.n)
+        ]
+
+
+class CompletionBody(GenerationBody):
+    """POST /v1/completions. `prompt` is always a list here, of texts and of token id lists."""
+
+    prompt: Annotated[list[str | list[int]], PlainValidator(_as_prompts)]
+    echo: bool = False
+    without_effect: ClassVar = {
+        "best_of": (1,),
+        "frequency_penalty": (0,),
+        "logit_bias": ({},),
+        "presence_penalty": (0,),
+        "suffix": ("",),
+    }
+
+    def max_tokens_for(self, room: int) -> int:
+        """OpenAI's default of 16, or the room if that is less."""
+        return self.max_tokens or min(16, room)
+
+
+class Message(_Body):
+    """One turn of a chat; `developer` is OpenAI's newer name for `system`."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Annotated[str, BeforeValidator(_as_text), AfterValidator(_encodable)]
+
+    def for_template(self) -> dict[str, str]:
+        """Give the form chat templates are written for."""
+        return {"role": "system" if self.role == "developer" else self.role, "content": self.content}
+
+
+class ChatBody(GenerationBody):
+    """POST /v1/chat/completions."""
+
+    messages: list[Message] = Field(min_length=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    without_effect: ClassVar = {
+        "frequency_penalty": (0,),
+        "function_call": ("none", "auto"),
+        "functions": ([],),
+        "logit_bias": ({},),
+        "logprobs": (False,),
+        "modalities": (["text"],),
+        "presence_penalty": (0,),
+        "response_format": ({"type": "text"},),
+        "tool_choice": ("none", "auto"),
+        "tools": ([],),
+        "top_logprobs": (0,),
+    }
+
+    def max_tokens_for(self, room: int) -> int:
+        """max_completion_tokens, or its older name, or all the room."""
+        return self.max_completion_tokens or self.max_tokens or room
+
+
+class CompletionAnswer:
+    """The answer bodies of one completion request; `chunk` is one event of a stream, `whole` all of it at once."""
+
+    id_prefix, whole_object, chunk_object = "cmpl", "text_completion", "text_completion"
+
+    def __init__(self, model: str) -> None:
+        self.id = f"{self.id_prefix}-{uuid.uuid4().hex}"
+        self._head = {"id": self.id, "created": int(time.time()), "model": model}
+
+    def whole(self, choices: list[dict[str, Any]], usage: dict[str, int]) -> dict[str, Any]:
+        """Build the one JSON body of an answer that is not streamed."""
+        return {**self._head, "object": self.whole_object, "choices": choices, "usage": usage}
+
+    def chunk(self, choices: list[dict[str, Any]], **usage: dict[str, int] | None) -> dict[str, Any]:
+        """Build one event; `usage` appears only if the caller asked for it, null in all events but the last."""
+        return {**self._head, "object": self.chunk_object, "choices": choices, **usage}
+
+    def opening(self, index: int) -> list[dict[str, Any]]:
+        """Choices of the event that opens choice `index`; empty if none does."""
+        return []
+
+    def choice(self, index: int, text: str, finish_reason: FinishReason) -> dict[str, Any]:
+        """Build a finished choice."""
+        return {"index": index, "text": text, "logprobs": None, "finish_reason": finish_reason}
+
+    def delta(self, index: int, text: str, finish_reason: FinishReason | None) -> dict[str, Any]:
+        """Build the next piece of a choice."""
+        return {"index": index, "text": text, "logprobs": None, "finish_reason": finish_reason}
+
+
+class ChatAnswer(CompletionAnswer):
+    """The same for a chat."""
+
+    id_prefix, whole_object, chunk_object = "chatcmpl", "chat.completion", "chat.completion.chunk"
+
+    def opening(self, index: int) -> list[dict[str, Any]]:
+        """Say whose turn it is before the first text."""
+        return [_chat_delta(index, {"role": "assistant", "content": "", "refusal": None}, None)]
+
+    def choice(self, index: int, text: str, finish_reason: FinishReason) -> dict[str, Any]:
+        """Build a finished choice."""
+        message = {"role": "assistant", "content": text, "refusal": None}
+        return {"index": index, "message": message, "logprobs": None, "finish_reason": finish_reason}
+
+    def delta(self, index: int, text: str, finish_reason: FinishReason | None) -> dict[str, Any]:
+        """Build the next piece of a choice; the last one has a finish reason and no content."""
+        return _chat_delta(index, {"content": text} if text else {}, finish_reason)
+
+
+def _chat_delta(index: int, delta: dict[str, Any], finish_reason: FinishReason | None) -> dict[str, Any]:
+    return {"index": index, "delta": delta, "logprobs": None, "finish_reason": finish_reason}

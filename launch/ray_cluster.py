@@ -1,0 +1,181 @@
+"""Ray, and the only file that imports it: a cluster to be on, and pools of long-lived workers on it.
+
+Ray is the control plane: it places processes, starts them, tells of their death and carries requests. Tensors travel by
+torch.distributed, and no Ray call is made within a training step or a model's forward.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+# Ray's own future default, asked for now: workers without a GPU request keep the visibility that the user set.
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+
+_TOKEN_FILE = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
+if os.environ.get("RAY_AUTH_TOKEN") or _TOKEN_FILE.exists():
+    # Ray's servers look for a token by themselves, its clients only when told to; a server without auth ignores it.
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
+
+import ray
+from ray.exceptions import AuthenticationError, RayActorError, RayTaskError
+from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+PLACEMENT_TIMEOUT_S = 60
+
+
+class WorkerFailed(RuntimeError):
+    """A worker of a pool raised or died; the message is one line that names it."""
+
+
+@contextmanager
+def cluster(address: str | None, cpus: int) -> Iterator[None]:
+    """Be on the Ray cluster at `address`; None: start one for this process alone, with `cpus` slots, and end it after.
+
+    An own cluster never attaches to somebody else's and keeps its files in a folder of its own.
+    """
+    if address is not None:
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        try:
+            yield
+        finally:
+            ray.shutdown()
+        return
+    folder = tempfile.mkdtemp(prefix="expertmesh-ray-")  # short: unix sockets allow about 107 bytes
+    try:
+        ray.init(
+            address="local",
+            _temp_dir=folder,
+            _node_ip_address="127.0.0.1",
+            num_cpus=cpus,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+        )
+        try:
+            yield
+        finally:
+            ray.shutdown()
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def submission_client(address: str) -> Any:
+    """Ray's client for jobs at the dashboard `address`. Raises ValueError when none answers, or not to us."""
+    from ray.job_submission import JobSubmissionClient
+
+    logging.getLogger("ray").setLevel(logging.WARNING)  # it tells of every package that it uploads
+    try:
+        return JobSubmissionClient(address)
+    except AuthenticationError:
+        raise ValueError(
+            f"{address} wants a token: set RAY_AUTH_TOKEN_PATH to a file with the cluster's (ray get-auth-token there)"
+        ) from None
+    except (ConnectionError, RuntimeError) as error:
+        raise ValueError(f"no Ray dashboard answers at {address}: {' '.join(str(error).split())[:200]}") from None
+
+
+def node_address() -> str:
+    """The address by which workers reach this process."""
+    return ray.util.get_node_ip_address()
+
+
+def gpus_for(workers: int) -> int:
+    """GPUs to give each of `workers`: one where the cluster has enough, else none."""
+    return int(ray.cluster_resources().get("GPU", 0) >= workers)
+
+
+class Pool:
+    """`workers` actors of one role in one placement group, rank r in bundle r.
+
+    Each is `role(rank, *arguments)`; its methods run in threads, so that one can be asked while another is at work.
+    """
+
+    def __init__(self, name: str, role: type, workers: int, cpus: float, *arguments: Any) -> None:
+        self.name = name
+        gpus = gpus_for(workers)
+        bundle = {"CPU": cpus} | ({"GPU": gpus} if gpus else {})
+        _check_capacity(name, workers, bundle)
+        self._group = placement_group([bundle] * workers, strategy="PACK", name=name)
+        if not self._group.wait(PLACEMENT_TIMEOUT_S):
+            remove_placement_group(self._group)
+            raise WorkerFailed(
+                f"pool {name}: no place for {workers} workers of {bundle} within {PLACEMENT_TIMEOUT_S} s"
+            )
+        actor = ray.remote(role)
+        self.workers = [
+            actor.options(
+                num_cpus=cpus,
+                num_gpus=gpus,
+                max_concurrency=8,
+                scheduling_strategy=PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=rank),
+            ).remote(rank, *arguments)
+            for rank in range(workers)
+        ]
+
+    def start(self, method: str, *arguments: Any) -> list[ray.ObjectRef]:
+        """Call `method` on every worker, without waiting."""
+        return [getattr(worker, method).remote(*arguments) for worker in self.workers]
+
+    def call(self, method: str, *arguments: Any) -> list[Any]:
+        """Call `method` on every worker and wait for all answers."""
+        return self.results(self.start(method, *arguments))
+
+    def first(self, method: str, *arguments: Any) -> Any:
+        """Call `method` on rank 0 and wait for its answer."""
+        return self._result(0, getattr(self.workers[0], method).remote(*arguments))
+
+    def results(self, calls: list[ray.ObjectRef]) -> list[Any]:
+        """The answers of `start`'s calls, in rank order. Raises WorkerFailed for the first that failed."""
+        return [self._result(rank, call) for rank, call in enumerate(calls)]
+
+    def finished(self, calls: list[ray.ObjectRef], seconds: float) -> bool:
+        """Wait up to `seconds` for all calls; raise WorkerFailed as soon as one has failed."""
+        done, waiting = ray.wait(calls, num_returns=len(calls), timeout=seconds)
+        for call in done:
+            self._result(calls.index(call), call)
+        return not waiting
+
+    def _result(self, rank: int, call: ray.ObjectRef) -> Any:
+        try:
+            return ray.get(call)
+        except RayTaskError as error:
+            raise WorkerFailed(f"{self.name} {rank} failed: {_cause(error)}") from error
+        except RayActorError as error:
+            raise WorkerFailed(f"{self.name} {rank} died: {' '.join(str(error).split())[:300]}") from error
+
+    def stop(self) -> None:
+        """End all workers and give their places back."""
+        for worker in self.workers:
+            ray.kill(worker)
+        remove_placement_group(self._group)
+
+
+def _cause(error: RayTaskError) -> str:
+    return f"{type(error.cause).__name__}: {' '.join(str(error.cause).split())}" if error.cause else str(error)
+
+
+def _check_capacity(name: str, workers: int, bundle: dict[str, float]) -> None:
+    """Ray waits silently for what can never be placed; say at once what was asked for and what there is."""
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    places = sum(
+        min(int(node["Resources"].get(kind, 0) // amount) for kind, amount in bundle.items()) for node in nodes
+    )
+    if places < workers:
+        have = "; ".join(
+            f"{node['NodeManagerHostname']} has {node['Resources'].get('CPU', 0):g} CPU, "
+            f"{node['Resources'].get('GPU', 0):g} GPU"
+            for node in nodes
+        )
+        asked = ", ".join(f"{amount:g} {kind}" for kind, amount in bundle.items())
+        raise WorkerFailed(
+            f"pool {name} asks for {workers} workers of {asked}; the cluster has room for {places}: {have}"
+        )

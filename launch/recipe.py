@@ -1,0 +1,147 @@
+"""A recipe: one YAML file that says everything about a job, checked as a whole before anything starts."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, Field, ValidationError
+
+from expertmesh.parallel.recipe_section import RecipeSection
+from expertmesh.parallel.sizes import ParallelSizes
+from expertmesh.system.model.config import ModelConfig
+from expertmesh.system.train.config import DataConfig, TrainConfig
+
+SHIPPED = Path(__file__).parent / "recipes"
+
+
+class ClusterConfig(RecipeSection):
+    """Where workers run."""
+
+    address: str | None = Field(None, description="null: an own Ray here; 'auto' or host:port: a running one")
+    cpus_per_worker: int | None = Field(None, ge=1, description="null: all cores here, shared evenly; elsewhere 1")
+
+
+class Recipe(RecipeSection):
+    """A training job. The same recipe runs anywhere; only `cluster` says where."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    run_dir: str = "runs/{name}"
+    model: ModelConfig = ModelConfig()
+    parallel: ParallelSizes = ParallelSizes()
+    data: DataConfig = DataConfig()
+    train: TrainConfig = TrainConfig()
+    cluster: ClusterConfig = ClusterConfig()
+
+    @property
+    def run_folder(self) -> Path:
+        return Path(self.run_dir.replace("{name}", self.name)).absolute()
+
+    def settings(self) -> dict[str, Any]:
+        """What a resumed run must have in common with the run it goes on from, as JSON has it."""
+        train = self.train.model_dump(mode="json")
+        for free in (
+            "steps",
+            "validate_every",
+            "validation_batches",
+            "checkpoint_every",
+            "keep_checkpoints",
+            "zero_stage",
+        ):
+            train.pop(free)
+        data = self.data.model_dump(mode="json")
+        model = self.model.model_dump(mode="json", exclude={"vocab_size"})
+        return {"model": model, "data": data, "train": train}
+
+
+def load_recipe(name_or_path: str, overrides: list[str]) -> Recipe:
+    """Read a shipped recipe by name, or a file, apply `section.key=value` overrides, and check it all.
+
+    Raises ValueError with one line that says which key is wrong, what it holds, and what would be right.
+    """
+    path = _find(name_or_path)
+    try:
+        content = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: a recipe is a mapping of sections, such as model, parallel, data, train")
+    content.setdefault("name", path.stem)
+    for override in overrides:
+        _apply(content, override)
+    try:
+        recipe = Recipe(**content)
+    except ValidationError as error:
+        raise ValueError(f"{name_or_path}: {_first_problem(error)}") from None
+    _check_together(recipe)
+    return recipe
+
+
+def _find(name_or_path: str) -> Path:
+    shipped = SHIPPED / f"{name_or_path}.yaml"
+    if shipped.is_file():
+        return shipped
+    path = Path(name_or_path)
+    if path.is_file():
+        return path
+    names = sorted(p.stem for p in SHIPPED.glob("*.yaml"))
+    raise ValueError(f"no recipe {name_or_path!r}: give a YAML file, or one of {', '.join(names)}")
+
+
+def _apply(content: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ValueError(f"{override!r}: an override reads section.key=value, such as train.steps=100")
+    *sections, last = key.split(".")
+    for section in sections:
+        content = content.setdefault(section, {})
+        if not isinstance(content, dict):
+            raise ValueError(f"{override!r}: {section} is a value, not a section")
+    try:
+        content[last] = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ValueError(f"{override!r}: {text!r} is not a YAML value") from None
+
+
+def _first_problem(error: ValidationError) -> str:
+    """One line for the first thing that is wrong."""
+    problem = error.errors()[0]
+    place = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        *sections, key = (str(part) for part in problem["loc"])
+        known = _keys_of(Recipe, sections)
+        close = difflib.get_close_matches(key, known, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"known keys: {', '.join(known)}"
+        return f"unknown key {place}; {hint}"
+    message = problem["msg"].removeprefix("Value error, ")
+    if isinstance(problem["input"], dict | BaseModel) or problem["type"] == "missing":
+        return f"{place}: {message}"
+    return f"{place}={problem['input']}: {message}"
+
+
+def _keys_of(section: type[BaseModel], path: list[str]) -> list[str]:
+    for name in path:
+        section = section.model_fields[name].annotation  # type: ignore[assignment]
+    return list(section.model_fields)
+
+
+def _check_together(recipe: Recipe) -> None:
+    """Rules between sections."""
+    experts, ep, dp = recipe.model.moe.ffn_experts, recipe.parallel.ep, recipe.parallel.dp
+    if experts % ep:
+        fits = [size for size in range(1, dp + 1) if dp % size == 0 and experts % size == 0]
+        raise ValueError(
+            f"model.moe.ffn_experts={experts}: parallel.ep={ep} does not divide it; "
+            f"take a multiple of {ep} experts, or ep one of {fits}"
+        )
+    if recipe.train.batch_size % dp:
+        raise ValueError(
+            f"train.batch_size={recipe.train.batch_size}: parallel.dp={dp} does not divide it; take a multiple of {dp}"
+        )
+    if recipe.train.sequence_length > recipe.model.context_length:
+        raise ValueError(
+            f"train.sequence_length={recipe.train.sequence_length} is longer than "
+            f"model.context_length={recipe.model.context_length}"
+        )

@@ -1,0 +1,141 @@
+"""A checkpoint brought up to answer requests: in this process, or as two pools of workers."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from expertmesh.launch.client import Client, LocalWorker
+from expertmesh.system.model.checkpoint import check_checkpoint
+from expertmesh.system.model.config import ModelConfig
+from expertmesh.system.serve.config import ServeConfig
+from expertmesh.system.serve.request import Output, Request
+from expertmesh.system.tokenizer import Tokenizer
+
+
+class Pools(NamedTuple):
+    """How many workers hold the two halves of the model."""
+
+    attention: int
+    ffn: int
+
+
+class Served(NamedTuple):
+    """A checkpoint that was looked at and can be brought up."""
+
+    checkpoint: Path
+    name: str  # the folder's, as the user gave it
+    model: ModelConfig
+    tokenizer: Tokenizer
+
+
+def open_checkpoint(path: Path) -> Served:
+    """Look at a checkpoint folder, or at a run folder that holds one. Raises ValueError with one line."""
+    folder = path / "checkpoint" if (path / "checkpoint").is_dir() else path
+    if not folder.is_dir():
+        raise ValueError(f"no checkpoint folder {path}; training writes one as RUN_DIR/checkpoint")
+    return Served(folder.resolve(), path.absolute().name, check_checkpoint(folder), Tokenizer.load(folder))
+
+
+def check_pools(model: ModelConfig, attention: int | None, ffn: int | None) -> Pools | None:
+    """The pools that were asked for; None: joined. Raises ValueError for sizes that cannot be."""
+    if attention is None and ffn is None:
+        return None
+    pools = Pools(1 if attention is None else attention, 1 if ffn is None else ffn)
+    if min(pools) < 1:
+        raise ValueError(f"--attention {pools.attention} --ffn {pools.ffn}: each pool needs at least one worker")
+    if pools.ffn > model.moe.ffn_experts:
+        raise ValueError(f"--ffn {pools.ffn}: the model has {model.moe.ffn_experts} FFN experts a layer to share out")
+    return pools
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Take the port now, so that a taken one is known before a model is loaded. Raises OSError."""
+    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except OSError as error:
+        raise OSError(f"cannot listen on {host}:{port}: {error.strerror}; choose another --port") from None
+    return listener
+
+
+def serve_forever(
+    served: Served,
+    pools: Pools | None,
+    config: ServeConfig,
+    model_name: str,
+    listener: socket.socket,
+    ready: Callable[[], None],
+    address: str | None,
+) -> None:
+    """Answer HTTP requests on `listener` until the process is interrupted; `ready` is called once it does."""
+    import uvicorn
+
+    from expertmesh.launch.door import build_app
+
+    async def answer() -> None:
+        async with bring_up(served, pools, config, address) as client:
+            app = build_app(client, served.tokenizer, model_name)
+            server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
+            serving = asyncio.create_task(server.serve(sockets=[listener]))
+            while not server.started and not serving.done():
+                await asyncio.sleep(0.01)
+            ready()
+            await serving
+
+    asyncio.run(answer())
+
+
+@asynccontextmanager
+async def bring_up(
+    served: Served, pools: Pools | None, config: ServeConfig, address: str | None = None
+) -> AsyncIterator[Client]:
+    """An engine for `served`, joined (`pools` None) or split; ends with the context."""
+    context_length = served.model.context_length
+    if pools is None:
+        from expertmesh.system.serve.workers import joined_engine
+
+        loop = joined_engine(served.checkpoint, config)
+        try:
+            async with Client([LocalWorker(loop)], context_length) as client:
+                yield client
+        finally:
+            await asyncio.to_thread(loop.close)
+        return
+
+    from expertmesh.launch.ray_cluster import Pool, cluster, node_address
+    from expertmesh.launch.rendezvous import Rendezvous
+    from expertmesh.launch.roles import AttentionRole, FFNRole
+
+    with cluster(address, cpus=sum(pools)):
+        store = Rendezvous(node_address())
+        ffn = Pool("ffn", FFNRole, pools.ffn, 1, store.host, store.port)
+        attention = Pool("attention", AttentionRole, pools.attention, 1, store.host, store.port)
+        answering = ffn.start("run", served.checkpoint, config, pools.ffn, pools.attention)
+        linking = attention.start("start", served.checkpoint, config, pools.ffn)
+        while not await asyncio.to_thread(attention.finished, linking, 0.2):
+            ffn.finished(answering, seconds=0)  # one that cannot load its experts would be waited for in vain
+        async with Client([RayWorker(actor) for actor in attention.workers], context_length) as client:
+            yield client
+
+
+class RayWorker:
+    """An attention worker of a pool. Requests and whole steps of outputs cross Ray; tensors never do."""
+
+    def __init__(self, actor: Any) -> None:
+        self._actor = actor
+
+    async def submit(self, request: Request) -> None:
+        await self._actor.submit.remote(request)
+
+    async def cancel(self, request_id: str) -> None:
+        await self._actor.cancel.remote(request_id)
+
+    async def outputs(self) -> AsyncIterator[list[Output]]:
+        async for batch in self._actor.outputs.options(num_returns="streaming").remote():
+            yield await batch

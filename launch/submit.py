@@ -1,0 +1,118 @@
+"""A recipe sent to a running Ray cluster as a Ray job, with our code beside it: nothing need be installed there but
+what we depend on.
+
+The job runs the same `expertmesh train` on the cluster's head; inside a job Ray knows its own address.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shlex
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from expertmesh.launch.ray_cluster import submission_client
+from expertmesh.launch.recipe import Recipe
+
+RESULT_MARK = "expertmesh result: "
+COMMAND = ["-m", "expertmesh.launch.cli", "train", "recipe.yaml", "--result-in-log"]
+NO_AGENT_RETRY_S = 30  # a head that has just started may not take jobs for some seconds
+
+
+class JobFailed(RuntimeError):
+    """A job that did not succeed, and the exit code it left (1 where it left none)."""
+
+    def __init__(self, message: str, exit_code: int | None) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code or 1
+
+
+class Job:
+    """A submitted job."""
+
+    def __init__(self, client: Any, job_id: str) -> None:
+        self._client, self.id = client, job_id
+
+    def follow(self, show: Callable[[str], None]) -> dict[str, Any]:
+        """Show the job's log until it ends; return its result. Raises JobFailed when it fails or was stopped.
+
+        Interrupting lets go of the log, not of the job.
+        """
+        log = asyncio.run(self._tail(show))
+        status = self._client.get_job_status(self.id)
+        while not status.is_terminal():
+            time.sleep(0.2)
+            status = self._client.get_job_status(self.id)
+        if status != "SUCCEEDED":
+            exit_code = self._client.get_job_info(self.id).driver_exit_code
+            raise JobFailed(f"job {self.id} ended as {status}; its log is above", exit_code)
+        results = [line.removeprefix(RESULT_MARK) for line in log.splitlines() if line.startswith(RESULT_MARK)]
+        return {"job": self.id, **json.loads(results[-1])}
+
+    async def _tail(self, show: Callable[[str], None]) -> str:
+        log = ""
+        async for text in self._client.tail_job_logs(self.id):
+            log += text
+            for line in text.splitlines(keepends=True):
+                if not line.startswith(RESULT_MARK):
+                    show(line)
+        return log
+
+
+def submit_job(recipe: Recipe, address: str) -> Job:
+    """Send `recipe` to the cluster whose dashboard is at `address`.
+
+    Relative paths of the recipe are taken from here: run_dir and data must lie where the cluster's nodes see them too.
+    Raises ValueError when nothing answers at `address`.
+    """
+    client = submission_client(address)
+    content = recipe.model_dump(mode="json")
+    content["run_dir"] = str(recipe.run_folder)
+    for key in ("source", "tokenizer"):
+        value = content["data"][key]
+        if value and value != "stdlib":
+            content["data"][key] = str(Path(value).absolute())
+    content["cluster"]["address"] = "auto"
+    with tempfile.TemporaryDirectory(prefix="expertmesh-submit-") as folder:
+        working = Path(folder) / "job"
+        working.mkdir()
+        (working / "recipe.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+        job_id = _submit(
+            client,
+            # The cluster's PATH may lead to another Python; where it has ours (same host, same image), take that.
+            entrypoint=f"p={shlex.quote(sys.executable)}; [ -x $p ] || p=python; exec $p {shlex.join(COMMAND)}",
+            runtime_env={"working_dir": str(working), "py_modules": [str(_our_code(Path(folder)))]},
+            metadata={"name": recipe.name, "run_dir": content["run_dir"]},
+        )
+    return Job(client, job_id)
+
+
+def _submit(client: Any, **job: Any) -> str:
+    deadline = time.monotonic() + NO_AGENT_RETRY_S
+    while True:
+        try:
+            return client.submit_job(**job)
+        except RuntimeError as error:
+            if "No available agent" not in str(error) or time.monotonic() > deadline:
+                raise
+            time.sleep(1)
+
+
+def _our_code(folder: Path) -> Path:
+    """A folder `expertmesh` of links to our four, wherever they are installed: Ray follows links when it packs."""
+    from importlib.util import find_spec
+
+    package = folder / "expertmesh"
+    package.mkdir()
+    for name in ("kernels", "parallel", "system", "launch"):
+        spec = find_spec(f"expertmesh.{name}")
+        assert spec is not None and spec.submodule_search_locations
+        (package / name).symlink_to(Path(next(iter(spec.submodule_search_locations))).resolve())
+    return package

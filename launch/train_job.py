@@ -1,0 +1,164 @@
+"""A training job from the side of the one who started it: prepare, place workers, watch, report."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from datetime import datetime
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any, NamedTuple
+
+from expertmesh.launch.recipe import Recipe
+from expertmesh.launch.roles import TrainerRole
+from expertmesh.system.model.config import ModelConfig
+from expertmesh.system.train.corpus import check_source
+from expertmesh.system.train.dataset import TokenDataset, prepare_tokens
+from expertmesh.system.train.report import read_run, write_report
+from expertmesh.system.train.snapshot import checkpoints_of, read_state
+from expertmesh.system.train.trainer import Record
+
+WATCH_EVERY_S = 0.25
+
+
+class Start(NamedTuple):
+    """Where a job begins."""
+
+    step: int
+    resume_from: Path | None
+    note: str | None  # what to tell the user about earlier runs in the same folder
+
+
+def find_start(recipe: Recipe, fresh: bool) -> Start:
+    """Decide between going on and starting anew; an earlier run that is not gone on with is moved aside, never deleted.
+
+    Raises ValueError when an unfinished run in the folder was made with other settings, or its checkpoint is damaged.
+    """
+    check_source(recipe.data.source)
+    run_folder = recipe.run_folder
+    checkpoints = checkpoints_of(run_folder)
+    if not checkpoints:
+        return Start(0, None, None)
+    if fresh:
+        return Start(0, None, _move_aside(run_folder))
+    state = read_state(checkpoints[-1])
+    if state.step >= recipe.train.steps:
+        return Start(0, None, _move_aside(run_folder))
+    changed = _first_difference(state.settings | {"tokens": None}, recipe.settings() | {"tokens": None})
+    if changed:
+        raise ValueError(
+            f"{run_folder} holds an unfinished run with {changed}; "
+            "give the old settings to go on, --fresh to start over, or another name="
+        )
+    return Start(state.step, checkpoints[-1], f"going on from step {state.step} of {run_folder} (--fresh starts over)")
+
+
+def _move_aside(run_folder: Path) -> str:
+    aside = run_folder.with_name(f"{run_folder.name}-before-{datetime.now():%Y%m%d-%H%M%S}")
+    os.rename(run_folder, aside)
+    return f"the earlier run in {run_folder} is kept as {aside}"
+
+
+def _first_difference(old: Any, new: Any, place: str = "") -> str | None:
+    """Say "train.seed=0, the recipe says 1" for the first value in which two settings differ."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = [*old, *(key for key in new if key not in old)]
+        differences = (_first_difference(old.get(k), new.get(k), f"{place}.{k}".lstrip(".")) for k in keys)
+        return next((d for d in differences if d), None)
+    return None if old == new else f"{place}={old}, the recipe says {new}"
+
+
+def prepare_data(recipe: Recipe, start: Start, watch: Callable[[Record], None]) -> TokenDataset:
+    """Make tokens of the recipe's text, in the run's folder, unless they are there.
+
+    Raises ValueError for text that cannot be used, or that is not what the run to be resumed was trained on.
+
+    `watch` is told, as {"kind": "waiting", "for": ...}, what takes time.
+    """
+    data, length, folder = recipe.data, recipe.train.sequence_length, recipe.run_folder / "data"
+    watch({"kind": "waiting", "for": f"tokens of {data.source}"})
+    prepare_tokens(data.source, data.tokenizer, data.vocab_size, data.max_bytes, data.validation_share, folder)
+    dataset = TokenDataset(folder)
+    dataset.batch(0, 1, length, recipe.train.seed)  # raises where there is not enough text
+    next(dataset.validation_batches(1, length, 1))
+    if start.resume_from and read_state(start.resume_from).settings.get("tokens") != dataset.meta.digest:
+        raise ValueError(
+            f"the files of data.source={data.source} changed since {start.resume_from} was written; "
+            "--fresh starts over with them"
+        )
+    return dataset
+
+
+def run_job(recipe: Recipe, start: Start, dataset: TokenDataset, watch: Callable[[Record], None]) -> Record:
+    """Run a training job to its end and write its report; returns what `--json` prints.
+
+    `watch` is given every record as it comes. Raises WorkerFailed, a RuntimeError, when a worker dies.
+    """
+    run_folder = recipe.run_folder
+    model = recipe.model.model_copy(update={"vocab_size": dataset.vocab_size})
+    opening: list[Record] = [
+        {
+            "kind": "start",
+            "run": recipe.name,
+            "world_size": recipe.parallel.world_size,
+            "parallel": recipe.parallel.model_dump(),
+            "expert_names": model.moe.expert_names,
+            "unigram_loss": dataset.meta.unigram_loss,
+            "train_tokens": dataset.train_tokens,
+            "parameters": model.num_params(),
+            "active_parameters": model.num_active_params(),
+            "steps": recipe.train.steps,
+        }
+    ]
+    if start.resume_from:
+        opening.append({"kind": "event", "what": "resumed", "step": start.step, "checkpoint": str(start.resume_from)})
+    settings = recipe.settings() | {"tokens": dataset.meta.digest}
+    _train(recipe, model, settings, start.resume_from, opening, watch)
+
+    run = read_run(run_folder)
+    result = {
+        "run_dir": str(run_folder),
+        "checkpoint": str(run_folder / "checkpoint"),
+        "steps": len(run.steps),
+        "losses": [record["loss"] for record in run.steps],
+        "validation_loss": run.validations[-1]["loss"],
+        "unigram_loss": dataset.meta.unigram_loss,
+        "tokens_per_second": median(record["tokens_per_second"] for record in run.steps),
+        "ffn_experts_per_token": fmean(record["ffn_experts_per_token"] for record in run.steps),
+        "zero_computation_share": fmean(record["zero_computation_share"] for record in run.steps),
+        "dispatch_bytes": sum(record["dispatch_bytes"] for record in run.steps),
+        "dispatch_bytes_saved": sum(record["dispatch_bytes_saved"] for record in run.steps),
+        "events": run.events,
+    }
+    (run_folder / "result.json").write_text(json.dumps(result, indent=1) + "\n")
+    return result | {"report": str(write_report(run_folder))}
+
+
+def _train(
+    recipe: Recipe,
+    model: ModelConfig,
+    settings: Record,
+    resume_from: Path | None,
+    opening: list[Record],
+    watch: Callable[[Record], None],
+) -> None:
+    from expertmesh.launch.ray_cluster import Pool, cluster, node_address
+    from expertmesh.launch.rendezvous import Rendezvous
+
+    workers, place = recipe.parallel.world_size, recipe.cluster
+    cpus = place.cpus_per_worker or (1 if place.address else max(1, (os.cpu_count() or 1) // workers))
+    where = f"the Ray cluster at {place.address}" if place.address else "a Ray of its own"
+    watch({"kind": "waiting", "for": f"{workers} workers on {where}"})
+    with cluster(place.address, cpus * workers):
+        store = Rendezvous(node_address())
+        pool = Pool("trainer", TrainerRole, workers, cpus, workers, store.host, store.port)
+        try:
+            runs = pool.start("run", recipe, model, settings, resume_from, opening)
+            finished = False
+            while not finished:
+                finished = pool.finished(runs, seconds=WATCH_EVERY_S)
+                for record in pool.first("take_records"):
+                    watch(record)
+        finally:
+            pool.stop()

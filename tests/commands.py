@@ -1,0 +1,59 @@
+"""The `expertmesh` command as a user runs it: a process of its own, its two outputs, its exit code."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+COMMAND = [sys.executable, "-m", "expertmesh.launch.cli"]
+
+TINY_RECIPE = """
+name: tiny
+model:
+  layers: 2
+  hidden_size: 32
+  context_length: 96
+  attention: {heads: 4, kv_heads: 2, head_dim: 8}
+  moe: {ffn_experts: 4, expert_hidden_size: 64}
+parallel: {dp: 2, ep: 2}
+data: {max_bytes: 300_000, vocab_size: 512}
+train: {steps: 12, batch_size: 8, sequence_length: 64, learning_rate: 5.0e-3, warmup_steps: 3, validate_every: 6,
+        checkpoint_every: 3, validation_batches: 4, keep_checkpoints: 10}
+"""
+
+
+def environment() -> dict[str, str]:
+    """A user's: the interpreter of this test run, and Triton as it comes."""
+    kept = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    return kept | {"PYTHONPATH": ""}
+
+
+def expertmesh(*words: str | Path, folder: Path, timeout: float = 240) -> subprocess.CompletedProcess[str]:
+    """Run `expertmesh WORDS` in `folder` to its end."""
+    return subprocess.run(
+        [*COMMAND, *map(str, words)], cwd=folder, env=environment(), capture_output=True, text=True, timeout=timeout
+    )
+
+
+def expertmesh_json(*words: str | Path, folder: Path) -> dict[str, Any]:
+    """Run a verb with --json; standard output must hold its result and nothing else."""
+    done = expertmesh(*words, "--json", folder=folder)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def start_expertmesh(*words: str | Path, folder: Path) -> subprocess.Popen[str]:
+    """Start `expertmesh WORDS` and leave it running."""
+    return subprocess.Popen(
+        [*COMMAND, *map(str, words)],
+        cwd=folder,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )

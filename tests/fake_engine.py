@@ -1,0 +1,47 @@
+"""An engine with a script instead of a model, and a tokenizer with one token per byte, for tests of the text side."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable
+
+from expertmesh.system.serve.request import Output, Request
+from expertmesh.system.tokenizer import Tokenizer
+
+END = 0  # the end-of-text token of byte_tokenizer
+
+
+def byte_tokenizer() -> Tokenizer:
+    """Every character beyond ASCII takes several tokens, every stop string as many as it has bytes."""
+    return Tokenizer.train(iter([]), 261)
+
+
+class FakeEngine:
+    """Says what `script` returns for a request (token ids); remembers what it was asked and what is still running."""
+
+    context_length = 64
+
+    def __init__(self, script: Callable[[Request], list[int]]) -> None:
+        self.script = script
+        self.requests: list[Request] = []
+        self.running: set[str] = set()
+        self.pause = 0.0  # seconds before each token
+        self.failure: BaseException | None = None  # raised when the script is used up
+
+    async def generate(self, request: Request) -> AsyncGenerator[Output, None]:
+        self.requests.append(request)
+        self.running.add(request.id)
+        try:
+            for count, token_id in enumerate(self.script(request), start=1):
+                await asyncio.sleep(self.pause)
+                if token_id == END and not request.sampling.ignore_eos:
+                    yield Output(request.id, token_id, "stop")
+                    return
+                length = count == request.sampling.max_tokens
+                yield Output(request.id, token_id, "length" if length else None)
+                if length:
+                    return
+            if self.failure is not None:
+                raise self.failure
+        finally:
+            self.running.discard(request.id)

@@ -1,0 +1,78 @@
+"""A recipe is right as a whole or refused with one line that says what would be right."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from expertmesh.launch.recipe import SHIPPED, Recipe, load_recipe
+
+WRONG = [
+    ("a misspelt key", ["train.step=5"], "unknown key train.step; did you mean steps?"),
+    ("a misspelt key further down", ["model.moe.ffn_expert=4"], "unknown key model.moe.ffn_expert; did you mean ffn_experts"),
+    ("an unknown section", ["banana.x=1"], "unknown key banana; known keys: name, run_dir, model"),
+    ("experts that ep does not divide", ["model.moe.ffn_experts=7"], "model.moe.ffn_experts=7: parallel.ep=2 does not"),
+    ("ep that does not divide dp", ["parallel.ep=3"], "ep=3 does not divide dp=2; with dp=2, ep may be one of [1, 2]"),
+    ("a batch that dp does not divide", ["train.batch_size=7"], "train.batch_size=7: parallel.dp=2 does not divide it"),
+    ("a sequence beyond the context", ["train.sequence_length=9999"], "longer than model.context_length=256"),
+    ("a word for a number", ["train.steps=many"], "train.steps=many: Input should be a valid integer"),
+    ("a number out of range", ["train.steps=0"], "train.steps=0: Input should be greater than or equal to 1"),
+    ("kv heads that do not divide", ["model.attention.kv_heads=3"], "kv_heads=3 does not divide heads=4"),
+    ("more choices than experts", ["model.moe.top_k=13"], "top_k=13 is more than all 12 experts"),
+    ("a section made a value", ["train=5"], "train=5"),
+    ("a value used as a section", ["name.x=5"], "name is a value, not a section"),
+    ("no equals sign", ["train.steps"], "an override reads section.key=value"),
+    ("a name that is a path", ["name=../x"], "name=../x"),
+    ("an unknown gate mode", ["model.moe.gate_mode=soft"], "model.moe.gate_mode=soft: Input should be 'paper'"),
+    ("a minimum above the peak", ["train.min_learning_rate=1"], "min_learning_rate=1.0 is above learning_rate"),
+]
+
+
+@pytest.mark.parametrize("overrides, line", [case[1:] for case in WRONG], ids=[case[0] for case in WRONG])
+def test_wrong_input_is_one_line_that_names_the_key(overrides, line):
+    with pytest.raises(ValueError) as error:
+        load_recipe("quickstart", overrides)
+    assert line in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "content, line",
+    [("model: [", "not valid YAML"), ("- a\n", "a recipe is a mapping"), ("train: {steps: 1, steps2: 1}", "steps2")],
+)
+def test_wrong_files(tmp_path: Path, content, line):
+    path = tmp_path / "mine.yaml"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=line):
+        load_recipe(str(path), [])
+
+
+def test_an_unknown_recipe_lists_those_there_are():
+    with pytest.raises(ValueError, match="no recipe 'quickstrt': give a YAML file, or one of .*quickstart"):
+        load_recipe("quickstrt", [])
+
+
+@pytest.mark.parametrize("name", [path.stem for path in SHIPPED.glob("*.yaml")])
+def test_shipped_recipes_are_valid(name):
+    assert load_recipe(name, []).name == name
+
+
+def test_overrides_reach_their_key_and_numbers_may_be_written_with_an_exponent(tmp_path):
+    recipe = load_recipe("quickstart", ["train.learning_rate=3e-4", f"run_dir={tmp_path}/{{name}}", "name=other"])
+    assert recipe.train.learning_rate == 3e-4
+    assert recipe.run_folder == tmp_path / "other"
+
+
+def test_a_file_may_leave_out_all_but_what_it_changes(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("train: {steps: 3}\n")
+    recipe = load_recipe(str(path), [])
+    assert (recipe.name, recipe.train.steps, recipe.model) == ("mine", 3, Recipe(name="x").model)
+
+
+def test_settings_that_decide_the_losses_are_compared_on_resume_and_others_are_not():
+    base = load_recipe("quickstart", []).settings()
+    assert load_recipe("quickstart", ["train.checkpoint_every=7", "parallel.ep=1"]).settings() == base
+    for change in ("train.seed=1", "model.layers=5", "data.max_bytes=5", "train.batch_size=4"):
+        assert load_recipe("quickstart", [change]).settings() != base
