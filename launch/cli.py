@@ -56,6 +56,8 @@ def failures() -> Iterator[None]:
     except KeyboardInterrupt:
         typer.echo("expertmesh: interrupted", err=True)
         raise typer.Exit(130) from None
+    except typer.Exit:  # a RuntimeError too: somebody further in has said already what is wrong
+        raise
     except RuntimeError as error:
         logging.getLogger(__name__).debug("failed", exc_info=True)
         typer.echo(f"expertmesh: {' '.join(str(error).split())}", err=True)

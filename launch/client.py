@@ -75,7 +75,7 @@ class Client:
             while not finished:
                 output = await queue.get()
                 if isinstance(output, Exception):
-                    raise RuntimeError(f"the engine failed: {output}") from output
+                    raise RuntimeError(str(output)) from output
                 finished = output.finish_reason is not None
                 yield output
         finally:

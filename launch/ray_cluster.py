@@ -30,6 +30,7 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 PLACEMENT_TIMEOUT_S = 60
+_FOLDER = "expertmesh-ray-"
 
 
 class WorkerFailed(RuntimeError):
@@ -49,7 +50,8 @@ def cluster(address: str | None, cpus: int) -> Iterator[None]:
         finally:
             ray.shutdown()
         return
-    folder = tempfile.mkdtemp(prefix="expertmesh-ray-")  # short: unix sockets allow about 107 bytes
+    _sweep_folders()
+    folder = tempfile.mkdtemp(prefix=f"{_FOLDER}{os.getpid()}-")  # short: unix sockets allow about 107 bytes
     try:
         ray.init(
             address="local",
@@ -66,6 +68,14 @@ def cluster(address: str | None, cpus: int) -> Iterator[None]:
             ray.shutdown()
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _sweep_folders() -> None:
+    """Remove what killed processes left behind: folders of own clusters whose process is gone."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{_FOLDER}*"):
+        owner = folder.name.removeprefix(_FOLDER).split("-")[0]
+        if owner.isdigit() and not Path("/proc", owner).exists():
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def submission_client(address: str) -> Any:

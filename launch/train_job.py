@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from expertmesh.launch.recipe import Recipe
 from expertmesh.launch.roles import TrainerRole
+from expertmesh.parallel.deepspeed_build import is_built, prepare_build
 from expertmesh.system.model.config import ModelConfig
 from expertmesh.system.train.corpus import check_source
 from expertmesh.system.train.dataset import TokenDataset, prepare_tokens
@@ -148,6 +149,9 @@ def _train(
 
     workers, place = recipe.parallel.world_size, recipe.cluster
     cpus = place.cpus_per_worker or (1 if place.address else max(1, (os.cpu_count() or 1) // workers))
+    if place.address is None and not is_built():
+        watch({"kind": "waiting", "for": "a C++ compiler to build DeepSpeed's CPU operator (once, about a minute)"})
+        prepare_build()
     where = f"the Ray cluster at {place.address}" if place.address else "a Ray of its own"
     watch({"kind": "waiting", "for": f"{workers} workers on {where}"})
     with cluster(place.address, cpus * workers):

@@ -103,8 +103,9 @@ class Zero:
             parameter.group_name = EXPERT_GROUP  # type: ignore[attr-defined]
         experts = sum(len(p) for p in expert_parameters[:1])
         marked = _marked(module, experts) if expert_parameters else module
-        decayed = [p for p in module.parameters() if p.ndim > 1]
-        plain = [p for p in module.parameters() if p.ndim <= 1]
+        parameters = [p for p in module.parameters() if p.numel()]
+        decayed = [p for p in parameters if p.ndim > 1]
+        plain = [p for p in parameters if p.ndim <= 1]
         parameter_groups = split_params_into_different_moe_groups_for_optimizer(
             [
                 {"params": decayed, "name": "decayed", "weight_decay": weight_decay},

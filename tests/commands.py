@@ -21,8 +21,8 @@ model:
   moe: {ffn_experts: 4, expert_hidden_size: 64}
 parallel: {dp: 2, ep: 2}
 data: {max_bytes: 300_000, vocab_size: 512}
-train: {steps: 12, batch_size: 8, sequence_length: 64, learning_rate: 5.0e-3, warmup_steps: 3, validate_every: 6,
-        checkpoint_every: 3, validation_batches: 4, keep_checkpoints: 10}
+train: {steps: 30, batch_size: 64, sequence_length: 64, learning_rate: 5.0e-3, warmup_steps: 3, validate_every: 15,
+        checkpoint_every: 5, validation_batches: 4}
 """
 
 

@@ -27,9 +27,11 @@ class Weight(NamedTuple):
 
 
 def weights(model: nn.Module) -> Iterator[Weight]:
-    """Every parameter of `model`, in a fixed order. Routed experts split into gate, up and down of each expert."""
+    """Every parameter of `model` but empty ones, in a fixed order. Routed experts split into gate, up, down of each."""
     for prefix, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
+            if parameter.numel() == 0:  # of experts that a layer has none of
+                continue
             full_name = f"{prefix}.{name}" if prefix else name
             if isinstance(module, RoutedExperts):
                 yield Weight(parameter, True, _expert_split(prefix, name, module.shard))

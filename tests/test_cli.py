@@ -1,0 +1,228 @@
+"""The whole product as a user meets it: train on an embedded Ray, kill and resume, generate joined and split, serve."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+from commands import TINY_RECIPE, environment, expertmesh, expertmesh_json, start_expertmesh
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+RESULT_KEYS = {
+    "run_dir",
+    "checkpoint",
+    "steps",
+    "losses",
+    "validation_loss",
+    "unigram_loss",
+    "tokens_per_second",
+    "ffn_experts_per_token",
+    "zero_computation_share",
+    "dispatch_bytes",
+    "dispatch_bytes_saved",
+    "events",
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("user")
+    (folder / "tiny.yaml").write_text(TINY_RECIPE)
+    (folder / "short.txt").write_text("too short to train on\n" * 20)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(folder: Path) -> dict[str, Any]:
+    return expertmesh_json("train", "tiny.yaml", folder=folder)
+
+
+def processes_naming(text: str) -> list[int]:
+    """Ids of living processes whose command line or environment holds `text`."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and int(entry.name) != os.getpid():
+            try:
+                told = (entry / "cmdline").read_bytes() + (entry / "environ").read_bytes()
+                zombie = (entry / "stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
+            except OSError:
+                continue
+            if text.encode() in told and not zombie:
+                found.append(int(entry.name))
+    return found
+
+
+def test_help_answers_without_the_heavy_libraries():
+    program = (
+        "import sys, expertmesh.launch.cli as cli\n"
+        "try: cli.app(['--help'])\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'ray', 'deepspeed', 'triton', 'pydantic', 'yaml', 'fastapi', 'tokenizers'}\n"
+        "print('LOADED', sorted(heavy & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment())
+    assert "LOADED []" in done.stdout
+    assert "train" in done.stdout
+
+
+def test_training_leaves_what_it_says(folder, trained):
+    assert set(trained) >= RESULT_KEYS
+    run_dir, checkpoint = Path(trained["run_dir"]), Path(trained["checkpoint"])
+    assert run_dir == folder / "runs" / "tiny"
+    assert trained["steps"] == len(trained["losses"]) == 30
+    assert trained["losses"][-1] < trained["losses"][0]
+    assert 0 < trained["zero_computation_share"] < 1
+    assert trained["ffn_experts_per_token"] == pytest.approx(2 * (1 - trained["zero_computation_share"]))
+    assert trained["dispatch_bytes"] > 0 and trained["dispatch_bytes_saved"] > 0
+    weight_map = json.loads((checkpoint / "model.safetensors.index.json").read_text())["weight_map"]
+    assert {weight_map[f"layers.0.mlp.experts.{e}.down_proj.weight"] for e in (0, 3)} == {
+        "model-00001-of-00002.safetensors",
+        "model-00002-of-00002.safetensors",
+    }
+    assert (checkpoint / "tokenizer.json").is_file() and (checkpoint / "training" / "state.json").is_file()
+    assert "<svg" in (run_dir / "report.html").read_text()
+    board = EventAccumulator(str(run_dir / "tensorboard"))
+    board.Reload()
+    assert [event.step for event in board.Scalars("train/loss")] == list(range(1, 31))
+
+
+def test_killed_and_resumed_run_equals_the_uninterrupted_one_bit_for_bit(folder, trained):
+    run_dir = folder / "runs" / "killed"
+    driver = start_expertmesh("train", "tiny.yaml", "name=killed", folder=folder)
+    try:
+        deadline = time.monotonic() + 120
+        while not (run_dir / "checkpoints" / "step-000005").is_dir():
+            assert time.monotonic() < deadline and driver.poll() is None, driver.stderr.read()
+            time.sleep(0.01)
+    finally:
+        driver.kill()
+    driver.wait()
+    temporary = time.monotonic() + 30
+    while processes_naming("expertmesh.launch.roles") or processes_naming(str(run_dir)):
+        assert time.monotonic() < temporary, "workers outlive a killed driver"
+        time.sleep(0.2)
+    resumed = expertmesh_json("train", "tiny.yaml", "name=killed", folder=folder)
+    assert any(event["what"] == "resumed" for event in resumed["events"])
+    assert resumed["losses"] == trained["losses"]
+    assert resumed["validation_loss"] == trained["validation_loss"]
+    weights = "model-00002-of-00002.safetensors"
+    assert (run_dir / "checkpoint" / weights).read_bytes() == (Path(trained["checkpoint"]) / weights).read_bytes()
+
+
+def test_a_finished_run_is_kept_aside_when_the_same_is_trained_again(folder, trained):
+    copy = folder / "runs" / "again"
+    shutil.copytree(trained["run_dir"], copy, symlinks=True)
+    done = expertmesh("train", "tiny.yaml", "name=again", folder=folder)
+    assert done.returncode == 0, done.stderr
+    assert "is kept as" in done.stdout
+    (aside,) = (folder / "runs").glob("again-before-*")
+    assert (aside / "checkpoint" / "config.json").is_file()
+    assert (copy / "checkpoint" / "config.json").is_file()
+
+
+@pytest.fixture(scope="module")
+def joined(folder: Path, trained: dict[str, Any]) -> dict[str, Any]:
+    return expertmesh_json(*GREEDY, folder=folder)
+
+
+GREEDY = ("generate", "runs/tiny", "--prompt", "The import statement", "--max-tokens", "40", "--temperature", "0")
+
+
+def test_generate_answers_joined(joined):
+    assert set(joined) >= {"text", "token_ids", "prompt_token_ids", "finish_reason", "pools"}
+    assert len(joined["token_ids"]) == 40 and joined["finish_reason"] == "length"
+
+
+@pytest.mark.parametrize("pools", [("1", "2", "1"), ("2", "1", "3")], ids=["1:2", "2:1 in three micro-batches"])
+def test_generate_split_says_the_same(folder, joined, pools):
+    attention, ffn, micro_batches = pools
+    sizes = ("--attention", attention, "--ffn", ffn, "--micro-batches", micro_batches)
+    split = expertmesh_json(*GREEDY, *sizes, folder=folder)
+    assert split["pools"] == {"attention": int(attention), "ffn": int(ffn)}
+    assert (split["token_ids"], split["text"]) == (joined["token_ids"], joined["text"])
+
+
+@pytest.mark.parametrize("pools", [[], ["--attention", "1", "--ffn", "1"]], ids=["joined", "split 1:1"])
+def test_the_openai_client_is_answered(folder, joined, pools):
+    server = start_expertmesh("serve", "runs/tiny", "--port", "0", "--json", *pools, folder=folder)
+    try:
+        ready = json.loads(server.stdout.readline())
+        client = openai.OpenAI(base_url=ready["base_url"], api_key="none", max_retries=0, timeout=60)
+        (model,) = client.models.list()
+        assert model.id == ready["model"] == "tiny"
+        ask = {"model": "tiny", "prompt": "The import statement", "max_tokens": 40, "temperature": 0}
+        assert client.completions.create(**ask).choices[0].text == joined["text"]
+        chunks = list(client.completions.create(**ask, stream=True))
+        assert "".join(c.choices[0].text for c in chunks) == joined["text"]
+        messages = [{"role": "user", "content": "What does import do?"}]
+        chat = {"model": "tiny", "messages": messages, "max_tokens": 12, "temperature": 0}
+        whole = client.chat.completions.create(**chat).choices[0].message.content
+        deltas = client.chat.completions.create(**chat, stream=True)
+        assert "".join(c.choices[0].delta.content or "" for c in deltas) == whole
+    finally:
+        server.send_signal(signal.SIGINT)
+        _, errors = server.communicate(timeout=60)
+    assert server.returncode in (0, 130), errors
+
+
+def damaged(trained: dict[str, Any], folder: Path) -> Path:
+    """A copy of the trained checkpoint whose second weight file is cut short."""
+    copy = folder / "damaged"
+    if not copy.exists():
+        shutil.copytree(Path(trained["checkpoint"]).resolve(), copy)
+        weights = copy / "model-00002-of-00002.safetensors"
+        weights.write_bytes(weights.read_bytes()[:-100])
+    return copy
+
+
+WRONG = [
+    ("an unknown key", ["train", "tiny.yaml", "train.step=3"], "did you mean steps?"),
+    ("experts not divisible", ["train", "tiny.yaml", "model.moe.ffn_experts=5"], "parallel.ep=2 does not divide"),
+    ("no such data", ["train", "tiny.yaml", "data.source=/no/such/place", "name=x"], "/no/such/place does not exist"),
+    ("too little data", ["train", "tiny.yaml", "data.source=short.txt", "name=y"], "tokens"),
+    ("no such recipe", ["train", "no-such-recipe"], "no recipe 'no-such-recipe'"),
+    ("settings of a run changed", ["train", "tiny.yaml", "train.seed=5", "train.steps=40"], "train.seed=0"),
+    ("no such checkpoint", ["generate", "nowhere", "--prompt", "x"], "no checkpoint folder nowhere"),
+    ("a folder without a checkpoint", ["generate", "runs", "--prompt", "x"], "config.json"),
+    ("an empty prompt", ["generate", "runs/tiny", "--prompt", ""], "--prompt is empty"),
+    ("a prompt beyond the context", ["generate", "runs/tiny", "--prompt", "import " * 300], "context holds 96"),
+    ("more FFN workers than experts", ["generate", "runs/tiny", "--prompt", "x", "--ffn", "9"], "--ffn 9"),
+    ("an empty pool", ["generate", "runs/tiny", "--prompt", "x", "--attention", "0"], "at least one"),
+    ("a dashboard that is not there", ["submit", "tiny.yaml", "--address", "http://127.0.0.1:9"], "127.0.0.1:9"),
+    ("an address without http", ["submit", "tiny.yaml", "--address", "here"], "--address 'here'"),
+]
+
+
+@pytest.mark.parametrize("words, told", [case[1:] for case in WRONG], ids=[case[0] for case in WRONG])
+def test_wrong_input_is_one_line_and_exit_code_2(folder, trained, words, told):
+    done = expertmesh(*words, folder=folder)
+    assert done.returncode == 2, done.stderr
+    (line,) = done.stderr.strip().splitlines()
+    assert line.startswith("expertmesh: ") and told in line
+
+
+@pytest.mark.parametrize("verb", [["generate", "--prompt", "x"], ["serve", "--port", "0"]], ids=["generate", "serve"])
+def test_a_truncated_checkpoint_is_named(folder, trained, verb):
+    name, *options = verb
+    done = expertmesh(name, damaged(trained, folder), *options, folder=folder)
+    assert done.returncode == 2
+    (line,) = done.stderr.strip().splitlines()
+    assert "model-00002-of-00002.safetensors: truncated or damaged" in line
+
+
+def test_a_refused_run_leaves_nothing_behind(folder, trained):
+    assert not (folder / "runs" / "x").exists()
+
+
+def test_doctor_finds_nothing_missing_here(folder):
+    findings = expertmesh_json("doctor", folder=folder)["findings"]
+    assert all(finding["ok"] for finding in findings if finding["needed"])

@@ -1,0 +1,102 @@
+"""A recipe sent to a running Ray cluster trains there, and its checkpoint is where the recipe says."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.error import URLError
+from urllib.request import urlopen
+
+import pytest
+from commands import TINY_RECIPE, environment, expertmesh
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports that the kernel calls free. Ray must be told its own, and none within its workers' range."""
+    sockets = [socket.socket() for _ in range(count)]
+    for taken in sockets:
+        taken.bind(("127.0.0.1", 0))
+    ports = [taken.getsockname()[1] for taken in sockets]
+    for taken in sockets:
+        taken.close()
+    return ports
+
+
+@pytest.fixture(scope="module")
+def dashboard() -> Iterator[str]:
+    """A Ray head on loopback, as an administrator starts it; its dashboard's address."""
+    port, agent, client = free_ports(3)
+    folder = tempfile.mkdtemp(prefix="head-", dir="/tmp")  # short: unix sockets allow about 107 bytes
+    options = {
+        "port": 0,
+        "node-ip-address": "127.0.0.1",
+        "dashboard-port": port,
+        "dashboard-agent-listen-port": agent,
+        "ray-client-server-port": client,
+        "num-cpus": 2,
+        "temp-dir": folder,
+    }
+    head = subprocess.Popen(
+        [str(Path(sys.executable).with_name("ray")), "start", "--head", "--block"]
+        + [f"--{name}={value}" for name, value in options.items()],
+        env=environment() | {"RAY_USAGE_STATS_ENABLED": "0"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    address = f"http://127.0.0.1:{port}"
+    try:
+        deadline = time.monotonic() + 120
+        while True:
+            try:
+                urlopen(address, timeout=5).close()
+                break
+            except (URLError, ConnectionError, TimeoutError) as error:
+                assert head.poll() is None, head.stdout.read()
+                assert time.monotonic() < deadline, error
+                time.sleep(0.5)
+        yield address
+    finally:
+        head.send_signal(signal.SIGTERM)  # with --block it ends its own processes, and no other Ray's
+        try:
+            head.wait(timeout=30)
+        finally:
+            if head.poll() is None:
+                os.killpg(head.pid, signal.SIGKILL)
+
+
+def test_a_submitted_job_trains_on_the_cluster(dashboard, tmp_path):
+    (tmp_path / "tiny.yaml").write_text(TINY_RECIPE)
+    done = expertmesh("submit", "tiny.yaml", "train.steps=4", "--address", dashboard, "--json", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "step 4/4" in done.stderr, "the job's log was not followed"
+    result = json.loads(done.stdout)
+    assert result["checkpoint"] == str(tmp_path / "runs" / "tiny" / "checkpoint")
+    assert (tmp_path / "runs" / "tiny" / "checkpoint" / "config.json").is_file()
+    assert len(result["losses"]) == 4
+
+
+def test_a_job_that_fails_says_why_and_keeps_its_exit_code(dashboard, tmp_path):
+    (tmp_path / "tiny.yaml").write_text(TINY_RECIPE)
+    done = expertmesh("submit", "tiny.yaml", "data.source=nowhere", "--address", dashboard, folder=tmp_path)
+    assert done.returncode == 2
+    assert f"{tmp_path / 'nowhere'} does not exist" in done.stdout
+    assert "ended as FAILED" in done.stderr
+
+
+def test_a_job_too_large_for_the_cluster_says_what_there_is(dashboard, tmp_path):
+    (tmp_path / "tiny.yaml").write_text(TINY_RECIPE)
+    done = expertmesh(
+        "submit", "tiny.yaml", "parallel.dp=64", "data.max_bytes=200000", "--address", dashboard, folder=tmp_path
+    )
+    assert done.returncode == 1
+    assert "pool trainer asks for 64 workers of 1 CPU; the cluster has room for 2:" in done.stdout
