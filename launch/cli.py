@@ -9,9 +9,10 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -88,20 +89,25 @@ def train(
     result_in_log: Annotated[bool, typer.Option(hidden=True)] = False,
 ) -> None:
     """Train a model on this machine, or on a running Ray cluster. Goes on where an interrupted run stopped."""
-    with wrong_input():
-        from expertmesh.launch.recipe import load_recipe
+    with ExitStack() as held:
+        with wrong_input():
+            from expertmesh.launch.recipe import load_recipe
 
-        changes = list(overrides or []) + ([f"cluster.address={address}"] if address else [])
-        checked = load_recipe(recipe, changes)
-        from expertmesh.launch.train_job import find_start, prepare_data, run_job
+            changes = list(overrides or []) + ([f"cluster.address={address}"] if address else [])
+            checked = load_recipe(recipe, changes)
+            from expertmesh.launch.train_job import find_start, prepare_data, run_job, sole_user
 
-        start = find_start(checked, fresh)
-        console = _console(as_json)
+            held.enter_context(sole_user(checked))
+            start = find_start(checked, fresh)
+        from rich.console import Console
+
+        from expertmesh.launch.progress import TrainingProgress
+
+        console = Console(stderr=as_json)
         if start.note:
             console.print(start.note, highlight=False, soft_wrap=True)
-    from expertmesh.launch.progress import TrainingProgress
-
-    with failures(), TrainingProgress(console) as progress:
+        held.enter_context(failures())
+        progress = held.enter_context(TrainingProgress(console))
         with wrong_input():
             dataset = prepare_data(checked, start, progress.show)
         result = run_job(checked, start, dataset, progress.show)
@@ -173,8 +179,8 @@ def generate(
             raise ValueError("--prompt is empty: give at least one character to continue")
         if room < 1:
             raise ValueError(
-                f"--prompt has {len(prompt_token_ids)} tokens; the model's context holds {served.model.context_length}, "
-                "the answer included"
+                f"--prompt has {len(prompt_token_ids)} tokens; "
+                f"the model's context holds {served.model.context_length}, the answer included"
             )
     import asyncio
 
@@ -267,14 +273,9 @@ def doctor(as_json: JsonOption = False) -> None:
         raise typer.Exit(1)
 
 
-def _console(as_json: bool) -> Any:
-    from rich.console import Console
-
-    return Console(stderr=as_json)
-
-
 def main() -> None:
     """The console script."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # leave as on Ctrl-C: workers and folders put away
     # Before torch is imported by anyone: a warning about packages of GPU machines is no news on this one.
     os.environ.setdefault("PYTHONWARNINGS", "ignore")
     app()

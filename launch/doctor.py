@@ -1,4 +1,4 @@
-"""What this machine can and cannot do for expertmesh, and what to install: the first thing to run when something fails."""
+"""What this machine can and cannot do for expertmesh, and what to install: the first look when something fails."""
 
 from __future__ import annotations
 

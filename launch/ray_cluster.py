@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+# Ray reads these while it is imported.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 # Ray's own future default, asked for now: workers without a GPU request keep the visibility that the user set.
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -30,11 +31,18 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 PLACEMENT_TIMEOUT_S = 60
+OBJECT_STORE_BYTES = 128 * 2**20  # of an own cluster: no tensor ever goes through it
 _FOLDER = "expertmesh-ray-"
 
 
 class WorkerFailed(RuntimeError):
     """A worker of a pool raised or died; the message is one line that names it."""
+
+
+class NoCluster(RuntimeError):
+    """No Ray cluster answers where one was said to be: wrong input."""
+
+    exit_code = 2
 
 
 @contextmanager
@@ -44,7 +52,13 @@ def cluster(address: str | None, cpus: int) -> Iterator[None]:
     An own cluster never attaches to somebody else's and keeps its files in a folder of its own.
     """
     if address is not None:
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        try:
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise NoCluster(
+                f"no Ray cluster answers at {address} (ray start --head prints its address): {reason}"
+            ) from None
         try:
             yield
         finally:
@@ -58,6 +72,7 @@ def cluster(address: str | None, cpus: int) -> Iterator[None]:
             _temp_dir=folder,
             _node_ip_address="127.0.0.1",
             num_cpus=cpus,
+            object_store_memory=OBJECT_STORE_BYTES,
             include_dashboard=False,
             log_to_driver=False,
             logging_level=logging.ERROR,

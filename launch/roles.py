@@ -53,7 +53,7 @@ class TrainerRole:
         resume_from: Path | None,
         opening: list[Record],
     ) -> None:
-        """Train to the end. `settings` go into checkpoints; `opening` are the records that the run's log begins with."""
+        """Train to the end. `settings` go into checkpoints; `opening` are the first records of the run's log."""
         log_to(recipe.run_folder / "logs" / f"trainer-{self._rank}.log")
         os.environ.update(RANK=str(self._rank), WORLD_SIZE=str(self._world), LOCAL_RANK=str(self._rank))
         device = choose_device(self._rank)

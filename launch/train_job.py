@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from statistics import fmean, median
@@ -13,6 +15,7 @@ from typing import Any, NamedTuple
 from expertmesh.launch.recipe import Recipe
 from expertmesh.launch.roles import TrainerRole
 from expertmesh.parallel.deepspeed_build import is_built, prepare_build
+from expertmesh.system.model.checkpoint import CheckpointError
 from expertmesh.system.model.config import ModelConfig
 from expertmesh.system.train.corpus import check_source
 from expertmesh.system.train.dataset import TokenDataset, prepare_tokens
@@ -43,7 +46,10 @@ def find_start(recipe: Recipe, fresh: bool) -> Start:
         return Start(0, None, None)
     if fresh:
         return Start(0, None, _move_aside(run_folder))
-    state = read_state(checkpoints[-1])
+    try:
+        state = read_state(checkpoints[-1])
+    except CheckpointError as error:
+        raise ValueError(f"{error}; delete {checkpoints[-1]} to go on from before it, or --fresh starts over") from None
     if state.step >= recipe.train.steps:
         return Start(0, None, _move_aside(run_folder))
     changed = _first_difference(state.settings | {"tokens": None}, recipe.settings() | {"tokens": None})
@@ -53,6 +59,21 @@ def find_start(recipe: Recipe, fresh: bool) -> Start:
             "give the old settings to go on, --fresh to start over, or another name="
         )
     return Start(state.step, checkpoints[-1], f"going on from step {state.step} of {run_folder} (--fresh starts over)")
+
+
+@contextmanager
+def sole_user(recipe: Recipe) -> Iterator[None]:
+    """Hold the run's folder; ValueError when another process trains in it. A killed process holds nothing."""
+    run_folder = recipe.run_folder
+    run_folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(run_folder.parent / f".{run_folder.name}.lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"another process is training in {run_folder}; wait for it, or give another name="
+            ) from None
+        yield
 
 
 def _move_aside(run_folder: Path) -> str:

@@ -81,11 +81,8 @@ class Engine:
             seed = request.sampling.seed if request.sampling.seed is not None else secrets.randbits(62)
             self._running.append(_Running(request, self._free_slots.pop(), seed, list(request.prompt_token_ids)))
         parts = _split(self._running, len(self.micro_batches))
-        if len(parts) > 1:
-            futures = [self._threads.submit(self._forward, *work) for work in zip(parts, self.micro_batches)]
-            logits = [future.result() for future in futures]
-        else:
-            logits = [self._forward(*work) for work in zip(parts, self.micro_batches)]
+        # The last dispatchers stay idle where a step has fewer requests than micro-batches.
+        logits = list(self._threads.map(self._forward, parts, self.micro_batches))
         return [
             self._advance(running, logits_V)
             for part, logits_BV in zip(parts, logits, strict=True)

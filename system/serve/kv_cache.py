@@ -11,7 +11,7 @@ from expertmesh.system.model.config import ModelConfig
 
 
 class Span(NamedTuple):
-    """New tokens of one request in a flat batch: `length` of them at positions start, start + 1, ... of its sequence."""
+    """New tokens of one request in a flat batch: `length` of them, the first at position `start` of its sequence."""
 
     slot: int
     start: int

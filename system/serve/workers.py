@@ -1,8 +1,8 @@
 """The two kinds of serving workers, and the joined engine: built from a checkpoint, told nothing of clusters.
 
-    joined       Transformer with all experts, one process
-    attention    Transformer without experts: cache, router, zero-computation experts, sampling; owns requests
-    ffn          the routed experts of every layer, one shard of them; owns no request
+joined       Transformer with all experts, one process
+attention    Transformer without experts: cache, router, zero-computation experts, sampling; owns requests
+ffn          the routed experts of every layer, one shard of them; owns no request
 """
 
 from __future__ import annotations
@@ -35,7 +35,9 @@ def joined_engine(checkpoint: Path, config: ServeConfig) -> EngineLoop:
     return EngineLoop(Engine(model.to(device).eval(), eos_ids, [LocalDispatcher()], Lock(), config.max_running, device))
 
 
-def attention_engine(checkpoint: Path, config: ServeConfig, rank: int, ffn_workers: int, store: dist.Store) -> EngineLoop:
+def attention_engine(
+    checkpoint: Path, config: ServeConfig, rank: int, ffn_workers: int, store: dist.Store
+) -> EngineLoop:
     """Attention worker `rank`, linked to every FFN worker."""
     device = choose_device().name
     model = Transformer(read_config(checkpoint), expert_size=0)

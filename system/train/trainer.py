@@ -119,9 +119,9 @@ class Trainer:
         rate = learning_rate(step, config)
         grad_norm = self.zero.step(loss_of_batch, rate)
         batch = losses[0]
-        sent, saved = self.traffic.take()
+        share = 1 / self.groups.data_size
         cross_entropy, balance, sent, saved = self._sum_over_ranks(
-            batch.cross_entropy.item() / self.groups.data_size, batch.balance.item() / self.groups.data_size, sent, saved
+            batch.cross_entropy.item() * share, batch.balance.item() * share, *self.traffic.take()
         )
         moe, load_LN = self.model.config.moe, batch.load_LN
         slots = int(load_LN.sum())
@@ -146,7 +146,7 @@ class Trainer:
     @torch.no_grad()
     def validate(self) -> float:
         """Cross entropy of the held-out batches, in nats per token."""
-        config, total, tokens = self.config, 0.0, 0
+        total = tokens = 0.0
         for tokens_BS1 in self._validation_batches():
             mine_BS1 = self._my_rows(tokens_BS1)
             targets = mine_BS1[:, 1:].numel()
@@ -154,7 +154,7 @@ class Trainer:
             tokens += targets
         self.traffic.take()  # of no interest here, and not the next step's
         total, tokens = self._sum_over_ranks(total, tokens)
-        assert tokens, f"no held-out tokens in {config.validation_batches} batches"
+        assert tokens, "no held-out tokens"
         return total / tokens
 
     def _validation_batches(self) -> Iterator[torch.Tensor]:
