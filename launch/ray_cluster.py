@@ -31,12 +31,17 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 PLACEMENT_TIMEOUT_S = 60
+SPREAD_S = 2.0  # from one worker's death to its peers' errors: 0.05 s seen on one machine
 OBJECT_STORE_BYTES = 128 * 2**20  # of an own cluster: no tensor ever goes through it
 _FOLDER = "expertmesh-ray-"
 
 
 class WorkerFailed(RuntimeError):
-    """A worker of a pool raised or died; the message is one line that names it."""
+    """A worker of a pool raised or died, or could not be placed; the message is one line that names it."""
+
+    def __init__(self, message: str, died: bool = False) -> None:
+        super().__init__(message)
+        self.died = died
 
 
 class NoCluster(RuntimeError):
@@ -46,21 +51,23 @@ class NoCluster(RuntimeError):
 
 
 @contextmanager
-def cluster(address: str | None, cpus: int) -> Iterator[None]:
+def cluster(address: str | None, cpus: int) -> Iterator[str]:
     """Be on the Ray cluster at `address`; None: start one for this process alone, with `cpus` slots, and end it after.
+
+    Yields the address by which workers reach this process.
 
     An own cluster never attaches to somebody else's and keeps its files in a folder of its own.
     """
     if address is not None:
         try:
-            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+            ray.init(address=address, log_to_driver=False, logging_level=logging.CRITICAL)
         except (ConnectionError, RuntimeError, ValueError) as error:
             reason = " ".join(str(error).split())[:200]
             raise NoCluster(
                 f"no Ray cluster answers at {address} (ray start --head prints its address): {reason}"
             ) from None
         try:
-            yield
+            yield ray.util.get_node_ip_address()
         finally:
             ray.shutdown()
         return
@@ -75,10 +82,10 @@ def cluster(address: str | None, cpus: int) -> Iterator[None]:
             object_store_memory=OBJECT_STORE_BYTES,
             include_dashboard=False,
             log_to_driver=False,
-            logging_level=logging.ERROR,
+            logging_level=logging.CRITICAL,
         )
         try:
-            yield
+            yield "127.0.0.1"
         finally:
             ray.shutdown()
     finally:
@@ -106,11 +113,6 @@ def submission_client(address: str) -> Any:
         ) from None
     except (ConnectionError, RuntimeError) as error:
         raise ValueError(f"no Ray dashboard answers at {address}: {' '.join(str(error).split())[:200]}") from None
-
-
-def node_address() -> str:
-    """The address by which workers reach this process."""
-    return ray.util.get_node_ip_address()
 
 
 def gpus_for(workers: int) -> int:
@@ -163,19 +165,32 @@ class Pool:
         return [self._result(rank, call) for rank, call in enumerate(calls)]
 
     def finished(self, calls: list[ray.ObjectRef], seconds: float) -> bool:
-        """Wait up to `seconds` for all calls; raise WorkerFailed as soon as one has failed."""
+        """Wait up to `seconds` for all calls; raise WorkerFailed as soon as one has failed.
+
+        Workers that lose a peer fail too, with an error of the connection. So a failure is given a moment to spread,
+        and the worker that died is named before those that raised.
+        """
         done, waiting = ray.wait(calls, num_returns=len(calls), timeout=seconds)
-        for call in done:
-            self._result(calls.index(call), call)
+        if any(self._failure(calls, call) for call in done):
+            done, _ = ray.wait(calls, num_returns=len(calls), timeout=SPREAD_S)
+            failures = [failure for call in done if (failure := self._failure(calls, call))]
+            raise max(failures, key=lambda failure: failure.died)
         return not waiting
+
+    def _failure(self, calls: list[ray.ObjectRef], call: ray.ObjectRef) -> WorkerFailed | None:
+        try:
+            self._result(calls.index(call), call)
+        except WorkerFailed as failure:
+            return failure
+        return None
 
     def _result(self, rank: int, call: ray.ObjectRef) -> Any:
         try:
             return ray.get(call)
         except RayTaskError as error:
-            raise WorkerFailed(f"{self.name} {rank} failed: {_cause(error)}") from error
+            raise WorkerFailed(f"{self.name} {rank} failed: {_cause(error)}", died=False) from error
         except RayActorError as error:
-            raise WorkerFailed(f"{self.name} {rank} died: {' '.join(str(error).split())[:300]}") from error
+            raise WorkerFailed(f"{self.name} {rank} died: killed, out of memory, or crashed", died=True) from error
 
     def stop(self) -> None:
         """End all workers and give their places back."""

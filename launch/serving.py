@@ -108,12 +108,12 @@ async def bring_up(
             await asyncio.to_thread(loop.close)
         return
 
-    from expertmesh.launch.ray_cluster import Pool, cluster, node_address
+    from expertmesh.launch.ray_cluster import Pool, cluster
     from expertmesh.launch.rendezvous import Rendezvous
     from expertmesh.launch.roles import AttentionRole, FFNRole
 
-    with cluster(address, cpus=sum(pools)):
-        store = Rendezvous(node_address())
+    with cluster(address, cpus=sum(pools)) as host:
+        store = Rendezvous(host)
         ffn = Pool("ffn", FFNRole, pools.ffn, 1, store.host, store.port)
         attention = Pool("attention", AttentionRole, pools.attention, 1, store.host, store.port)
         answering = ffn.start("run", served.checkpoint, config, pools.ffn, pools.attention)

@@ -165,7 +165,7 @@ def _train(
     opening: list[Record],
     watch: Callable[[Record], None],
 ) -> None:
-    from expertmesh.launch.ray_cluster import Pool, cluster, node_address
+    from expertmesh.launch.ray_cluster import Pool, WorkerFailed, cluster
     from expertmesh.launch.rendezvous import Rendezvous
 
     workers, place = recipe.parallel.world_size, recipe.cluster
@@ -175,8 +175,8 @@ def _train(
         prepare_build()
     where = f"the Ray cluster at {place.address}" if place.address else "a Ray of its own"
     watch({"kind": "waiting", "for": f"{workers} workers on {where}"})
-    with cluster(place.address, cpus * workers):
-        store = Rendezvous(node_address())
+    with cluster(place.address, cpus * workers) as host:
+        store = Rendezvous(host)
         pool = Pool("trainer", TrainerRole, workers, cpus, workers, store.host, store.port)
         try:
             runs = pool.start("run", recipe, model, settings, resume_from, opening)
@@ -185,5 +185,10 @@ def _train(
                 finished = pool.finished(runs, seconds=WATCH_EVERY_S)
                 for record in pool.first("take_records"):
                     watch(record)
+        except WorkerFailed as failure:
+            logs = recipe.run_folder / "logs"
+            raise RuntimeError(
+                f"{failure}; logs in {logs}; the same command goes on from the last checkpoint"
+            ) from failure
         finally:
             pool.stop()
