@@ -1,4 +1,4 @@
-"""Rows to the ranks that want them: an all-to-all with uneven splits that can be differentiated and counts its bytes."""
+"""Rows to the ranks that want them: an all-to-all with uneven splits that has a gradient and counts its bytes."""
 
 from __future__ import annotations
 

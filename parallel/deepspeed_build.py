@@ -1,4 +1,4 @@
-"""DeepSpeed's one C++ build on a CPU, made safe: it takes about a minute once, and a killed build must not hang the next.
+"""DeepSpeed's one C++ build on a CPU, made safe: it takes a minute once, and a killed build must not hang the next.
 
 torch's extension builder guards its folder with a plain lock file. Whoever is killed while building leaves it behind,
 and every later process waits for it for ever. Here the folder is ours alone and the build happens under a lock that

@@ -23,7 +23,7 @@ from expertmesh.parallel.all_to_all import Traffic, all_to_all, remote_share
 class ExpertLayer(NamedTuple):
     """Which layer's routed experts are meant, and how many of them there are on all ranks together."""
 
-    index: int
+    layer: int
     num_experts: int
 
 
@@ -72,7 +72,7 @@ class AllToAllHandle(NamedTuple):
 
 
 class AllToAllDispatcher:
-    """Each rank of `group` holds an equal, contiguous part of the experts. Dropless: splits are as uneven as routing."""
+    """Each rank of `group` holds an equal, contiguous part of the experts. Dropless: splits follow the routing."""
 
     def __init__(self, group: dist.ProcessGroup, traffic: Traffic) -> None:
         self.group, self.traffic = group, traffic

@@ -52,6 +52,7 @@ def build_groups(sizes: ParallelSizes) -> Groups:
     parallel_state.initialize_model_parallel(
         expert_model_parallel_size=sizes.ep,
         expert_tensor_parallel_size=1,
+        create_gloo_process_groups=False,  # copies of some groups, for CPU tensors beside NCCL; nobody here uses them
     )
 
     def unless_alone(group: dist.ProcessGroup) -> dist.ProcessGroup | None:

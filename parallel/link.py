@@ -62,7 +62,7 @@ class LinkDispatcher:
         sent: list[tuple[dist.Work, torch.Tensor]] = []
         for link, counts, rows in zip(self.links, counts_E.split(sizes), rows_RD.split(rows_of_worker), strict=True):
             if len(rows):
-                header = torch.cat([torch.tensor([self.micro_batch, layer.index]), counts.cpu()])
+                header = torch.cat([torch.tensor([self.micro_batch, layer.layer]), counts.cpu()])
                 for tensor, tag in ((header, HEADER), (rows.cpu().contiguous(), ROWS)):
                     sent.append((link.send([tensor], FFN, tag), tensor))
         row_bytes = 2 * x_TD.element_size() * x_TD.shape[1]  # there and back

@@ -140,6 +140,8 @@ class Zero:
     @torch.no_grad()
     def state(self, parameter: nn.Parameter) -> AdamState:
         """The whole state of `parameter`, once a step was made. A collective: every rank calls it."""
+        if not parameter.numel():  # of experts that the model has none of; DeepSpeed leaves it out
+            return AdamState(*(torch.zeros_like(parameter, dtype=torch.float32) for _ in AdamState._fields))
         group = next(i for i, p in enumerate(self._optimizer.bit16_groups) if any(q is parameter for q in p))
         flat = self._optimizer.optimizer.state[self._optimizer.single_partition_of_fp32_groups[group]]
         state = {}

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -75,54 +75,73 @@ def write_config(folder: Path, config: ModelConfig) -> None:
 def read_json(path: Path) -> dict:
     """The content of a JSON file of a checkpoint."""
     try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
+        content = json.loads(path.read_text())
+    except (FileNotFoundError, NotADirectoryError):
         raise CheckpointError(f"{path.parent}: no {path.name}, so this is not a checkpoint folder") from None
     except (json.JSONDecodeError, UnicodeDecodeError):
         raise CheckpointError(f"{path}: not valid JSON; the checkpoint is damaged") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: not a JSON object; the checkpoint is damaged")
+    return content
 
 
 def read_config(folder: Path) -> ModelConfig:
     """The architecture of the checkpoint in `folder`."""
-    content = read_json(folder / "config.json")
+    path = folder / "config.json"
+    content = read_json(path)
     kind = content.get("model_type")
     if kind != "expertmesh":
-        raise CheckpointError(f"{folder / 'config.json'}: model_type is {kind!r}, expected 'expertmesh'")
+        raise CheckpointError(f"{path}: model_type is {kind!r}, expected 'expertmesh'")
     try:
-        return ModelConfig(**{key: value for key, value in content.items() if key not in _DESCRIPTION})
+        config = ModelConfig(**{key: value for key, value in content.items() if key not in _DESCRIPTION})
     except ValidationError as error:
         first = error.errors()[0]
-        raise CheckpointError(
-            f"{folder / 'config.json'}: {'.'.join(map(str, first['loc']))}: {first['msg']}"
-        ) from None
+        raise CheckpointError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    if config.vocab_size is None:  # a recipe may leave it to the tokenizer, a trained model cannot
+        raise CheckpointError(f"{path}: vocab_size: missing")
+    return config
 
 
-def read_tensors(folder: Path, weight_map: dict[str, str], names: Iterable[str]) -> dict[str, torch.Tensor]:
-    """Read the named tensors from the files that `weight_map` gives for them, each file opened once."""
+def read_tensors(index: Path, weight_map: dict[str, str], names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Read the named tensors one by one from the files that `weight_map` gives for them, each file opened once."""
     by_file: dict[str, list[str]] = {}
     for name in names:
         if name not in weight_map:
-            raise CheckpointError(f"{folder}: no tensor {name}")
+            raise CheckpointError(f"{index}: no tensor {name}")
         by_file.setdefault(weight_map[name], []).append(name)
-    tensors = {}
     for file_name, wanted in by_file.items():
+        path = index.parent / file_name
         try:
-            with safe_open(folder / file_name, framework="pt") as file:
+            with safe_open(path, framework="pt") as file:
                 for name in wanted:
-                    tensors[name] = file.get_tensor(name)
+                    yield name, file.get_tensor(name)
         except FileNotFoundError:
-            raise CheckpointError(f"{folder / file_name}: the file is missing") from None
-        except SafetensorError as error:
-            raise CheckpointError(f"{folder / file_name}: truncated or damaged ({error})") from None
-    return tensors
+            raise CheckpointError(f"{path}: the file is missing") from None
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{path}: truncated or damaged ({error})") from None
 
 
 def read_index(index: Path) -> dict[str, str]:
     """Which file holds which tensor. Each file is opened, so that a truncated one is found before any work."""
-    weight_map: dict[str, str] = read_json(index).get("weight_map", {})
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise CheckpointError(f"{index}: no weight_map of tensors and their files; the checkpoint is damaged")
     one_of_each_file = {file_name: name for name, file_name in weight_map.items()}
-    read_tensors(index.parent, weight_map, one_of_each_file.values())
+    for _ in read_tensors(index, weight_map, one_of_each_file.values()):
+        pass
     return weight_map
+
+
+@torch.no_grad()
+def fill(views: dict[str, torch.Tensor], index: Path, weight_map: dict[str, str]) -> None:
+    """Copy into each of `views` the tensor of its name."""
+    for name, tensor in read_tensors(index, weight_map, views):
+        if tensor.shape != views[name].shape:
+            raise CheckpointError(
+                f"{index.parent / weight_map[name]}: {name} has shape {list(tensor.shape)}, "
+                f"config.json says {list(views[name].shape)}"
+            )
+        views[name].copy_(tensor)
 
 
 def check_checkpoint(folder: Path) -> ModelConfig:
@@ -132,15 +151,8 @@ def check_checkpoint(folder: Path) -> ModelConfig:
     return config
 
 
-@torch.no_grad()
 def load_weights(module: nn.Module, folder: Path) -> None:
     """Fill every parameter of `module` (a whole model or a part of one) from the checkpoint in `folder`."""
     weight_map = read_index(folder / INDEX)
     for weight in weights(module):
-        views = weight.split(weight.parameter)
-        for name, tensor in read_tensors(folder, weight_map, views).items():
-            if tensor.shape != views[name].shape:
-                raise CheckpointError(
-                    f"{folder}: {name} has shape {list(tensor.shape)}, config.json says {list(views[name].shape)}"
-                )
-            views[name].copy_(tensor)
+        fill(weight.split(weight.parameter.detach()), folder / INDEX, weight_map)

@@ -25,7 +25,7 @@ class AttentionConfig(RecipeSection):
 
 
 class MoEConfig(RecipeSection):
-    """One MoE layer as MoE++ has it (arXiv 2410.07348): FFN experts that compute, and experts that cost next to nothing.
+    """One MoE layer as MoE++ has it (arXiv 2410.07348): FFN experts, and experts that cost next to nothing.
 
     Expert ids run over the FFN experts, then constant, copy and zero experts.
     """
@@ -38,7 +38,7 @@ class MoEConfig(RecipeSection):
     top_k: int = Field(2, ge=1)
     gate_mode: Literal["paper", "released", "mixtral"] = "paper"
     gating_residual: bool = Field(True, description="add a learned map of the previous layer's router logits")
-    tau: float = Field(0.75, gt=0, description="weight of zero-computation experts in the balance loss; smaller is faster")
+    tau: float = Field(0.75, gt=0, description="weight of zero-computation experts in the balance loss")
     balance_loss_weight: float = Field(0.01, ge=0)
 
     @property

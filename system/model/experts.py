@@ -1,4 +1,4 @@
-"""The two kinds of experts of a MoE++ layer: those that compute, held in shards, and those that cost next to nothing."""
+"""The two kinds of experts of a MoE++ layer: those that compute, held in shards, and those that cost almost nothing."""
 
 from __future__ import annotations
 

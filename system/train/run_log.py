@@ -26,7 +26,7 @@ class RunLog:
 
     def __init__(self, run_dir: Path, first_step: int) -> None:
         path = run_dir / "metrics.jsonl"
-        torn = path.exists() and not path.read_bytes().endswith(b"\n")
+        torn = path.exists() and path.read_bytes()[-1:] not in (b"", b"\n")
         self._file = open(path, "a", buffering=1)
         if torn:  # by a kill; the next record must not be lost with it
             self._file.write("\n")

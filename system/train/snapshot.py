@@ -25,10 +25,10 @@ from expertmesh.system.model.checkpoint import (
     INDEX,
     CheckpointError,
     check_checkpoint,
+    fill,
     flush,
     read_index,
     read_json,
-    read_tensors,
     shard_name,
     write_config,
     write_index,
@@ -52,7 +52,8 @@ class RunState:
 
 def checkpoints_of(run_dir: Path) -> list[Path]:
     """The finished checkpoints of a run, oldest first."""
-    return sorted(p for p in (run_dir / "checkpoints").glob("step-*") if p.name[len("step-") :].isdigit())
+    steps = {p: p.name.removeprefix("step-") for p in (run_dir / "checkpoints").glob("step-*")}
+    return sorted((p for p, step in steps.items() if step.isdigit()), key=lambda p: int(steps[p]))
 
 
 def save(
@@ -71,7 +72,8 @@ def save(
     final = run_dir / "checkpoints" / f"step-{state.step:06d}"
     writing = final.with_name(final.name + ".writing")
     if groups.rank == 0:
-        shutil.rmtree(writing, ignore_errors=True)
+        for left_by_a_kill in final.parent.glob("step-*.*"):
+            shutil.rmtree(left_by_a_kill, ignore_errors=True)
         (writing / "training").mkdir(parents=True)
         shutil.copytree(tokenizer_folder, writing, dirs_exist_ok=True)
         write_config(writing, model.config)
@@ -96,15 +98,19 @@ def save(
         optimizer_files = sorted((writing / "training").glob("optimizer-*.safetensors"))
         write_index(writing / "training" / OPTIMIZER_INDEX, optimizer_files)
         write_json(asdict(state), writing / "training" / "state.json")
-        for folder in (writing / "training", writing):
-            flush(folder)
+        for path in (*writing.rglob("*"), writing):
+            flush(path)
+        link = run_dir / "checkpoint"
         if final.exists():  # a run that went back to an older checkpoint comes by here again
-            shutil.rmtree(final)
+            for other in [p for p in checkpoints_of(run_dir) if p != final][-1:]:
+                _point_to(link, other)
+            _delete(final)
         os.replace(writing, final)
         flush(final.parent)
-        _point_to(run_dir / "checkpoint", final)
-        for old in checkpoints_of(run_dir)[:-keep]:
-            shutil.rmtree(old)
+        _point_to(link, final)
+        finished = checkpoints_of(run_dir)
+        for old in finished[: finished.index(final) + 1][:-keep]:
+            _delete(old)
     _wait_for_all()
     return final
 
@@ -118,7 +124,7 @@ def read_state(folder: Path) -> RunState:
     missing = [field.name for field in fields(RunState) if field.name not in content]
     if missing:
         raise CheckpointError(f"{path}: no key {missing[0]!r}; the checkpoint is damaged")
-    return RunState(**content)
+    return RunState(**{field.name: content[field.name] for field in fields(RunState)})
 
 
 def load_optimizer(folder: Path, state: RunState, model: Transformer, zero: Zero) -> None:
@@ -130,8 +136,7 @@ def load_optimizer(folder: Path, state: RunState, model: Transformer, zero: Zero
         moments = {kind: torch.zeros_like(weight.parameter) for kind in AdamState._fields}
         for kind, whole in moments.items():
             views = {f"{kind}/{name}": view for name, view in weight.split(whole).items()}
-            for name, tensor in read_tensors(training, index, views).items():
-                views[name].copy_(tensor)
+            fill(views, training / OPTIMIZER_INDEX, index)
         states[weight.parameter] = AdamState(**moments)
     zero.load_state(states, state.step)
 
@@ -142,6 +147,14 @@ def _point_to(link: Path, target: Path) -> None:
     fresh.unlink(missing_ok=True)
     fresh.symlink_to(os.path.relpath(target, link.parent))
     os.replace(fresh, link)
+    flush(link.parent)
+
+
+def _delete(checkpoint: Path) -> None:
+    """Delete a checkpoint. A kill meanwhile leaves a part of it, but not under the name of a checkpoint."""
+    deleting = checkpoint.with_name(checkpoint.name + ".deleting")
+    os.replace(checkpoint, deleting)
+    shutil.rmtree(deleting)
 
 
 def _wait_for_all() -> None:

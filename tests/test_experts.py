@@ -1,0 +1,57 @@
+"""The experts of a layer: a shard answers as the whole does for its experts, and ids mean what `expert_names` says."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from numerics import assert_close
+from twin import expert, shared_weights
+
+from expertmesh.kernels.routing import Routing
+from expertmesh.parallel.placement import expert_shard, shard_sizes
+from expertmesh.system.model.config import MoEConfig
+from expertmesh.system.model.experts import RoutedExperts, ZeroComputationExperts
+from expertmesh.system.model.weights import initialise
+
+CONFIG = MoEConfig(ffn_experts=5, expert_hidden_size=4, zero_experts=2, copy_experts=2, constant_experts=2)
+WIDTH = 6
+
+
+def test_shards_together_answer_as_the_whole():
+    counts_E = torch.tensor([2, 0, 3, 1, 4])
+    rows_RD = torch.randn(10, WIDTH, generator=torch.Generator().manual_seed(0))
+    whole = RoutedExperts(CONFIG, WIDTH, range(5))
+    initialise(whole, 1, 0.5)
+    expected_RD = whole(rows_RD, counts_E)
+    for size in (2, 3, 7):  # 7: two ranks hold nothing and answer no rows
+        answers = []
+        sizes = shard_sizes(5, size)
+        rows = rows_RD.split([int(c.sum()) for c in counts_E.split(sizes)])
+        for rank, (mine, counts) in enumerate(zip(rows, counts_E.split(sizes), strict=True)):
+            shard = RoutedExperts(CONFIG, WIDTH, expert_shard(5, rank, size))
+            # In a model the shard's names make its weights; here the whole's are copied.
+            shard.gate_up.data = whole.gate_up.data[shard.shard.start : shard.shard.stop]
+            shard.down.data = whole.down.data[shard.shard.start : shard.shard.stop]
+            answers.append(shard(mine, counts))
+        assert_close(torch.cat(answers), expected_RD, what=f"{size} shards")
+
+
+@pytest.mark.parametrize("id_and_name", list(enumerate(CONFIG.expert_names)), ids=lambda pair: pair[1])
+def test_each_id_is_the_kind_its_name_says(id_and_name):
+    i, name = id_and_name
+    experts = ZeroComputationExperts(CONFIG, WIDTH)
+    initialise(experts, 1, 0.5)
+    x_TD = torch.randn(3, WIDTH, generator=torch.Generator().manual_seed(0))
+    chosen_TK, one_TK = torch.full((3, 1), i), torch.ones(3, 1)
+    y_TD = experts(x_TD, Routing(chosen_TK, one_TK, one_TK, one_TK))
+    kind, number = name.split()
+    if kind == "constant":
+        a = (x_TD @ experts.mix[int(number)].T).softmax(-1)
+        assert_close(y_TD, a[:, :1] * x_TD + a[:, 1:] * experts.constant[int(number)])
+    else:
+        expected = {"ffn": torch.zeros_like(x_TD), "copy": x_TD, "zero": torch.zeros_like(x_TD)}[kind]
+        assert torch.equal(y_TD, expected)  # an FFN expert's answer comes from the dispatcher instead
+    if kind != "ffn":
+        w = {f"zero_computation.{k}": v for k, v in shared_weights(experts).items()}
+        for x_D, y_D in zip(x_TD, y_TD, strict=True):
+            assert_close(y_D, expert(CONFIG, w, "", i, x_D.double()), what="against the twin")

@@ -1,0 +1,128 @@
+"""ZeRO over two expert-parallel ranks makes the updates of plain AdamW on one: weights, moments, norm and clipping."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from numerics import assert_close
+from ranks import run_ranks
+from tiny import tiny_model
+
+from expertmesh.parallel.all_to_all import Traffic
+from expertmesh.parallel.dispatchers import AllToAllDispatcher, LocalDispatcher
+from expertmesh.parallel.groups import Groups, build_groups
+from expertmesh.parallel.sizes import ParallelSizes
+from expertmesh.parallel.zero import AdamState, Zero
+from expertmesh.system.model.config import ModelConfig
+from expertmesh.system.model.transformer import Transformer
+from expertmesh.system.model.weights import initialise, weights
+from expertmesh.system.train.loss import LanguageModelLoss
+
+CONFIG = tiny_model(vocab_size=16, hidden_size=16, layers=2)
+RATES = [3e-3, 1e-3, 5e-3, 2e-3]
+CLIPPING, DECAY, BETAS, BALANCE = 0.25, 0.1, (0.9, 0.95), 0.01
+
+
+def batch(step: int) -> torch.Tensor:
+    return torch.randint(0, 16, (8, 13), generator=torch.Generator().manual_seed(step))
+
+
+def loss_of(config: ModelConfig, groups: Groups) -> LanguageModelLoss:
+    model = Transformer(config, groups.expert_rank, groups.expert_size)
+    initialise(model, seed=1, standard_deviation=0.1)
+    dispatcher = AllToAllDispatcher(groups.expert, Traffic()) if groups.expert else LocalDispatcher()
+    return LanguageModelLoss(model, dispatcher, groups)
+
+
+def by_name(model: Transformer, tensor_of) -> dict[str, torch.Tensor]:
+    return {name: view for w in weights(model) for name, view in w.split(tensor_of(w.parameter)).items()}
+
+
+class Reference:
+    """One process, all experts, torch's own AdamW and clipping."""
+
+    def __init__(self) -> None:
+        self.loss = loss_of(CONFIG, Groups())
+        matrices = [p for p in self.loss.parameters() if p.ndim > 1]
+        vectors = [p for p in self.loss.parameters() if p.ndim == 1]
+        assert matrices and vectors
+        self.adam = torch.optim.AdamW(
+            [{"params": matrices, "weight_decay": DECAY}, {"params": vectors, "weight_decay": 0.0}], betas=BETAS
+        )
+
+    def step(self, step: int) -> float:
+        for group in self.adam.param_groups:
+            group["lr"] = RATES[step]
+        self.adam.zero_grad()
+        self.loss(batch(step)).total(BALANCE).backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.loss.parameters(), CLIPPING)
+        self.adam.step()
+        return norm.item()
+
+    def state(self, key: str) -> dict[str, torch.Tensor]:
+        return by_name(self.loss.model, lambda p: self.adam.state[p][key])
+
+
+def zero_of(loss: LanguageModelLoss, stage: int) -> Zero:
+    expert_parameters = [w.parameter for w in weights(loss.model) if w.is_expert and loss.groups.expert]
+    return Zero(loss, expert_parameters, stage=stage, gradient_clipping=CLIPPING, weight_decay=DECAY, betas=BETAS)
+
+
+def make_step(zero: Zero, groups: Groups, step: int) -> float:
+    mine = batch(step).tensor_split(groups.data_size)[groups.data_rank]
+    return zero.step(lambda module: module(mine).total(BALANCE), RATES[step])
+
+
+def compare(loss: LanguageModelLoss, zero: Zero, reference: Reference, when: str) -> None:
+    states = {w.parameter: zero.state(w.parameter) for w in weights(loss.model)}
+    expected = by_name(reference.loss.model, lambda p: p.detach())
+    for name, tensor in by_name(loss.model, lambda p: p.detach()).items():
+        # Adam divides by the gradient's own size, so the noise of a small gradient shows in full.
+        assert_close(tensor, expected[name], max_error=1e-4, rms_error=1e-5, what=f"{when}: {name}")
+    for key in AdamState._fields:
+        expected = reference.state(key)
+        for name, tensor in by_name(loss.model, lambda p, key=key: getattr(states[p], key)).items():
+            assert_close(tensor, expected[name], max_error=1e-4, rms_error=2e-5, what=f"{when}: {key} of {name}")
+
+
+def check_updates() -> None:
+    groups = build_groups(ParallelSizes(dp=2, ep=2))
+    reference, loss = Reference(), loss_of(CONFIG, groups)
+    zero = zero_of(loss, stage=1)
+    for step in range(3):
+        norm = reference.step(step)
+        assert norm > 2 * CLIPPING, "clipping is not active"
+        assert make_step(zero, groups, step) == pytest.approx(norm, rel=1e-5)
+        compare(loss, zero, reference, f"step {step}")
+
+    # Another layout of the same state goes on: full tensors out of one object and into the next.
+    taken_over = loss_of(CONFIG, groups)
+    taken_over.load_state_dict(copy.deepcopy(loss.state_dict()))
+    successor = zero_of(taken_over, stage=2)
+    new_of = dict(zip(loss.model.parameters(), taken_over.model.parameters(), strict=True))
+    states = {new: zero.state(old) for old, new in new_of.items()}
+    successor.load_state(states, steps=3)
+    for new, state in states.items():
+        for got, want in zip(successor.state(new), state, strict=True):
+            assert torch.equal(got, want)
+    norm = reference.step(3)
+    assert make_step(successor, groups, 3) == pytest.approx(norm, rel=1e-5)
+    compare(taken_over, successor, reference, "after taking over")
+    make_step(zero, groups, 3)
+    for old, new in new_of.items():
+        assert_close(new, old, what="the one who went on, and the successor")
+
+    # Of experts that a model has none of, the parameters are there, and empty.
+    for kind in ("ffn_experts", "constant_experts"):
+        without = loss_of(tiny_model(vocab_size=16, hidden_size=16, layers=1, moe={kind: 0}), groups)
+        smaller = zero_of(without, stage=1)
+        assert make_step(smaller, groups, 0) > 0
+        moments = {p: smaller.state(p) for p in without.parameters()}
+        assert all(part.shape == p.shape for p, state in moments.items() for part in state)
+        smaller.load_state(moments, steps=1)
+
+
+def test_two_expert_parallel_ranks_make_the_updates_of_one_process():
+    run_ranks(check_updates, 2)
