@@ -7,7 +7,7 @@ from commands import expertmesh_json
 
 def test_quickstart_beats_unigrams_and_itself_without_routed_experts(tmp_path):
     whole = expertmesh_json("train", "quickstart", folder=tmp_path)
-    switched_off = ("name=off", "model.moe.ffn_experts=0", "parallel.ep=1")
+    switched_off = ("name=without", "model.moe.ffn_experts=0", "parallel.ep=1")
     without = expertmesh_json("train", "quickstart", *switched_off, folder=tmp_path)
     print(
         f"\nheld-out loss: {whole['validation_loss']:.3f}; routed experts switched off {without['validation_loss']:.3f}; "

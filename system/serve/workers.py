@@ -1,8 +1,10 @@
 """The two kinds of serving workers, and the joined engine: built from a checkpoint, told nothing of clusters.
 
-joined       Transformer with all experts, one process
-attention    Transformer without experts: cache, router, zero-computation experts, sampling; owns requests
-ffn          the routed experts of every layer, one shard of them; owns no request
+    joined       Transformer with all experts, one process
+    attention    Transformer without experts: cache, router, zero-computation experts, sampling; owns requests
+    ffn          the routed experts of every layer, one shard of them; owns no request
+
+Each reads no more of the checkpoint than it holds.
 """
 
 from __future__ import annotations
