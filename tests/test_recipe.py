@@ -10,7 +10,11 @@ from expertmesh.launch.recipe import SHIPPED, Recipe, load_recipe
 
 WRONG = [
     ("a misspelt key", ["train.step=5"], "unknown key train.step; did you mean steps?"),
-    ("a misspelt key further down", ["model.moe.ffn_expert=4"], "unknown key model.moe.ffn_expert; did you mean ffn_experts"),
+    (
+        "a misspelt key further down",
+        ["model.moe.ffn_expert=4"],
+        "unknown key model.moe.ffn_expert; did you mean ffn_experts",
+    ),
     ("an unknown section", ["banana.x=1"], "unknown key banana; known keys: name, run_dir, model"),
     ("experts that ep does not divide", ["model.moe.ffn_experts=7"], "model.moe.ffn_experts=7: parallel.ep=2 does not"),
     ("ep that does not divide dp", ["parallel.ep=3"], "ep=3 does not divide dp=2; with dp=2, ep may be one of [1, 2]"),

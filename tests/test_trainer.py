@@ -63,9 +63,7 @@ def test_resumed_run_equals_uninterrupted_run_bit_for_bit(data, tmp_path, stage)
 
 def test_resuming_on_fewer_ranks_goes_on_with_the_same_losses(data, tmp_path):
     config = tiny_training()
-    whole = run_ranks(
-        train, 2, new_run(data, tmp_path / "whole"), ParallelSizes(dp=2, ep=2), tiny_model(), config
-    )[0]
+    whole = run_ranks(train, 2, new_run(data, tmp_path / "whole"), ParallelSizes(dp=2, ep=2), tiny_model(), config)[0]
     halfway = checkpoints_of(tmp_path / "whole")[0]
     resumed_dir = new_run(data, tmp_path / "resumed")
     (resumed,) = run_ranks(train, 1, resumed_dir, ParallelSizes(), tiny_model(), config, halfway)
