@@ -22,6 +22,7 @@ test: $(VENV)/.installed-test
 # Installed anew only when what we depend on changes; the code itself is linked.
 $(VENV)/.installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing into $(VENV): two to four minutes, once"
 	$(BIN)/pip install --quiet --editable .
 	@touch $@
 

@@ -12,7 +12,9 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any, NamedTuple
 
+from expertmesh.launch.ray_cluster import Pool, WorkerFailed, cluster
 from expertmesh.launch.recipe import Recipe
+from expertmesh.launch.rendezvous import Rendezvous
 from expertmesh.launch.roles import TrainerRole
 from expertmesh.parallel.deepspeed_build import is_built, prepare_build
 from expertmesh.system.model.checkpoint import CheckpointError
@@ -165,9 +167,6 @@ def _train(
     opening: list[Record],
     watch: Callable[[Record], None],
 ) -> None:
-    from expertmesh.launch.ray_cluster import Pool, WorkerFailed, cluster
-    from expertmesh.launch.rendezvous import Rendezvous
-
     workers, place = recipe.parallel.world_size, recipe.cluster
     cpus = place.cpus_per_worker or (1 if place.address else max(1, (os.cpu_count() or 1) // workers))
     if place.address is None and not is_built():

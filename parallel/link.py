@@ -68,9 +68,8 @@ class LinkDispatcher:
         row_bytes = 2 * x_TD.element_size() * x_TD.shape[1]  # there and back
         self.traffic.sent += len(rows_RD) * row_bytes
         self.traffic.saved += (routing.experts_TK.numel() - len(rows_RD)) * row_bytes
-        # No row is computed here, so that the layer goes on with nothing until the answer is there.
-        nothing = Dispatched(rows_RD[:0], counts_E[:0], LinkHandle(local, rows_of_worker, sent, rows_RD[:0]))
-        return nothing
+        # No expert is here, so the layer goes on with no rows until the answer comes.
+        return Dispatched(rows_RD[:0], counts_E[:0], LinkHandle(local, rows_of_worker, sent, rows_RD[:0]))
 
     def combine(self, rows_RD: torch.Tensor, handle: LinkHandle) -> torch.Tensor:
         like, host = handle.like_RD, "cpu"

@@ -101,9 +101,8 @@ class Zero:
         for parameter in expert_parameters:
             parameter.allreduce = False  # type: ignore[attr-defined]
             parameter.group_name = EXPERT_GROUP  # type: ignore[attr-defined]
-        experts = sum(len(p) for p in expert_parameters[:1])
-        marked = _marked(module, experts) if expert_parameters else module
-        parameters = [p for p in module.parameters() if p.numel()]
+        marked = _marked(module, len(expert_parameters[0])) if expert_parameters else module
+        parameters = [p for p in module.parameters() if p.numel()]  # DeepSpeed stumbles over empty ones
         decayed = [p for p in parameters if p.ndim > 1]
         plain = [p for p in parameters if p.ndim <= 1]
         parameter_groups = split_params_into_different_moe_groups_for_optimizer(
@@ -112,7 +111,6 @@ class Zero:
                 {"params": plain, "name": "plain", "weight_decay": 0.0},
             ]
         )
-        low_precision = next(module.parameters()).dtype == torch.bfloat16
         self._engine, self._optimizer, *_ = deepspeed.initialize(
             model=marked,
             optimizer=torch.optim.AdamW(parameter_groups, lr=0.0, betas=betas),
@@ -124,7 +122,6 @@ class Zero:
                 "zero_optimization": {"stage": stage},
                 "zero_allow_untested_optimizer": True,
                 "gradient_clipping": gradient_clipping,
-                "bf16": {"enabled": low_precision},
             },
         )
 
@@ -139,9 +136,7 @@ class Zero:
 
     @torch.no_grad()
     def state(self, parameter: nn.Parameter) -> AdamState:
-        """The whole state of `parameter`, once a step was made. A collective: every rank calls it."""
-        if not parameter.numel():  # of experts that the model has none of; DeepSpeed leaves it out
-            return AdamState(*(torch.zeros_like(parameter, dtype=torch.float32) for _ in AdamState._fields))
+        """The whole state of `parameter`, not an empty one, once a step was made. A collective: every rank calls it."""
         group = next(i for i, p in enumerate(self._optimizer.bit16_groups) if any(q is parameter for q in p))
         flat = self._optimizer.optimizer.state[self._optimizer.single_partition_of_fp32_groups[group]]
         state = {}
@@ -155,7 +150,7 @@ class Zero:
 
     @torch.no_grad()
     def load_state(self, states: dict[nn.Parameter, AdamState], steps: int) -> None:
-        """Go on from `states` (one for every parameter) as if this object had made `steps` updates."""
+        """Go on from `states` (one for every parameter but empty ones) as if this object had made `steps` updates."""
         optimizer = self._optimizer
         for partition, parameters in zip(
             optimizer.single_partition_of_fp32_groups, optimizer.bit16_groups, strict=True

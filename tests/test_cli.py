@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -46,19 +47,36 @@ def trained(folder: Path) -> dict[str, Any]:
     return expertmesh_json("train", "tiny.yaml", folder=folder)
 
 
-def processes_naming(text: str) -> list[int]:
-    """Ids of living processes whose command line or environment holds `text`."""
-    found = []
+def processes() -> dict[int, tuple[int, str]]:
+    """(parent, command line) of every living process by id."""
+    found = {}
     for entry in Path("/proc").iterdir():
-        if entry.name.isdigit() and int(entry.name) != os.getpid():
+        if entry.name.isdigit():
             try:
-                told = (entry / "cmdline").read_bytes() + (entry / "environ").read_bytes()
-                zombie = (entry / "stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
-            except OSError:
+                command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+                state, parent = (entry / "stat").read_text().rsplit(")", 1)[1].split()[:2]
+            except OSError:  # it has just ended
                 continue
-            if text.encode() in told and not zombie:
-                found.append(int(entry.name))
+            if state != "Z":
+                found[int(entry.name)] = (int(parent), command)
     return found
+
+
+def descendants(ancestor: int) -> dict[int, str]:
+    """Command lines of the processes that `ancestor` started, directly or not."""
+    alive, family, grown = processes(), {ancestor}, True
+    while grown:
+        born = {pid for pid, (parent, _) in alive.items() if parent in family} - family
+        grown = bool(born)
+        family |= born
+    return {pid: alive[pid][1] for pid in family - {ancestor}}
+
+
+def wait_until(condition: Callable[[], bool], what: str, seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.02)
 
 
 def test_help_answers_without_the_heavy_libraries():
@@ -97,21 +115,32 @@ def test_training_leaves_what_it_says(folder, trained):
 
 def test_killed_and_resumed_run_equals_the_uninterrupted_one_bit_for_bit(folder, trained):
     run_dir = folder / "runs" / "killed"
-    driver = start_expertmesh("train", "tiny.yaml", "name=killed", folder=folder)
-    try:
-        deadline = time.monotonic() + 120
-        while not (run_dir / "checkpoints" / "step-000005").is_dir():
-            assert time.monotonic() < deadline and driver.poll() is None, driver.stderr.read()
-            time.sleep(0.01)
-    finally:
-        driver.kill()
-    driver.wait()
-    temporary = time.monotonic() + 30
-    while processes_naming("expertmesh.launch.roles") or processes_naming(str(run_dir)):
-        assert time.monotonic() < temporary, "workers outlive a killed driver"
-        time.sleep(0.2)
+
+    def checkpoint_written(step: int) -> Callable[[], bool]:
+        return lambda: (run_dir / "checkpoints" / f"step-{step:06d}").is_dir()
+
+    # First a worker dies: the command says which, and leaves nothing running.
+    command = start_expertmesh("train", "tiny.yaml", "name=killed", folder=folder)
+    wait_until(checkpoint_written(5), "no checkpoint")
+    (rank_0, rank_1) = sorted(pid for pid, line in descendants(command.pid).items() if "ray::TrainerRole" in line)
+    family = set(descendants(command.pid))
+    os.kill(rank_1, signal.SIGKILL)
+    _, errors = command.communicate(timeout=60)
+    assert command.returncode == 1
+    told = errors.strip().splitlines()[-1]
+    assert told.startswith("expertmesh: trainer ") and "died" in told and "goes on from the last checkpoint" in told
+    wait_until(lambda: not family & set(processes()), "workers outlive the command", 30)
+
+    # Then the command itself dies, without a chance to put anything away.
+    command = start_expertmesh("train", "tiny.yaml", "name=killed", folder=folder)
+    wait_until(checkpoint_written(15), "no second checkpoint")
+    family = {pid for pid, line in descendants(command.pid).items() if "ray::TrainerRole" in line}
+    command.kill()
+    command.communicate()
+    wait_until(lambda: not family & set(processes()), "workers outlive the killed command", 30)
+
     resumed = expertmesh_json("train", "tiny.yaml", "name=killed", folder=folder)
-    assert any(event["what"] == "resumed" for event in resumed["events"])
+    assert [event["what"] for event in resumed["events"]].count("resumed") == 2
     assert resumed["losses"] == trained["losses"]
     assert resumed["validation_loss"] == trained["validation_loss"]
     weights = "model-00002-of-00002.safetensors"

@@ -54,7 +54,7 @@ def model_of(rank: int = 0, size: int = 1, seed: int = 1) -> Transformer:
 
 
 def run_state(step: int) -> RunState:
-    return RunState(step, [1 / (s + 3) for s in range(step)], {"model": CONFIG.model_dump(mode="json"), "seed": 0})
+    return RunState(step, {"model": CONFIG.model_dump(mode="json"), "seed": 0})
 
 
 @pytest.fixture
@@ -240,7 +240,7 @@ KEPT = [
 @pytest.mark.parametrize("written, keep, kept, reason", KEPT, ids=[reason for *_, reason in KEPT])
 def test_keep(tmp_path, tokenizer, written, keep, kept, reason):
     for step in written:
-        state = RunState(step, [], {})
+        state = RunState(step, {})
         save(tmp_path, state, model_of(), Optimizer(), Groups(), tokenizer, keep)  # type: ignore[arg-type]
     assert [int(folder.name.removeprefix("step-")) for folder in checkpoints_of(tmp_path)] == kept
     assert read_state(tmp_path / "checkpoint").step == written[-1]
@@ -283,7 +283,6 @@ def halve(pattern: str) -> Callable[[Path], None]:
 
 DAMAGES: list[tuple[Callable[[Path], None], str, str]] = [
     (change_state(without("step")), "state.json: no key 'step'", "no step"),
-    (change_state(without("losses")), "state.json: no key 'losses'", "no losses"),
     (change_state(without("settings")), "state.json: no key 'settings'", "no settings"),
     (change_state(lambda content: [content]), "state.json: not a JSON object", "a list"),
     (halve("training/state.json"), "state.json: not valid JSON", "half the state"),

@@ -119,7 +119,7 @@ def check_updates() -> None:
         without = loss_of(tiny_model(vocab_size=16, hidden_size=16, layers=1, moe={kind: 0}), groups)
         smaller = zero_of(without, stage=1)
         assert make_step(smaller, groups, 0) > 0
-        moments = {p: smaller.state(p) for p in without.parameters()}
+        moments = {p: smaller.state(p) for p in without.parameters() if p.numel()}
         assert all(part.shape == p.shape for p, state in moments.items() for part in state)
         smaller.load_state(moments, steps=1)
 

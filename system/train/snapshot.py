@@ -1,7 +1,7 @@
 """All that a training run needs to go on as if it had never stopped.
 
     checkpoints/step-000050/             weights, config and tokenizer (see system/model/checkpoint.py), and
-      training/state.json                step, losses so far, the settings that must not change
+      training/state.json                step, and the settings that must not change
       training/optimizer-00001-of-...    Adam moments of each weight under the name that every layout shares
     checkpoint -> checkpoints/step-...   the newest
 
@@ -46,7 +46,6 @@ class RunState:
     """Where a run stands after `step` updates."""
 
     step: int
-    losses: list[float]  # cross entropy of each step so far, nats per token
     settings: dict[str, Any]  # what a resumed run must have in common: model, data, batches, optimizer
 
 

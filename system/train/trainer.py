@@ -57,20 +57,20 @@ class Trainer:
     ) -> None:
         self.config, self.run_dir, self.groups, self.device, self.settings = config, run_dir, groups, device, settings
         self.dataset = TokenDataset(run_dir / "data")
+        self.traffic = Traffic()
+        dispatcher: Dispatcher = LocalDispatcher()
+        if groups.expert is not None:
+            dispatcher = AllToAllDispatcher(groups.expert, self.traffic)
         with torch.device(device.name):
             self.model = Transformer(model_config, groups.expert_rank, groups.expert_size)
-        self.state = RunState(step=0, losses=[], settings=settings)
+            self.loss = LanguageModelLoss(self.model, dispatcher, groups)
+        self.state = RunState(step=0, settings=settings)
         if resume_from is None:
             initialise(self.model, config.seed, model_config.initializer_range)
         else:
             self.state = read_state(resume_from)
             load_weights(self.model, resume_from)
 
-        self.traffic = Traffic()
-        dispatcher: Dispatcher = LocalDispatcher()
-        if groups.expert is not None:
-            dispatcher = AllToAllDispatcher(groups.expert, self.traffic)
-        self.loss = LanguageModelLoss(self.model, dispatcher, groups)
         self.zero = Zero(
             self.loss,
             [weight.parameter for weight in weights(self.model) if weight.is_expert and groups.expert is not None],
@@ -82,13 +82,13 @@ class Trainer:
         if resume_from is not None:
             load_optimizer(resume_from, self.state, self.model, self.zero)
 
-    def run(self, report: Callable[[Record], None]) -> RunState:
-        """Train to the last step; return where the run then stands."""
+    def run(self, report: Callable[[Record], None]) -> None:
+        """Train to the last step."""
         config = self.config
         while self.state.step < config.steps:
             step = self.state.step + 1
             record = self._train_step(step)
-            self.state = RunState(step, [*self.state.losses, record["loss"]], self.settings)
+            self.state = RunState(step, self.settings)
             report(record)
             last = step == config.steps
             if last or step % config.validate_every == 0:
@@ -104,7 +104,6 @@ class Trainer:
                     config.keep_checkpoints,
                 )
                 report({"kind": "event", "what": "saved", "step": step, "checkpoint": str(folder)})
-        return self.state
 
     def _train_step(self, step: int) -> Record:
         config, began = self.config, time.perf_counter()
