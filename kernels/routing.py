@@ -14,11 +14,13 @@ copy, zero (the order of MoE++'s released code), so ids below E are the ones tha
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
 
 import torch
 
 GateMode = Literal["paper", "released", "mixtral"]
+TINY = 1e-20  # keeps a sum of sigmoid scores that all rounded to 0 from dividing
 
 
 class Routing(NamedTuple):
@@ -84,6 +86,48 @@ def route(logits_TN: torch.Tensor, top_k: int, gate_mode: GateMode, zero_experts
         else:
             weights_TK = chosen_TK.softmax(dim=-1)
     return Routing(experts_TK, weights_TK, logits_TN, probabilities_TN)
+
+
+@dataclass(frozen=True)
+class ExpertGroups:
+    """Group-limited choice: N experts fall into `count` equal groups, in order; a token uses experts of `chosen`."""
+
+    count: int
+    chosen: int
+
+
+def route_sigmoid(
+    logits_TN: torch.Tensor,
+    top_k: int,
+    selection_bias_N: torch.Tensor | None = None,
+    groups: ExpertGroups | None = None,
+) -> Routing:
+    """Choose by sigmoid scores and weight by them, divided by their sum (DeepSeek-V3, arXiv 2412.19437, section 2.1.2).
+
+    Args:
+        logits_TN: [T, N] router logits; computed in float32.
+        top_k: K, from 1 to N.
+        selection_bias_N: added to the scores for the choice alone; weights and gradients do not know of it.
+        groups: the groups with the largest sums of their two best biased scores are chosen first.
+
+    `probabilities_TN` are the scores divided by their sum over all experts (equation 19 there). Equal scores are taken
+    in order of expert id, lowest first.
+    """
+    logits_TN = logits_TN.float()
+    scores_TN = logits_TN.sigmoid()
+    ranking_TN = scores_TN.detach()
+    if selection_bias_N is not None:
+        ranking_TN = ranking_TN + selection_bias_N
+    if groups is not None:
+        ranking_TGn = ranking_TN.unflatten(1, (groups.count, -1))
+        group_score_TG = ranking_TGn.topk(2, dim=-1).values.sum(-1)
+        best_TG = group_score_TG.sort(dim=-1, descending=True, stable=True).indices[:, : groups.chosen]
+        open_TG = torch.zeros_like(group_score_TG, dtype=torch.bool).scatter(1, best_TG, True)
+        ranking_TN = ranking_TGn.masked_fill(~open_TG[..., None], -torch.inf).flatten(1)
+    experts_TK = ranking_TN.sort(dim=-1, descending=True, stable=True).indices[:, :top_k].contiguous()
+    chosen_TK = scores_TN.gather(1, experts_TK)
+    weights_TK = chosen_TK / (chosen_TK.sum(-1, keepdim=True) + TINY)
+    return Routing(experts_TK, weights_TK, logits_TN, scores_TN / (scores_TN.sum(-1, keepdim=True) + TINY))
 
 
 def _softmax_without(chosen_TK: torch.Tensor, is_zero_TK: torch.Tensor) -> torch.Tensor:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError
 
 from expertmesh.parallel.recipe_section import RecipeSection
 from expertmesh.parallel.sizes import ParallelSizes
-from expertmesh.system.model.config import ModelConfig
+from expertmesh.system.model.config import ATTENTION_KINDS, ModelConfig
 from expertmesh.system.train.config import DataConfig, TrainConfig
 
 SHIPPED = Path(__file__).parent / "recipes"
@@ -108,10 +109,11 @@ def _apply(content: dict[str, Any], override: str) -> None:
 def _first_problem(error: ValidationError) -> str:
     """One line for the first thing that is wrong."""
     problem = error.errors()[0]
-    place = ".".join(str(part) for part in problem["loc"])
+    path = [str(part) for part in problem["loc"]]
+    place = ".".join(part for part in path if part not in ATTENTION_KINDS)
     if problem["type"] == "extra_forbidden":
-        *sections, key = (str(part) for part in problem["loc"])
-        known = _keys_of(Recipe, sections)
+        *sections, key = path
+        known = _keys_of(sections)
         close = difflib.get_close_matches(key, known, n=1)
         hint = f"did you mean {close[0]}?" if close else f"known keys: {', '.join(known)}"
         return f"unknown key {place}; {hint}"
@@ -121,10 +123,20 @@ def _first_problem(error: ValidationError) -> str:
     return f"{place}={problem['input']}: {message}"
 
 
-def _keys_of(section: type[BaseModel], path: list[str]) -> list[str]:
+def _keys_of(path: list[str]) -> list[str]:
+    """Keys of the section at `path`, in which pydantic names the kind of a section that has several."""
+    section: type[BaseModel] = Recipe
     for name in path:
-        section = section.model_fields[name].annotation  # type: ignore[assignment]
+        section = ATTENTION_KINDS.get(name) or next(_sections_in(section.model_fields[name].annotation))
     return list(section.model_fields)
+
+
+def _sections_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    """The section itself, or those of an optional section or a union."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for part in get_args(annotation):
+        yield from _sections_in(part)
 
 
 def _check_together(recipe: Recipe) -> None:

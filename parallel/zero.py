@@ -102,7 +102,8 @@ class Zero:
             parameter.allreduce = False  # type: ignore[attr-defined]
             parameter.group_name = EXPERT_GROUP  # type: ignore[attr-defined]
         marked = _marked(module, len(expert_parameters[0])) if expert_parameters else module
-        parameters = [p for p in module.parameters() if p.numel()]  # DeepSpeed stumbles over empty ones
+        # DeepSpeed stumbles over empty parameters.
+        parameters = [p for p in module.parameters() if p.numel() and p.requires_grad]
         decayed = [p for p in parameters if p.ndim > 1]
         plain = [p for p in parameters if p.ndim <= 1]
         parameter_groups = split_params_into_different_moe_groups_for_optimizer(

@@ -14,7 +14,7 @@ WIDTH = 24
 
 
 def made(config: AttentionConfig) -> Attention:
-    attention = Attention(config, WIDTH, layer=0)
+    attention = Attention(config, WIDTH, layer=0, norm_eps=1e-6)
     initialise(attention, 1, 0.3)
     return attention
 

@@ -87,7 +87,7 @@ BAD: list[tuple[type, dict[str, Any], str, str]] = [
     ),
     (MoEConfig, {"top_k": 0}, "greater than or equal to 1", "a token goes somewhere"),
     (MoEConfig, {"tau": 0}, "greater than 0", "zero-computation experts would be free"),
-    (MoEConfig, {"gate_mode": "switch"}, "'paper', 'released' or 'mixtral'", "an unknown gate"),
+    (MoEConfig, {"gate_mode": "switch"}, "'paper', 'released', 'mixtral' or 'sigmoid'", "an unknown gate"),
     (ModelConfig, {"hidden": 4}, "Extra inputs", "a misspelt key"),
     (ModelConfig, {"vocab_size": 0}, "greater than or equal to 1", "no tokens"),
 ]

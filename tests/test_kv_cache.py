@@ -46,7 +46,7 @@ def test_equals_causal_attention(case):
     cache = KVCache(CONFIG, slots=3, device="cpu")
     # What other requests left behind must not be seen.
     cache.keys_LXGCd.fill_(torch.nan)
-    cache.values_LXGCd.fill_(torch.nan)
+    cache.values_LXGCe.fill_(torch.nan)
     for spans in case.steps:
         attend = CacheAttend(cache, spans)
         for layer in range(CONFIG.layers):

@@ -22,7 +22,7 @@ KINDS = {"ffn_experts": 3, "expert_hidden_size": 5, "constant_experts": 1, "copy
 
 
 def layer_with(config: MoEConfig, layer: int = 0) -> MoE:
-    made = MoE(config, WIDTH, layer, range(config.ffn_experts))
+    made = MoE(config, WIDTH, layer, range(config.ffn_experts), follows_moe=layer > 0)
     initialise(made, seed=2, standard_deviation=0.7)
     return made
 

@@ -1,7 +1,7 @@
-"""Grouped-query attention with rotary positions.
+"""Attention with rotary positions: grouped queries, or latent keys and values.
 
-The layer makes queries, keys and values; *what a query may look at* is the caller's: `CausalAttend` for whole training
-sequences, the serving engine's cache for requests of any length. So both run this one layer.
+A layer makes queries, keys and values; *what a query may look at* is the caller's: `CausalAttend` for whole training
+sequences, the serving engine's cache for requests of any length. So both run the same layers.
 """
 
 from __future__ import annotations
@@ -12,14 +12,19 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from expertmesh.system.model.config import AttentionConfig
+from expertmesh.system.model.config import AnyAttention, AttentionConfig, MLAConfig
 
 
 class Attend(Protocol):
     """Answers each query from the keys and values it may see."""
 
-    def __call__(self, layer: int, q_THd: torch.Tensor, k_TGd: torch.Tensor, v_TGd: torch.Tensor) -> torch.Tensor:
-        """Return o_THd. T tokens, H query heads, G key-value heads, d head width."""
+    def __call__(
+        self, layer: int, q_THd: torch.Tensor, k_TGd: torch.Tensor, v_TGe: torch.Tensor, window: int | None = None
+    ) -> torch.Tensor:
+        """Return o_THe. T tokens, H query heads, G key-value heads, d and e widths of keys and of values.
+
+        `window`: a token sees that many tokens back, itself included; None: all.
+        """
         ...
 
 
@@ -29,12 +34,24 @@ class CausalAttend:
     def __init__(self, sequence_length: int) -> None:
         self.sequence_length = sequence_length
 
-    def __call__(self, layer: int, q_THd: torch.Tensor, k_TGd: torch.Tensor, v_TGd: torch.Tensor) -> torch.Tensor:
-        q_BHSd, k_BGSd, v_BGSd = (
-            t.unflatten(0, (-1, self.sequence_length)).transpose(1, 2) for t in (q_THd, k_TGd, v_TGd)
+    def __call__(
+        self, layer: int, q_THd: torch.Tensor, k_TGd: torch.Tensor, v_TGe: torch.Tensor, window: int | None = None
+    ) -> torch.Tensor:
+        q_BHSd, k_BGSd, v_BGSe = (
+            t.unflatten(0, (-1, self.sequence_length)).transpose(1, 2) for t in (q_THd, k_TGd, v_TGe)
         )
-        o_BHSd = F.scaled_dot_product_attention(q_BHSd, k_BGSd, v_BGSd, is_causal=True, enable_gqa=True)
-        return o_BHSd.transpose(1, 2).flatten(0, 1)
+        visible = causal_mask(self.sequence_length, self.sequence_length, window, q_THd.device) if window else None
+        o_BHSe = F.scaled_dot_product_attention(
+            q_BHSd, k_BGSd, v_BGSe, attn_mask=visible, is_causal=visible is None, enable_gqa=True
+        )
+        return o_BHSe.transpose(1, 2).flatten(0, 1)
+
+
+def causal_mask(queries: int, keys: int, window: int | None, device: torch.device) -> torch.Tensor:
+    """bool [queries, keys]: the last query stands at the last key; each sees keys up to its own, `window` at most."""
+    last = keys - queries
+    visible = torch.ones(queries, keys, dtype=torch.bool, device=device).tril(last)
+    return visible if window is None else visible.triu(last - window + 1)
 
 
 def rotate(x_THd: torch.Tensor, positions_T: torch.Tensor, theta: float) -> torch.Tensor:
@@ -48,20 +65,88 @@ def rotate(x_THd: torch.Tensor, positions_T: torch.Tensor, theta: float) -> torc
     return torch.cat(turned, dim=-1).type_as(x_THd)
 
 
-class Attention(nn.Module):
-    """q, k, v and output projections without biases; names as Hugging Face's Llama family has them."""
+def rotate_interleaved(x_THd: torch.Tensor, positions_T: torch.Tensor, theta: float) -> torch.Tensor:
+    """`rotate` for weights that keep the two of a pair side by side; the result has them half a head apart."""
+    return rotate(x_THd.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2), positions_T, theta)
 
-    def __init__(self, config: AttentionConfig, hidden_size: int, layer: int) -> None:
+
+class Attention(nn.Module):
+    """Grouped queries; names as Hugging Face's Llama family has them."""
+
+    def __init__(self, config: AttentionConfig, hidden_size: int, layer: int, norm_eps: float) -> None:
         super().__init__()
         self.config, self.layer = config, layer
-        self.q_proj = nn.Linear(hidden_size, config.heads * config.head_dim, bias=False)
-        self.k_proj = nn.Linear(hidden_size, config.kv_heads * config.head_dim, bias=False)
-        self.v_proj = nn.Linear(hidden_size, config.kv_heads * config.head_dim, bias=False)
-        self.o_proj = nn.Linear(config.heads * config.head_dim, hidden_size, bias=False)
+        query, kv = config.heads * config.head_dim, config.kv_heads * config.head_dim
+        self.q_proj = nn.Linear(hidden_size, query, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(hidden_size, kv, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(hidden_size, kv, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(query, hidden_size, bias=config.output_bias)
+        self.q_norm: nn.Module = nn.Identity()
+        self.k_norm: nn.Module = nn.Identity()
+        if config.qk_norm != "none":
+            over_head = config.qk_norm == "head"
+            self.q_norm = nn.RMSNorm(config.head_dim if over_head else query, eps=norm_eps)
+            self.k_norm = nn.RMSNorm(config.head_dim if over_head else kv, eps=norm_eps)
 
     def forward(self, x_TD: torch.Tensor, positions_T: torch.Tensor, attend: Attend) -> torch.Tensor:
+        config = self.config
+        q_THd = self._heads(self.q_proj(x_TD), self.q_norm)
+        k_TGd = self._heads(self.k_proj(x_TD), self.k_norm)
+        v_TGd = self.v_proj(x_TD).unflatten(-1, (-1, config.head_dim))
+        q_THd = rotate(q_THd, positions_T, config.rope_theta)
+        k_TGd = rotate(k_TGd, positions_T, config.rope_theta)
+        o_THd = attend(self.layer, q_THd, k_TGd, v_TGd, config.sliding_window)
+        return self.o_proj(o_THd.flatten(1))
+
+    def _heads(self, x_TX: torch.Tensor, norm: nn.Module) -> torch.Tensor:
+        """Cut the width into heads; the norm takes one head or the whole width as a row."""
         split = (-1, self.config.head_dim)
-        q_THd, k_TGd, v_TGd = (p(x_TD).unflatten(-1, split) for p in (self.q_proj, self.k_proj, self.v_proj))
-        q_THd = rotate(q_THd, positions_T, self.config.rope_theta)
-        k_TGd = rotate(k_TGd, positions_T, self.config.rope_theta)
-        return self.o_proj(attend(self.layer, q_THd, k_TGd, v_TGd).flatten(1))
+        if self.config.qk_norm == "width":
+            return norm(x_TX).unflatten(-1, split)
+        return norm(x_TX.unflatten(-1, split))
+
+
+class LatentAttention(nn.Module):
+    """Multi-head latent attention; names as Hugging Face's DeepSeek-V3 has them.
+
+    Each head's key is a part made from the latent vector, without position, and a rotary part that all heads share.
+    """
+
+    def __init__(self, config: MLAConfig, hidden_size: int, layer: int, norm_eps: float) -> None:
+        super().__init__()
+        self.config, self.layer = config, layer
+        query = config.heads * (config.nope_head_dim + config.rope_head_dim)
+        if config.query_rank is None:
+            self.q_proj = nn.Linear(hidden_size, query, bias=False)
+        else:
+            self.q_a_proj = nn.Linear(hidden_size, config.query_rank, bias=False)
+            self.q_a_layernorm = nn.RMSNorm(config.query_rank, eps=norm_eps)
+            self.q_b_proj = nn.Linear(config.query_rank, query, bias=False)
+        self.kv_a_proj_with_mqa = nn.Linear(hidden_size, config.kv_rank + config.rope_head_dim, bias=False)
+        self.kv_a_layernorm = nn.RMSNorm(config.kv_rank, eps=norm_eps)
+        made = config.nope_head_dim + config.value_head_dim
+        self.kv_b_proj = nn.Linear(config.kv_rank, config.heads * made, bias=False)
+        self.o_proj = nn.Linear(config.heads * config.value_head_dim, hidden_size, bias=False)
+
+    def forward(self, x_TD: torch.Tensor, positions_T: torch.Tensor, attend: Attend) -> torch.Tensor:
+        config = self.config
+        nope, rope = config.nope_head_dim, config.rope_head_dim
+        q_TX = (
+            self.q_proj(x_TD) if config.query_rank is None else self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_TD)))
+        )
+        q_nope_THn, q_rope_THr = q_TX.unflatten(-1, (config.heads, -1)).split([nope, rope], dim=-1)
+        latent_TC, k_rope_Tr = self.kv_a_proj_with_mqa(x_TD).split([config.kv_rank, rope], dim=-1)
+        kv_THx = self.kv_b_proj(self.kv_a_layernorm(latent_TC)).unflatten(-1, (config.heads, -1))
+        k_nope_THn, v_THe = kv_THx.split([nope, config.value_head_dim], dim=-1)
+        q_rope_THr = rotate_interleaved(q_rope_THr, positions_T, config.rope_theta)
+        k_rope_T1r = rotate_interleaved(k_rope_Tr[:, None], positions_T, config.rope_theta)
+        q_THd = torch.cat([q_nope_THn, q_rope_THr], dim=-1)
+        k_THd = torch.cat([k_nope_THn, k_rope_T1r.expand(-1, config.heads, -1)], dim=-1)
+        return self.o_proj(attend(self.layer, q_THd, k_THd, v_THe).flatten(1))
+
+
+def build_attention(config: AnyAttention, hidden_size: int, layer: int, norm_eps: float) -> nn.Module:
+    """The attention that `config` describes, for layer number `layer`."""
+    if isinstance(config, MLAConfig):
+        return LatentAttention(config, hidden_size, layer, norm_eps)
+    return Attention(config, hidden_size, layer, norm_eps)

@@ -1,10 +1,17 @@
-"""The architecture as data: what a recipe's `model` section and a checkpoint's `config.json` hold."""
+"""The architecture as data: what a recipe's `model` section and a checkpoint's `config.json` hold.
+
+A model is one block repeated. What varies between architectures is which part stands in which place of it:
+
+    attention    `AttentionConfig` (grouped queries) or `MLAConfig` (latent keys and values)
+    feed-forward `MoEConfig`: routed, zero-computation and shared experts; or, in `dense_layers`, one dense SwiGLU
+    router       part of `MoEConfig`: a gate mode, groups, a selection bias, a gating residual
+"""
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from expertmesh.parallel.recipe_section import RecipeSection
 
@@ -12,16 +19,93 @@ from expertmesh.parallel.recipe_section import RecipeSection
 class AttentionConfig(RecipeSection):
     """Grouped-query attention with rotary positions."""
 
+    kind: Literal["gqa"] = "gqa"
     heads: int = Field(8, ge=1)
     kv_heads: int = Field(4, ge=1, description="key and value heads, each shared by heads / kv_heads query heads")
     head_dim: int = Field(32, ge=2, multiple_of=2)
     rope_theta: float = Field(10_000.0, gt=0)
+    qk_norm: Literal["none", "head", "width"] = Field("none", description="RMSNorm of queries and keys, over what")
+    qkv_bias: bool = False
+    output_bias: bool = False
+    sliding_window: int | None = Field(None, ge=1, description="how many tokens back, itself included, a token sees")
+
+    @property
+    def key_shape(self) -> tuple[int, int]:
+        """(heads, width) of the keys that a cache holds for one token."""
+        return self.kv_heads, self.head_dim
+
+    @property
+    def value_shape(self) -> tuple[int, int]:
+        return self.kv_heads, self.head_dim
+
+    def num_params(self, hidden_size: int) -> int:
+        query, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        norms = {"none": 0, "head": 2 * self.head_dim, "width": query + kv}[self.qk_norm]
+        biases = self.qkv_bias * (query + 2 * kv) + self.output_bias * hidden_size
+        return hidden_size * (2 * query + 2 * kv) + norms + biases
 
     @model_validator(mode="after")
     def _groups_are_whole(self) -> AttentionConfig:
         if self.heads % self.kv_heads:
             raise ValueError(f"kv_heads={self.kv_heads} does not divide heads={self.heads}")
         return self
+
+
+class MLAConfig(RecipeSection):
+    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1): narrow vectors make keys and values."""
+
+    kind: Literal["mla"]
+    heads: int = Field(ge=1)
+    query_rank: int | None = Field(None, ge=1, description="width of the queries' latent vector; null: none")
+    kv_rank: int = Field(ge=1, description="width of the latent vector of keys and values")
+    nope_head_dim: int = Field(ge=1, description="width of a head without position")
+    rope_head_dim: int = Field(ge=2, multiple_of=2, description="width of a head's part with rotary position")
+    value_head_dim: int = Field(ge=1)
+    rope_theta: float = Field(10_000.0, gt=0)
+
+    @property
+    def key_shape(self) -> tuple[int, int]:
+        """(heads, width) of the keys that a cache holds for one token."""
+        return self.heads, self.nope_head_dim + self.rope_head_dim
+
+    @property
+    def value_shape(self) -> tuple[int, int]:
+        return self.heads, self.value_head_dim
+
+    def num_params(self, hidden_size: int) -> int:
+        query = self.heads * (self.nope_head_dim + self.rope_head_dim)
+        rank = self.query_rank
+        queries = hidden_size * query if rank is None else rank * (hidden_size + 1 + query)
+        latent = hidden_size * (self.kv_rank + self.rope_head_dim) + self.kv_rank
+        expand = self.kv_rank * self.heads * (self.nope_head_dim + self.value_head_dim)
+        return queries + latent + expand + self.heads * self.value_head_dim * hidden_size
+
+
+ATTENTION_KINDS: dict[str, type[RecipeSection]] = {"gqa": AttentionConfig, "mla": MLAConfig}
+
+
+def _attention_kind(value: Any) -> str:
+    return value.get("kind", "gqa") if isinstance(value, dict) else getattr(value, "kind", "gqa")
+
+
+AnyAttention = Annotated[
+    Annotated[AttentionConfig, Tag("gqa")] | Annotated[MLAConfig, Tag("mla")],
+    Discriminator(_attention_kind, custom_error_type="kind", custom_error_message="kind must be 'gqa' or 'mla'"),
+]
+
+
+class GroupsConfig(RecipeSection):
+    """Group-limited routing (DeepSeek-V3, arXiv 2412.19437, section 2.1.2): a token uses experts of few groups."""
+
+    count: int = Field(ge=1, description="equal groups that the experts fall into, in order")
+    chosen: int = Field(ge=1, description="groups whose experts one token may use")
+
+
+class SharedExpertConfig(RecipeSection):
+    """A SwiGLU expert that every token uses, beside the routed ones."""
+
+    hidden_size: int = Field(ge=1)
+    gate: bool = Field(False, description="weight it by the sigmoid of a learned map of the token (Qwen2-MoE)")
 
 
 class MoEConfig(RecipeSection):
@@ -35,9 +119,14 @@ class MoEConfig(RecipeSection):
     zero_experts: int = Field(1, ge=0, description="experts that answer 0")
     copy_experts: int = Field(1, ge=0, description="experts that answer their input")
     constant_experts: int = Field(2, ge=0, description="experts that mix their input with a learned vector")
+    shared: SharedExpertConfig | None = None
     top_k: int = Field(2, ge=1)
-    gate_mode: Literal["paper", "released", "mixtral"] = "paper"
-    gating_residual: bool = Field(True, description="add a learned map of the previous layer's router logits")
+    gate_mode: Literal["paper", "released", "mixtral", "sigmoid"] = "paper"
+    gate_scale: float = Field(1.0, gt=0, description="factor on the weights of the chosen experts")
+    selection_bias: bool = Field(False, description="a bias per expert that decides who is chosen, not how much")
+    bias_update_rate: float = Field(0.001, gt=0, description="step of that bias towards an even load, each update")
+    groups: GroupsConfig | None = None
+    gating_residual: bool = Field(True, description="add a learned map of the previous MoE layer's router logits")
     tau: float = Field(0.75, gt=0, description="weight of zero-computation experts in the balance loss")
     balance_loss_weight: float = Field(0.01, ge=0)
 
@@ -60,15 +149,33 @@ class MoEConfig(RecipeSection):
         )
         return [f"{kind} {i}" for kind, count in kinds for i in range(count)]
 
+    def num_params(self, hidden_size: int, ffn_experts: int) -> int:
+        """Parameters with `ffn_experts` of the FFN experts counted; without gating residuals."""
+        router = self.num_experts * hidden_size + self.selection_bias * self.num_experts
+        constants = self.constant_experts * 3 * hidden_size
+        shared = 0
+        if self.shared:
+            shared = 3 * hidden_size * self.shared.hidden_size + self.shared.gate * hidden_size
+        return router + constants + shared + ffn_experts * 3 * hidden_size * self.expert_hidden_size
+
     @model_validator(mode="after")
-    def _enough_experts(self) -> MoEConfig:
+    def _choices_are_possible(self) -> MoEConfig:
         if self.top_k > self.num_experts:
             raise ValueError(f"top_k={self.top_k} is more than all {self.num_experts} experts of a layer")
+        if self.gate_mode != "sigmoid" and (self.groups or self.selection_bias):
+            raise ValueError(f"groups and selection_bias go with gate_mode=sigmoid, not {self.gate_mode}")
+        if self.groups is None:
+            return self
+        count, chosen = self.groups.count, self.groups.chosen
+        if self.num_experts % count or self.num_experts // count < 2:
+            raise ValueError(f"groups.count={count} must cut {self.num_experts} experts into equal groups of 2 or more")
+        if chosen > count or chosen * (self.num_experts // count) < self.top_k:
+            raise ValueError(f"groups.chosen={chosen} of {count} groups leave fewer than top_k={self.top_k} experts")
         return self
 
 
 class ModelConfig(RecipeSection):
-    """A decoder of equal blocks: attention, then a mixture of experts."""
+    """A decoder of blocks: attention, then a mixture of experts or, in `dense_layers`, one dense SwiGLU."""
 
     vocab_size: int | None = Field(None, ge=1, description="left out of a recipe: the tokenizer decides")
     layers: int = Field(4, ge=1)
@@ -76,8 +183,16 @@ class ModelConfig(RecipeSection):
     context_length: int = Field(512, ge=1, description="longest sequence, prompt and answer together, in tokens")
     norm_eps: float = Field(1e-5, gt=0)
     initializer_range: float = Field(0.02, gt=0, description="standard deviation of initial weights")
-    attention: AttentionConfig = AttentionConfig()
+    tie_embeddings: bool = Field(False, description="the output head is the embedding")
+    attention: AnyAttention = AttentionConfig()
     moe: MoEConfig = MoEConfig()
+    dense_layers: tuple[int, ...] = Field((), description="layers with a dense SwiGLU in place of the experts")
+    dense_hidden_size: int | None = Field(None, ge=1, description="its hidden width")
+
+    @property
+    def moe_layers(self) -> list[int]:
+        """Layers that have experts."""
+        return [layer for layer in range(self.layers) if layer not in self.dense_layers]
 
     def num_params(self) -> int:
         """All parameters, embedding and output head included."""
@@ -89,12 +204,19 @@ class ModelConfig(RecipeSection):
 
     def _params(self, ffn_experts: int) -> int:
         assert self.vocab_size is not None, "the vocabulary is not known yet"
-        width, att, moe = self.hidden_size, self.attention, self.moe
-        attention = width * att.head_dim * (2 * att.heads + 2 * att.kv_heads)
-        router = moe.num_experts * width
-        constants = moe.constant_experts * 3 * width
-        experts = ffn_experts * 3 * width * moe.expert_hidden_size
-        norms = 2 * width
-        residual_maps = (self.layers - 1) * moe.num_experts**2 if moe.gating_residual else 0
-        per_layer = attention + router + constants + experts + norms
-        return self.layers * per_layer + residual_maps + 2 * self.vocab_size * width + width
+        width, sparse = self.hidden_size, len(self.moe_layers)
+        both = self.layers * (self.attention.num_params(width) + 2 * width)
+        experts = sparse * self.moe.num_params(width, ffn_experts)
+        residual_maps = max(sparse - 1, 0) * self.moe.num_experts**2 if self.moe.gating_residual else 0
+        dense = (self.layers - sparse) * 3 * width * (self.dense_hidden_size or 0)
+        embeddings = (1 if self.tie_embeddings else 2) * self.vocab_size * width
+        return both + experts + residual_maps + dense + embeddings + width
+
+    @model_validator(mode="after")
+    def _layers_are_there(self) -> ModelConfig:
+        outside = [layer for layer in self.dense_layers if not 0 <= layer < self.layers]
+        if outside:
+            raise ValueError(f"dense_layers={list(self.dense_layers)}: {outside[0]} is not one of {self.layers} layers")
+        if self.dense_layers and self.dense_hidden_size is None:
+            raise ValueError(f"dense_layers={list(self.dense_layers)} need dense_hidden_size")
+        return self

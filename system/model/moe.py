@@ -8,6 +8,7 @@ from torch import nn
 from expertmesh.kernels.routing import Routing
 from expertmesh.parallel.dispatchers import Dispatcher, ExpertLayer
 from expertmesh.system.model.config import MoEConfig
+from expertmesh.system.model.dense import SwiGLU
 from expertmesh.system.model.experts import RoutedExperts, ZeroComputationExperts
 from expertmesh.system.model.router import Router
 
@@ -17,7 +18,7 @@ class MoE(nn.Module):
 
     1. route: the router picks top-k experts and their weights; later steps are functions of that decision
     2. dispatch: a row for every choice of an FFN expert leaves for the rank that holds it
-    3. zero-computation experts answer here, while the rows are on their way
+    3. zero-computation experts and the shared expert answer here, while the rows are on their way
     4. experts: this rank computes the rows it was sent, one grouped GEMM
     5. combine: rows come back and are summed by weight
 
@@ -25,14 +26,18 @@ class MoE(nn.Module):
     whose dispatcher sends every row to the FFN pool).
     """
 
-    def __init__(self, config: MoEConfig, hidden_size: int, layer: int, shard: range) -> None:
+    def __init__(self, config: MoEConfig, hidden_size: int, layer: int, shard: range, follows_moe: bool) -> None:
         super().__init__()
         self.experts_of_layer = ExpertLayer(layer, config.ffn_experts)
         # The released models double (top_k times) what an expert sees (moe_plus_plus_layer.py).
         self.input_scale = config.top_k if config.gate_mode == "released" else 1
-        self.gate = Router(config, hidden_size, follows_moe=layer > 0)
+        self.gate = Router(config, hidden_size, follows_moe)
         self.zero_computation = ZeroComputationExperts(config, hidden_size)
         self.experts = RoutedExperts(config, hidden_size, shard)
+        self.shared_expert = SwiGLU(hidden_size, config.shared.hidden_size) if config.shared else None
+        self.shared_expert_gate: nn.Linear | None = None
+        if config.shared and config.shared.gate:
+            self.shared_expert_gate = nn.Linear(hidden_size, 1, bias=False)
 
     def forward(
         self, x_TD: torch.Tensor, previous_logits_TN: torch.Tensor | None, dispatcher: Dispatcher
@@ -40,6 +45,12 @@ class MoE(nn.Module):
         routing = self.gate(x_TD, previous_logits_TN)
         x_TD = x_TD * self.input_scale
         rows_RD, counts_E, handle = dispatcher.dispatch(x_TD, routing, self.experts_of_layer)
-        y_TD = self.zero_computation(x_TD, routing)
+        y_TD = self.zero_computation(x_TD, routing) + self._shared(x_TD)
         rows_RD = self.experts(rows_RD, counts_E)
         return y_TD + dispatcher.combine(rows_RD, handle), routing
+
+    def _shared(self, x_TD: torch.Tensor) -> torch.Tensor | float:
+        if self.shared_expert is None:
+            return 0.0
+        y_TD = self.shared_expert(x_TD)
+        return y_TD if self.shared_expert_gate is None else y_TD * self.shared_expert_gate(x_TD).sigmoid()

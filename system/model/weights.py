@@ -27,11 +27,13 @@ class Weight(NamedTuple):
 
 
 def weights(model: nn.Module) -> Iterator[Weight]:
-    """Every parameter of `model` but empty ones, in a fixed order. Routed experts split into gate, up, down of each."""
+    """Every parameter of `model` but empty ones, once, in a fixed order. Routed experts split into their three."""
+    told: set[int] = set()
     for prefix, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
-            if parameter.numel() == 0:  # of experts that a layer has none of
+            if parameter.numel() == 0 or id(parameter) in told:  # experts that a layer has none of; tied embeddings
                 continue
+            told.add(id(parameter))
             full_name = f"{prefix}.{name}" if prefix else name
             if isinstance(module, RoutedExperts):
                 yield Weight(parameter, True, _expert_split(prefix, name, module.shard))
@@ -62,12 +64,13 @@ def _expert_split(prefix: str, name: str, shard: range) -> Split:
 def initialise(model: nn.Module, seed: int, standard_deviation: float) -> None:
     """Fill every weight from (seed, name) alone, so that all layouts start from the same model.
 
-    Norms 1; constant experts' vectors N(0, 1) as the released MoE++ code has them; all else N(0, standard_deviation^2).
+    Norms 1, biases 0; constant experts' vectors N(0, 1) as the released MoE++ code has them; all else
+    N(0, standard_deviation^2).
     """
     for weight in weights(model):
         for name, view in weight.split(weight.parameter).items():
-            if name.endswith("norm.weight"):
-                view.fill_(1.0)
+            if name.endswith("norm.weight") or name.endswith("bias"):
+                view.fill_(0.0 if name.endswith("bias") else 1.0)
                 continue
             digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))

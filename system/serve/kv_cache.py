@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from expertmesh.system.model.attention import causal_mask
 from expertmesh.system.model.config import ModelConfig
 
 
@@ -22,10 +23,12 @@ class KVCache:
     """Room for `slots` requests of up to `context_length` tokens each."""
 
     def __init__(self, config: ModelConfig, slots: int, device: str) -> None:
-        attention = config.attention
-        shape = (config.layers, slots, attention.kv_heads, config.context_length, attention.head_dim)
-        self.keys_LXGCd = torch.zeros(shape, device=device)  # X slots, C positions
-        self.values_LXGCd = torch.zeros(shape, device=device)
+        def strips(shape: tuple[int, int]) -> torch.Tensor:
+            heads, width = shape
+            return torch.zeros(config.layers, slots, heads, config.context_length, width, device=device)
+
+        self.keys_LXGCd = strips(config.attention.key_shape)  # X slots, C positions
+        self.values_LXGCe = strips(config.attention.value_shape)
 
 
 class CacheAttend:
@@ -34,27 +37,25 @@ class CacheAttend:
     def __init__(self, cache: KVCache, spans: list[Span]) -> None:
         self.cache, self.spans = cache, spans
 
-    def __call__(self, layer: int, q_THd: torch.Tensor, k_TGd: torch.Tensor, v_TGd: torch.Tensor) -> torch.Tensor:
-        o_THd = torch.empty_like(q_THd)
+    def __call__(
+        self, layer: int, q_THd: torch.Tensor, k_TGd: torch.Tensor, v_TGe: torch.Tensor, window: int | None = None
+    ) -> torch.Tensor:
+        o_THe = q_THd.new_empty(*q_THd.shape[:2], v_TGe.shape[-1])
         first = 0
         for slot, start, length in self.spans:
             new, end = slice(first, first + length), start + length
             keys_GCd = self.cache.keys_LXGCd[layer, slot]
-            values_GCd = self.cache.values_LXGCd[layer, slot]
+            values_GCe = self.cache.values_LXGCe[layer, slot]
             keys_GCd[:, start:end] = k_TGd[new].transpose(0, 1)
-            values_GCd[:, start:end] = v_TGd[new].transpose(0, 1)
-            o_HTd = F.scaled_dot_product_attention(
+            values_GCe[:, start:end] = v_TGe[new].transpose(0, 1)
+            sees_all = length == 1 and (window is None or end <= window)
+            o_HTe = F.scaled_dot_product_attention(
                 q_THd[new].transpose(0, 1)[None],
                 keys_GCd[None, :, :end],
-                values_GCd[None, :, :end],
-                attn_mask=None if length == 1 else _causal(length, end, q_THd.device),
+                values_GCe[None, :, :end],
+                attn_mask=None if sees_all else causal_mask(length, end, window, q_THd.device),
                 enable_gqa=True,
             )[0]
-            o_THd[new] = o_HTd.transpose(0, 1)
+            o_THe[new] = o_HTe.transpose(0, 1)
             first += length
-        return o_THd
-
-
-def _causal(length: int, end: int, device: torch.device) -> torch.Tensor:
-    """bool [length, end]: the i-th new token sees positions up to its own, which is end - length + i."""
-    return torch.ones(length, end, dtype=torch.bool, device=device).tril(end - length)
+        return o_THe

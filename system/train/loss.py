@@ -54,15 +54,14 @@ class LanguageModelLoss(nn.Module):
         logits_TV = self.model.lm_head(hidden_TD).float()
         cross_entropy = F.cross_entropy(logits_TV, targets_BS.reshape(-1), reduction="sum") / max(targets_BS.numel(), 1)
 
-        experts = self.model.config.moe.num_experts
-        load_LN = torch.stack([expert_counts(routing.experts_TK, experts) for routing in routings])
+        moe, layers = self.model.config.moe, len(routings)
+        load_LN = torch.zeros(layers, moe.num_experts, dtype=torch.int64, device=inputs_BS.device)
+        for layer, routing in enumerate(routings):
+            load_LN[layer] = expert_counts(routing.experts_TK, moe.num_experts)
         if self.groups.data is not None:
             dist.all_reduce(load_LN, group=self.groups.data)
-        tokens = int(load_LN[0].sum()) // self.model.config.moe.top_k
-        balance = torch.stack(
-            [
-                balance_loss(routing.probabilities_TN, counts_N, tokens, self.eta_N)
-                for routing, counts_N in zip(routings, load_LN, strict=True)
-            ]
-        ).sum()
+        balance = cross_entropy.new_zeros(())
+        for routing, counts_N in zip(routings, load_LN, strict=True):
+            tokens = int(counts_N.sum()) // moe.top_k
+            balance = balance + balance_loss(routing.probabilities_TN, counts_N, tokens, self.eta_N)
         return BatchLoss(cross_entropy, balance, load_LN)

@@ -80,11 +80,12 @@ def save(
 
     model_tensors, optimizer_tensors = {}, {}
     for weight in weights(model):
-        moments = zero.state(weight.parameter)  # a collective: also on ranks that write nothing
+        # A collective: also on ranks that write nothing. A frozen weight has no moments.
+        moments = zero.state(weight.parameter)._asdict() if weight.parameter.requires_grad else {}
         if groups.expert_data_rank or not (weight.is_expert or groups.expert_rank == 0):
             continue
         model_tensors.update(weight.split(weight.parameter))
-        for kind, tensor in moments._asdict().items():
+        for kind, tensor in moments.items():
             optimizer_tensors.update({f"{kind}/{name}": view for name, view in weight.split(tensor).items()})
     if groups.expert_data_rank == 0:
         place = (groups.expert_rank, groups.expert_size)
@@ -132,6 +133,8 @@ def load_optimizer(folder: Path, state: RunState, model: Transformer, zero: Zero
     index = read_index(training / OPTIMIZER_INDEX)
     states = {}
     for weight in weights(model):
+        if not weight.parameter.requires_grad:
+            continue
         moments = {kind: torch.zeros_like(weight.parameter) for kind in AdamState._fields}
         for kind, whole in moments.items():
             views = {f"{kind}/{name}": view for name, view in weight.split(whole).items()}

@@ -118,13 +118,14 @@ class Trainer:
         rate = learning_rate(step, config)
         grad_norm = self.zero.step(loss_of_batch, rate)
         batch = losses[0]
+        self.model.balance(batch.load_LN)
         share = 1 / self.groups.data_size
         cross_entropy, balance, sent, saved = self._sum_over_ranks(
             batch.cross_entropy.item() * share, batch.balance.item() * share, *self.traffic.take()
         )
         moe, load_LN = self.model.config.moe, batch.load_LN
         slots = int(load_LN.sum())
-        ffn_share = float(load_LN[:, : moe.ffn_experts].sum()) / slots
+        ffn_share = float(load_LN[:, : moe.ffn_experts].sum()) / slots if slots else 0.0
         seconds = time.perf_counter() - began
         return {
             "kind": "step",
