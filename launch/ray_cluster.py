@@ -9,8 +9,9 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import signal
 import tempfile
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,8 @@ def cluster(address: str | None, cpus: int) -> Iterator[str]:
     """
     if address is not None:
         try:
-            ray.init(address=address, log_to_driver=False, logging_level=logging.CRITICAL)
+            with _own_signals():
+                ray.init(address=address, log_to_driver=False, logging_level=logging.CRITICAL)
         except (ConnectionError, RuntimeError, ValueError) as error:
             reason = " ".join(str(error).split())[:200]
             raise NoCluster(
@@ -74,22 +76,31 @@ def cluster(address: str | None, cpus: int) -> Iterator[str]:
     _sweep_folders()
     folder = tempfile.mkdtemp(prefix=f"{_FOLDER}{os.getpid()}-")  # short: unix sockets allow about 107 bytes
     try:
-        ray.init(
-            address="local",
-            _temp_dir=folder,
-            _node_ip_address="127.0.0.1",
-            num_cpus=cpus,
-            object_store_memory=OBJECT_STORE_BYTES,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.CRITICAL,
-        )
+        with _own_signals():
+            ray.init(
+                address="local",
+                _temp_dir=folder,
+                _node_ip_address="127.0.0.1",
+                num_cpus=cpus,
+                object_store_memory=OBJECT_STORE_BYTES,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.CRITICAL,
+            )
         try:
             yield "127.0.0.1"
         finally:
             ray.shutdown()
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _own_signals() -> Iterator[None]:
+    """Keep the process's way to end: Ray would have SIGTERM exit at once, past whoever puts things away."""
+    handler = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, handler)
 
 
 def _sweep_folders() -> None:
@@ -149,20 +160,23 @@ class Pool:
         ]
 
     def start(self, method: str, *arguments: Any) -> list[ray.ObjectRef]:
-        """Call `method` on every worker, without waiting."""
+        """Call `method` on every worker, without waiting; `finished` looks after the calls."""
         return [getattr(worker, method).remote(*arguments) for worker in self.workers]
-
-    def call(self, method: str, *arguments: Any) -> list[Any]:
-        """Call `method` on every worker and wait for all answers."""
-        return self.results(self.start(method, *arguments))
 
     def first(self, method: str, *arguments: Any) -> Any:
         """Call `method` on rank 0 and wait for its answer."""
         return self._result(0, getattr(self.workers[0], method).remote(*arguments))
 
-    def results(self, calls: list[ray.ObjectRef]) -> list[Any]:
-        """The answers of `start`'s calls, in rank order. Raises WorkerFailed for the first that failed."""
-        return [self._result(rank, call) for rank, call in enumerate(calls)]
+    async def ask(self, rank: int, method: str, *arguments: Any) -> Any:
+        """Call `method` on one worker from an event loop."""
+        with self._naming(rank):
+            return await getattr(self.workers[rank], method).remote(*arguments)
+
+    async def stream(self, rank: int, method: str) -> AsyncIterator[Any]:
+        """What the generator `method` of one worker yields, as it comes."""
+        with self._naming(rank):
+            async for item in getattr(self.workers[rank], method).options(num_returns="streaming").remote():
+                yield await item
 
     def finished(self, calls: list[ray.ObjectRef], seconds: float) -> bool:
         """Wait up to `seconds` for all calls; raise WorkerFailed as soon as one has failed.
@@ -185,8 +199,14 @@ class Pool:
         return None
 
     def _result(self, rank: int, call: ray.ObjectRef) -> Any:
-        try:
+        with self._naming(rank):
             return ray.get(call)
+
+    @contextmanager
+    def _naming(self, rank: int) -> Iterator[None]:
+        """Say of Ray's errors which worker it was, in a line."""
+        try:
+            yield
         except RayTaskError as error:
             raise WorkerFailed(f"{self.name} {rank} failed: {_cause(error)}", died=False) from error
         except RayActorError as error:

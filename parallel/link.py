@@ -14,7 +14,8 @@ Zero-computation experts send nothing, and a worker none of whose experts were c
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from threading import Lock
 from typing import NamedTuple
@@ -37,10 +38,31 @@ def open_link(store: dist.Store, attention: int, ffn: int, side: int, timeout: t
     return dist.ProcessGroupGloo(dist.PrefixStore(f"attention{attention}-ffn{ffn}", store), side, 2, timeout)
 
 
+class LinkBroken(RuntimeError):
+    """The other side of a link is gone, or did not answer in time."""
+
+
+@contextmanager
+def _naming(ffn: int) -> Iterator[None]:
+    """Gloo tells of an address; whoever reads the error wants to know which worker it was."""
+    try:
+        yield
+    except RuntimeError as error:
+        why = "did not answer in time" if "imed out" in str(error) else "is gone"
+        raise LinkBroken(f"FFN worker {ffn} {why}") from error
+
+
+class Sent(NamedTuple):
+    """A message on its way; the tensor must live until it has arrived."""
+
+    work: dist.Work
+    tensor: torch.Tensor
+
+
 class LinkHandle(NamedTuple):
     local: LocalHandle
     rows_of_worker: list[int]
-    sent: list[tuple[dist.Work, torch.Tensor]]  # the tensors must live until their sends are done
+    sent: list[list[Sent]]  # to each worker
     like_RD: torch.Tensor  # for dtype, width and device of the answer
 
 
@@ -59,12 +81,15 @@ class LinkDispatcher:
         rows_RD, counts_E, local = self._local.dispatch(x_TD, routing, layer)
         sizes = shard_sizes(layer.num_experts, len(self.links))
         rows_of_worker = [int(counts.sum()) for counts in counts_E.split(sizes)]
-        sent: list[tuple[dist.Work, torch.Tensor]] = []
-        for link, counts, rows in zip(self.links, counts_E.split(sizes), rows_RD.split(rows_of_worker), strict=True):
+        sent: list[list[Sent]] = []
+        parts = zip(self.links, counts_E.split(sizes), rows_RD.split(rows_of_worker), strict=True)
+        for ffn, (link, counts, rows) in enumerate(parts):
+            sent.append([])
             if len(rows):
                 header = torch.cat([torch.tensor([self.micro_batch, layer.layer]), counts.cpu()])
-                for tensor, tag in ((header, HEADER), (rows.cpu().contiguous(), ROWS)):
-                    sent.append((link.send([tensor], FFN, tag), tensor))
+                with _naming(ffn):
+                    for tensor, tag in ((header, HEADER), (rows.cpu().contiguous(), ROWS)):
+                        sent[ffn].append(Sent(link.send([tensor], FFN, tag), tensor))
         row_bytes = 2 * x_TD.element_size() * x_TD.shape[1]  # there and back
         self.traffic.sent += len(rows_RD) * row_bytes
         self.traffic.saved += (routing.experts_TK.numel() - len(rows_RD)) * row_bytes
@@ -74,15 +99,17 @@ class LinkDispatcher:
     def combine(self, rows_RD: torch.Tensor, handle: LinkHandle) -> torch.Tensor:
         like, host = handle.like_RD, "cpu"
         answers = [torch.empty(rows, like.shape[1], dtype=like.dtype, device=host) for rows in handle.rows_of_worker]
-        waits = [
-            link.recv([answer], FFN, REPLY + self.micro_batch)
-            for link, answer in zip(self.links, answers, strict=True)
-            if len(answer)
-        ]
+        waits = [[message.work for message in messages] for messages in handle.sent]
+        for ffn, (link, answer) in enumerate(zip(self.links, answers, strict=True)):
+            if len(answer):
+                with _naming(ffn):
+                    waits[ffn].append(link.recv([answer], FFN, REPLY + self.micro_batch))
         self.compute.release()
         try:
-            for wait in [work for work, _ in handle.sent] + waits:
-                wait.wait()
+            for ffn, works in enumerate(waits):
+                with _naming(ffn):
+                    for work in works:
+                        work.wait()
         finally:
             self.compute.acquire()
         return self._local.combine(torch.cat(answers).to(like.device), handle.local)
