@@ -9,7 +9,7 @@ import torch
 from pydantic import ValidationError
 from tiny import tiny_model
 
-from expertmesh.system.model.config import AttentionConfig, ModelConfig, MoEConfig
+from expertmesh.system.model.config import AttentionConfig, MLAConfig, ModelConfig, MoEConfig
 from expertmesh.system.model.transformer import Transformer
 from expertmesh.system.model.weights import weights
 
@@ -68,6 +68,87 @@ def test_published_sizes(config, billions):
     large = sum(n for name, n in sizes.items() if not any(k in name for k in ("norm", "gate.", "zero_computation")))
     assert f"{large / 1e9:.2f}" == billions
     assert config.num_params() == pytest.approx(large, rel=4e-4)
+
+
+PLAIN = {"zero_experts": 0, "copy_experts": 0, "constant_experts": 0, "gating_residual": False}
+
+# From the models' public configurations; (architecture, all parameters, active parameters) in billions as published.
+PUBLISHED = {
+    "Step-3": (
+        ModelConfig(
+            vocab_size=128_815,
+            layers=61,
+            hidden_size=7168,
+            context_length=65_536,
+            attention=AttentionConfig(heads=64, kv_heads=1, head_dim=256, rope_theta=5e5, query_rank=2048),
+            moe=MoEConfig(ffn_experts=48, expert_hidden_size=5120, top_k=3, shared={"hidden_size": 5120}, **PLAIN),
+            dense_layers=(0, 1, 2, 3, 60),
+            dense_hidden_size=18_432,
+        ),
+        316.3,
+        38.8,
+    ),
+    "DeepSeek-V3": (
+        ModelConfig(
+            vocab_size=129_280,
+            layers=61,
+            hidden_size=7168,
+            attention=MLAConfig(
+                kind="mla",
+                heads=128,
+                query_rank=1536,
+                kv_rank=512,
+                nope_head_dim=128,
+                rope_head_dim=64,
+                value_head_dim=128,
+            ),
+            moe=MoEConfig(
+                ffn_experts=256,
+                expert_hidden_size=2048,
+                top_k=8,
+                shared={"hidden_size": 2048},
+                gate_mode="sigmoid",
+                selection_bias=True,
+                **PLAIN,
+            ),
+            dense_layers=(0, 1, 2),
+            dense_hidden_size=18_432,
+        ),
+        671.0,
+        37.6,
+    ),
+    "Mixtral 8x7B": (
+        ModelConfig(
+            vocab_size=32_000,
+            layers=32,
+            hidden_size=4096,
+            attention=AttentionConfig(heads=32, kv_heads=8, head_dim=128),
+            moe=MoEConfig(ffn_experts=8, expert_hidden_size=14_336, top_k=2, gate_mode="mixtral", **PLAIN),
+        ),
+        46.7,
+        12.9,
+    ),
+    "Qwen3-30B-A3B": (
+        ModelConfig(
+            vocab_size=151_936,
+            layers=48,
+            hidden_size=2048,
+            attention=AttentionConfig(heads=32, kv_heads=4, head_dim=128, qk_norm="head"),
+            moe=MoEConfig(ffn_experts=128, expert_hidden_size=768, top_k=8, gate_mode="mixtral", **PLAIN),
+        ),
+        30.5,
+        3.3,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_sizes_of_large_models(name):
+    config, total, active = PUBLISHED[name]
+    with torch.device("meta"):
+        assert sum(p.numel() for p in Transformer(config).parameters()) == config.num_params()
+    assert config.num_params() / 1e9 == pytest.approx(total, abs=0.06)
+    assert config.num_active_params() / 1e9 == pytest.approx(active, abs=0.06)
 
 
 def test_expert_names_follow_the_order_of_ids():

@@ -71,6 +71,12 @@ VARIANTS = [
         model={"dense_layers": [0], "dense_hidden_size": 40},
     ),
     Variant("sigmoid gate without groups, latent attention without query rank", moe=SIGMOID, attention=MLA),
+    Variant(
+        "Step-3",
+        moe={**PLAIN, "shared": {"hidden_size": 24}, "top_k": 3},
+        attention={"heads": 4, "kv_heads": 1, "head_dim": 8, "query_rank": 12},
+        model={"dense_layers": [0, 2], "dense_hidden_size": 40},
+    ),
     Variant("Llama, dense", moe=PLAIN, model={"dense_layers": [0, 1, 2], "dense_hidden_size": 40}),
     Variant("tied embeddings, output bias", attention={**GQA, "output_bias": True}, model={"tie_embeddings": True}),
 ]
@@ -94,6 +100,12 @@ def gradients(model: Transformer) -> dict[str, torch.Tensor]:
             assert weight.parameter.grad is not None, f"no gradient of {list(weight.split(weight.parameter))[0]}"
             found.update(weight.split(weight.parameter.grad))
     return found
+
+
+@EACH
+def test_parameters_are_counted(variant):
+    config = variant.config()
+    assert config.num_params() == sum(p.numel() for p in Transformer(config).parameters())
 
 
 @EACH

@@ -70,14 +70,32 @@ def rotate_interleaved(x_THd: torch.Tensor, positions_T: torch.Tensor, theta: fl
     return rotate(x_THd.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2), positions_T, theta)
 
 
-class Attention(nn.Module):
+class _Queries(nn.Module):
+    """The map from tokens to queries: one matrix, or two of low rank with a norm between them."""
+
+    def __init__(self, hidden_size: int, width: int, rank: int | None, bias: bool, norm_eps: float) -> None:
+        super().__init__()
+        self.query_rank = rank
+        if rank is None:
+            self.q_proj = nn.Linear(hidden_size, width, bias=bias)
+        else:
+            self.q_a_proj = nn.Linear(hidden_size, rank, bias=False)
+            self.q_a_layernorm = nn.RMSNorm(rank, eps=norm_eps)
+            self.q_b_proj = nn.Linear(rank, width, bias=bias)
+
+    def queries(self, x_TD: torch.Tensor) -> torch.Tensor:
+        if self.query_rank is None:
+            return self.q_proj(x_TD)
+        return self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_TD)))
+
+
+class Attention(_Queries):
     """Grouped queries; names as Hugging Face's Llama family has them."""
 
     def __init__(self, config: AttentionConfig, hidden_size: int, layer: int, norm_eps: float) -> None:
-        super().__init__()
-        self.config, self.layer = config, layer
         query, kv = config.heads * config.head_dim, config.kv_heads * config.head_dim
-        self.q_proj = nn.Linear(hidden_size, query, bias=config.qkv_bias)
+        super().__init__(hidden_size, query, config.query_rank, config.qkv_bias, norm_eps)
+        self.config, self.layer = config, layer
         self.k_proj = nn.Linear(hidden_size, kv, bias=config.qkv_bias)
         self.v_proj = nn.Linear(hidden_size, kv, bias=config.qkv_bias)
         self.o_proj = nn.Linear(query, hidden_size, bias=config.output_bias)
@@ -90,7 +108,7 @@ class Attention(nn.Module):
 
     def forward(self, x_TD: torch.Tensor, positions_T: torch.Tensor, attend: Attend) -> torch.Tensor:
         config = self.config
-        q_THd = self._heads(self.q_proj(x_TD), self.q_norm)
+        q_THd = self._heads(self.queries(x_TD), self.q_norm)
         k_TGd = self._heads(self.k_proj(x_TD), self.k_norm)
         v_TGd = self.v_proj(x_TD).unflatten(-1, (-1, config.head_dim))
         q_THd = rotate(q_THd, positions_T, config.rope_theta)
@@ -106,22 +124,16 @@ class Attention(nn.Module):
         return norm(x_TX.unflatten(-1, split))
 
 
-class LatentAttention(nn.Module):
+class LatentAttention(_Queries):
     """Multi-head latent attention; names as Hugging Face's DeepSeek-V3 has them.
 
     Each head's key is a part made from the latent vector, without position, and a rotary part that all heads share.
     """
 
     def __init__(self, config: MLAConfig, hidden_size: int, layer: int, norm_eps: float) -> None:
-        super().__init__()
-        self.config, self.layer = config, layer
         query = config.heads * (config.nope_head_dim + config.rope_head_dim)
-        if config.query_rank is None:
-            self.q_proj = nn.Linear(hidden_size, query, bias=False)
-        else:
-            self.q_a_proj = nn.Linear(hidden_size, config.query_rank, bias=False)
-            self.q_a_layernorm = nn.RMSNorm(config.query_rank, eps=norm_eps)
-            self.q_b_proj = nn.Linear(config.query_rank, query, bias=False)
+        super().__init__(hidden_size, query, config.query_rank, False, norm_eps)
+        self.config, self.layer = config, layer
         self.kv_a_proj_with_mqa = nn.Linear(hidden_size, config.kv_rank + config.rope_head_dim, bias=False)
         self.kv_a_layernorm = nn.RMSNorm(config.kv_rank, eps=norm_eps)
         made = config.nope_head_dim + config.value_head_dim
@@ -131,10 +143,8 @@ class LatentAttention(nn.Module):
     def forward(self, x_TD: torch.Tensor, positions_T: torch.Tensor, attend: Attend) -> torch.Tensor:
         config = self.config
         nope, rope = config.nope_head_dim, config.rope_head_dim
-        q_TX = (
-            self.q_proj(x_TD) if config.query_rank is None else self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_TD)))
-        )
-        q_nope_THn, q_rope_THr = q_TX.unflatten(-1, (config.heads, -1)).split([nope, rope], dim=-1)
+        q_THx = self.queries(x_TD).unflatten(-1, (config.heads, -1))
+        q_nope_THn, q_rope_THr = q_THx.split([nope, rope], dim=-1)
         latent_TC, k_rope_Tr = self.kv_a_proj_with_mqa(x_TD).split([config.kv_rank, rope], dim=-1)
         kv_THx = self.kv_b_proj(self.kv_a_layernorm(latent_TC)).unflatten(-1, (config.heads, -1))
         k_nope_THn, v_THe = kv_THx.split([nope, config.value_head_dim], dim=-1)

@@ -16,14 +16,23 @@ from pydantic import Discriminator, Field, Tag, model_validator
 from expertmesh.parallel.recipe_section import RecipeSection
 
 
+def _query_params(hidden_size: int, width: int, rank: int | None) -> int:
+    """Of the map to queries: one matrix, or two with a norm between them."""
+    return hidden_size * width if rank is None else rank * (hidden_size + 1 + width)
+
+
 class AttentionConfig(RecipeSection):
-    """Grouped-query attention with rotary positions."""
+    """Grouped-query attention with rotary positions.
+
+    With `query_rank` and one key-value head it is multi-matrix factorization attention (Step-3, arXiv 2412.19255).
+    """
 
     kind: Literal["gqa"] = "gqa"
     heads: int = Field(8, ge=1)
     kv_heads: int = Field(4, ge=1, description="key and value heads, each shared by heads / kv_heads query heads")
     head_dim: int = Field(32, ge=2, multiple_of=2)
     rope_theta: float = Field(10_000.0, gt=0)
+    query_rank: int | None = Field(None, ge=1, description="width of a vector that the queries are made from")
     qk_norm: Literal["none", "head", "width"] = Field("none", description="RMSNorm of queries and keys, over what")
     qkv_bias: bool = False
     output_bias: bool = False
@@ -42,7 +51,8 @@ class AttentionConfig(RecipeSection):
         query, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
         norms = {"none": 0, "head": 2 * self.head_dim, "width": query + kv}[self.qk_norm]
         biases = self.qkv_bias * (query + 2 * kv) + self.output_bias * hidden_size
-        return hidden_size * (2 * query + 2 * kv) + norms + biases
+        made = _query_params(hidden_size, query, self.query_rank)
+        return made + hidden_size * (query + 2 * kv) + norms + biases
 
     @model_validator(mode="after")
     def _groups_are_whole(self) -> AttentionConfig:
@@ -73,9 +83,8 @@ class MLAConfig(RecipeSection):
         return self.heads, self.value_head_dim
 
     def num_params(self, hidden_size: int) -> int:
-        query = self.heads * (self.nope_head_dim + self.rope_head_dim)
-        rank = self.query_rank
-        queries = hidden_size * query if rank is None else rank * (hidden_size + 1 + query)
+        width = self.heads * (self.nope_head_dim + self.rope_head_dim)
+        queries = _query_params(hidden_size, width, self.query_rank)
         latent = hidden_size * (self.kv_rank + self.rope_head_dim) + self.kv_rank
         expand = self.kv_rank * self.heads * (self.nope_head_dim + self.value_head_dim)
         return queries + latent + expand + self.heads * self.value_head_dim * hidden_size
