@@ -13,10 +13,14 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from expertmesh.system.convert.huggingface import Conversion
 
 app = typer.Typer(
     name="expertmesh",
@@ -37,6 +41,11 @@ FFNOption = Annotated[int | None, typer.Option(help="FFN workers, each with a sh
 MicroBatchesOption = Annotated[int, typer.Option(min=1, max=8, help="parts of a step in flight to the FFN pool")]
 AddressOption = Annotated[str | None, typer.Option(help="a running Ray cluster: auto or host:port; none: its own")]
 JsonOption = Annotated[bool, typer.Option("--json", help="print the result as JSON")]
+
+
+convert = typer.Typer(help="Bring checkpoints of Hugging Face in, or take one out.", no_args_is_help=True)
+app.add_typer(convert, name="convert")
+OutArgument = Annotated[Path, typer.Argument(metavar="OUT", help="the folder to write; new, or empty")]
 
 
 @contextmanager
@@ -255,6 +264,44 @@ def serve(
 
     with failures():
         serve_forever(served, pools, ServeConfig(micro_batches=micro_batches), name, socket, ready, address)
+
+
+@convert.command("from-hf")
+def from_hf(
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="the folder of a Hugging Face checkpoint")],
+    out: OutArgument,
+    as_json: JsonOption = False,
+) -> None:
+    """Take over a Hugging Face checkpoint: Mixtral, Qwen2-MoE, Qwen3-MoE, OLMoE, DeepSeek-V3, Llama."""
+    with failures(), wrong_input():
+        from expertmesh.system.convert import huggingface
+
+        show_conversion(huggingface.from_hf(path, out), as_json)
+
+
+@convert.command("to-hf")
+def to_hf(
+    path: CheckpointArgument,
+    out: OutArgument,
+    as_json: JsonOption = False,
+) -> None:
+    """Write a checkpoint for the Hugging Face class that can hold its architecture."""
+    with failures(), wrong_input():
+        from expertmesh.launch.serving import checkpoint_folder
+        from expertmesh.system.convert import huggingface
+
+        show_conversion(huggingface.to_hf(checkpoint_folder(path), out), as_json)
+
+
+def show_conversion(done: Conversion, as_json: bool) -> None:
+    if as_json:
+        show_json(asdict(done) | {"checkpoint": str(done.checkpoint)})
+        return
+    parameters = f"{done.parameters:,} parameters, {done.active_parameters:,} active"
+    typer.echo(f"{done.model_type}: {parameters}, in {done.tensors} tensors")
+    for reason, count in done.skipped.items():
+        typer.echo(f"left out: {count} {reason}")
+    typer.echo(f"checkpoint  {done.checkpoint}")
 
 
 @app.command()

@@ -7,14 +7,18 @@ import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from expertmesh.launch.client import Client, LocalWorker
-from expertmesh.system.model.checkpoint import check_checkpoint
+from expertmesh.system.convert.families import FAMILIES
+from expertmesh.system.model.checkpoint import check_checkpoint, read_json
 from expertmesh.system.model.config import ModelConfig
 from expertmesh.system.serve.config import ServeConfig
 from expertmesh.system.serve.request import Output, Request
 from expertmesh.system.tokenizer import Tokenizer
+
+if TYPE_CHECKING:  # serving joined does without Ray
+    from expertmesh.launch.ray_cluster import Pool
 
 
 class Pools(NamedTuple):
@@ -33,11 +37,21 @@ class Served(NamedTuple):
     tokenizer: Tokenizer
 
 
-def open_checkpoint(path: Path) -> Served:
-    """Look at a checkpoint folder, or at a run folder that holds one. Raises ValueError with one line."""
+def checkpoint_folder(path: Path) -> Path:
+    """The folder of a checkpoint that was named itself or by its run. Raises ValueError."""
     folder = path / "checkpoint" if (path / "checkpoint").is_dir() else path
     if not folder.is_dir():
         raise ValueError(f"no checkpoint folder {path}; training writes one as RUN_DIR/checkpoint")
+    return folder
+
+
+def open_checkpoint(path: Path) -> Served:
+    """Look at a checkpoint folder, or at a run folder that holds one. Raises ValueError with one line."""
+    folder = checkpoint_folder(path)
+    model_type = read_json(folder / "config.json").get("model_type")
+    if model_type in FAMILIES:
+        told = f"expertmesh convert from-hf {path} OUT"
+        raise ValueError(f"{path} is a Hugging Face checkpoint ({model_type}); convert it first: {told}")
     return Served(folder.resolve(), path.absolute().name, check_checkpoint(folder), Tokenizer.load(folder))
 
 
@@ -120,22 +134,21 @@ async def bring_up(
         linking = attention.start("start", served.checkpoint, config, pools.ffn)
         while not await asyncio.to_thread(attention.finished, linking, 0.2):
             ffn.finished(answering, seconds=0)  # one that cannot load its experts would be waited for in vain
-        async with Client([RayWorker(actor) for actor in attention.workers], context_length) as client:
+        async with Client([PoolWorker(attention, rank) for rank in range(pools.attention)], context_length) as client:
             yield client
 
 
-class RayWorker:
-    """An attention worker of a pool. Requests and whole steps of outputs cross Ray; tensors never do."""
+class PoolWorker:
+    """One attention worker of a pool. Requests and whole steps of outputs cross Ray; tensors never do."""
 
-    def __init__(self, actor: Any) -> None:
-        self._actor = actor
+    def __init__(self, pool: Pool, rank: int) -> None:
+        self._pool, self._rank = pool, rank
 
     async def submit(self, request: Request) -> None:
-        await self._actor.submit.remote(request)
+        await self._pool.ask(self._rank, "submit", request)
 
     async def cancel(self, request_id: str) -> None:
-        await self._actor.cancel.remote(request_id)
+        await self._pool.ask(self._rank, "cancel", request_id)
 
-    async def outputs(self) -> AsyncIterator[list[Output]]:
-        async for batch in self._actor.outputs.options(num_returns="streaming").remote():
-            yield await batch
+    def outputs(self) -> AsyncIterator[list[Output]]:
+        return self._pool.stream(self._rank, "outputs")

@@ -31,8 +31,9 @@ def batch(sequences: int = 4, length: int = 6) -> torch.Tensor:
 
 
 def test_total_is_cross_entropy_plus_weighted_balance():
-    parts = BatchLoss(torch.tensor(2.0), torch.tensor(0.5), torch.zeros(3, 8))
+    parts = BatchLoss(torch.tensor(2.0), torch.tensor(0.5), torch.tensor(4.0), torch.zeros(3, 8), torch.zeros(3))
     assert parts.total(0.01).item() == pytest.approx(2.005)
+    assert parts.total(0.01, 0.001).item() == pytest.approx(2.009)
     assert parts.total(0.0).item() == 2.0
 
 

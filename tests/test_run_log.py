@@ -14,7 +14,7 @@ from expertmesh.system.train.run_log import SCALARS, RunLog
 
 def step(number: int, loss: float) -> dict[str, Any]:
     record: dict[str, Any] = dict.fromkeys(SCALARS, 0.25)
-    return record | {"kind": "step", "step": number, "loss": loss, "load_LN": [[1, 3], [2, 2]]}
+    return record | {"kind": "step", "step": number, "loss": loss, "load_LN": [[1, 3], [2, 2]], "router_entropy_L": [0.5, 0.125]}
 
 
 def validation(number: int, loss: float) -> dict[str, Any]:
@@ -51,6 +51,7 @@ def test_records_and_scalars(tmp_path):
     assert scalars(tmp_path, "validation/loss") == [(2, 3.25)]
     assert scalars(tmp_path, "load_max_over_mean/layer_0") == [(1, 1.5), (2, 1.5)]
     assert scalars(tmp_path, "load_max_over_mean/layer_1") == [(1, 1.0), (2, 1.0)]
+    assert scalars(tmp_path, "router_entropy/layer_1") == [(1, 0.125), (2, 0.125)]
     assert all(len(scalars(tmp_path, f"train/{name}")) == 2 for name in SCALARS)
 
 

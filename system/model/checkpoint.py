@@ -68,8 +68,8 @@ def write_index(index: Path, files: Iterable[Path]) -> None:
     write_json({"metadata": {"total_size": size}, "weight_map": weight_map}, index)
 
 
-def write_config(folder: Path, config: ModelConfig) -> None:
-    write_json(_DESCRIPTION | config.model_dump(), folder / "config.json")
+def write_config(folder: Path, config: ModelConfig, dtype: str = "float32") -> None:
+    write_json(_DESCRIPTION | {"torch_dtype": dtype} | config.model_dump(), folder / "config.json")
 
 
 def read_json(path: Path) -> dict:

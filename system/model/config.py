@@ -138,6 +138,7 @@ class MoEConfig(RecipeSection):
     gating_residual: bool = Field(True, description="add a learned map of the previous MoE layer's router logits")
     tau: float = Field(0.75, gt=0, description="weight of zero-computation experts in the balance loss")
     balance_loss_weight: float = Field(0.01, ge=0)
+    z_loss_weight: float = Field(0.0, ge=0, description="of the squared log-sum-exp of the router's logits")
 
     @property
     def zero_computation_experts(self) -> int:

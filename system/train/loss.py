@@ -11,6 +11,7 @@ from torch import nn
 
 from expertmesh.kernels.balance_loss import balance_loss, heterogeneous_eta
 from expertmesh.kernels.routing import expert_counts
+from expertmesh.kernels.z_loss import z_loss
 from expertmesh.parallel.dispatchers import Dispatcher
 from expertmesh.parallel.groups import Groups
 from expertmesh.system.model.attention import CausalAttend
@@ -22,11 +23,13 @@ class BatchLoss(NamedTuple):
 
     cross_entropy: torch.Tensor  # mean over this rank's tokens, nats
     balance: torch.Tensor  # sum over layers, not yet weighted
+    z: torch.Tensor  # sum over layers, not yet weighted
     load_LN: torch.Tensor  # int64 slots on each expert of each layer, over all ranks
+    entropy_L: torch.Tensor  # mean over this rank's tokens of the router's entropy, nats; no gradient
 
-    def total(self, balance_loss_weight: float) -> torch.Tensor:
-        """L = L_CE + beta * L_b (MoE++, arXiv 2410.07348, section 3.3), summed over layers."""
-        return self.cross_entropy + balance_loss_weight * self.balance
+    def total(self, balance_loss_weight: float, z_loss_weight: float = 0.0) -> torch.Tensor:
+        """L = L_CE + beta * L_b (MoE++, arXiv 2410.07348, section 3.3) + weight * L_z, summed over layers."""
+        return self.cross_entropy + balance_loss_weight * self.balance + z_loss_weight * self.z
 
 
 class LanguageModelLoss(nn.Module):
@@ -60,8 +63,16 @@ class LanguageModelLoss(nn.Module):
             load_LN[layer] = expert_counts(routing.experts_TK, moe.num_experts)
         if self.groups.data is not None:
             dist.all_reduce(load_LN, group=self.groups.data)
-        balance = cross_entropy.new_zeros(())
-        for routing, counts_N in zip(routings, load_LN, strict=True):
+        balance = z = cross_entropy.new_zeros(())
+        entropy_L = cross_entropy.new_zeros(layers)
+        for layer, (routing, counts_N) in enumerate(zip(routings, load_LN, strict=True)):
             tokens = int(counts_N.sum()) // moe.top_k
             balance = balance + balance_loss(routing.probabilities_TN, counts_N, tokens, self.eta_N)
-        return BatchLoss(cross_entropy, balance, load_LN)
+            z = z + z_loss(routing.logits_TN)
+            entropy_L[layer] = _entropy(routing.probabilities_TN.detach())
+        return BatchLoss(cross_entropy, balance, z, load_LN, entropy_L)
+
+
+def _entropy(probabilities_TN: torch.Tensor) -> torch.Tensor:
+    """Mean over tokens of -sum p log p: log N where the router cannot tell experts apart, 0 where it is sure."""
+    return torch.special.entr(probabilities_TN).sum() / max(len(probabilities_TN), 1)

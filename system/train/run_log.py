@@ -11,6 +11,7 @@ from torch.utils.tensorboard import SummaryWriter
 SCALARS = (
     "loss",
     "balance_loss",
+    "z_loss",
     "learning_rate",
     "grad_norm",
     "tokens_per_second",
@@ -48,5 +49,7 @@ class RunLog:
             for layer, load_N in enumerate(record["load_LN"]):
                 mean = sum(load_N) / len(load_N)
                 self._tensorboard.add_scalar(f"load_max_over_mean/layer_{layer}", max(load_N) / mean, record["step"])
+            for layer, entropy in enumerate(record["router_entropy_L"]):
+                self._tensorboard.add_scalar(f"router_entropy/layer_{layer}", entropy, record["step"])
         elif record["kind"] == "validation":
             self._tensorboard.add_scalar("validation/loss", record["loss"], record["step"])

@@ -109,21 +109,22 @@ class Trainer:
         config, began = self.config, time.perf_counter()
         tokens_BS1 = self.dataset.batch(step - 1, config.batch_size, config.sequence_length, config.seed)
         mine_BS1 = self._my_rows(tokens_BS1)
-        losses: list[BatchLoss] = []
+        moe, losses = self.model.config.moe, list[BatchLoss]()
 
         def loss_of_batch(module: torch.nn.Module) -> torch.Tensor:
             losses.append(module(mine_BS1))
-            return losses[0].total(self.model.config.moe.balance_loss_weight)
+            return losses[0].total(moe.balance_loss_weight, moe.z_loss_weight)
 
         rate = learning_rate(step, config)
         grad_norm = self.zero.step(loss_of_batch, rate)
         batch = losses[0]
         self.model.balance(batch.load_LN)
         share = 1 / self.groups.data_size
-        cross_entropy, balance, sent, saved = self._sum_over_ranks(
-            batch.cross_entropy.item() * share, batch.balance.item() * share, *self.traffic.take()
+        means = (batch.cross_entropy, batch.balance, batch.z, *batch.entropy_L)
+        sent, saved, cross_entropy, balance, z, *entropy_L = self._sum_over_ranks(
+            *self.traffic.take(), *(mean.item() * share for mean in means)
         )
-        moe, load_LN = self.model.config.moe, batch.load_LN
+        load_LN = batch.load_LN
         slots = int(load_LN.sum())
         ffn_share = float(load_LN[:, : moe.ffn_experts].sum()) / slots if slots else 0.0
         seconds = time.perf_counter() - began
@@ -132,6 +133,8 @@ class Trainer:
             "step": step,
             "loss": cross_entropy,
             "balance_loss": balance,
+            "z_loss": z,
+            "router_entropy_L": entropy_L,
             "learning_rate": rate,
             "grad_norm": grad_norm,
             "tokens_per_second": config.batch_size * config.sequence_length / seconds,
