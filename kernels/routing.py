@@ -27,13 +27,22 @@ class Routing(NamedTuple):
     """What the router decided for T tokens."""
 
     experts_TK: torch.Tensor
-    """int64 ids of the chosen experts, the highest logit first."""
+    """int64 ids of the experts that serve the token, the first choice first; N where a full one dropped it."""
     weights_TK: torch.Tensor
     """float32 factor of each chosen expert's output; carries the gradient to the logits."""
     logits_TN: torch.Tensor
     """float32 complete logits, gating residual included: what the next layer's residual reads."""
     probabilities_TN: torch.Tensor
     """float32 softmax of the logits over all experts, as the balance loss needs it."""
+    chosen_TK: torch.Tensor
+    """int64 ids of the chosen experts, whether they serve the token or not."""
+
+    @property
+    def dropped_slots(self) -> int:
+        """How many choices no expert serves. Waits for the device where there may be some."""
+        if self.chosen_TK is self.experts_TK:
+            return 0
+        return int((self.chosen_TK != self.experts_TK).sum())
 
 
 class SlotOrder(NamedTuple):
@@ -45,7 +54,13 @@ class SlotOrder(NamedTuple):
     """int64 number of rows of each FFN expert."""
 
 
-def route(logits_TN: torch.Tensor, top_k: int, gate_mode: GateMode, zero_experts: int = 0) -> Routing:
+def route(
+    logits_TN: torch.Tensor,
+    top_k: int,
+    gate_mode: GateMode,
+    zero_experts: int = 0,
+    ranking_TN: torch.Tensor | None = None,
+) -> Routing:
     """Choose `top_k` of N experts per token and weight them.
 
     Args:
@@ -57,6 +72,7 @@ def route(logits_TN: torch.Tensor, top_k: int, gate_mode: GateMode, zero_experts
             code); a token whose choices are all zero experts gets weights 0;
             "mixtral": softmax over the K chosen logits.
         zero_experts: how many of the last ids are zero experts; only "released" treats them apart.
+        ranking_TN: [T, N] who is chosen goes by these numbers in place of the logits, such as noisy ones.
 
     Equal logits are taken in order of expert id, lowest first, on every device. Ranking is by logit rather than by
     probability, since the softmax rounds different logits to one probability.
@@ -75,7 +91,8 @@ def route(logits_TN: torch.Tensor, top_k: int, gate_mode: GateMode, zero_experts
     logits_TN = logits_TN.float()
     probabilities_TN = logits_TN.softmax(dim=-1)
     # torch.topk promises no order among equals, and CPU and GPU differ; a stable sort has only one answer.
-    experts_TK = logits_TN.detach().sort(dim=-1, descending=True, stable=True).indices[:, :top_k].contiguous()
+    ranking_TN = logits_TN if ranking_TN is None else ranking_TN
+    experts_TK = ranking_TN.detach().sort(dim=-1, descending=True, stable=True).indices[:, :top_k].contiguous()
 
     if gate_mode == "paper":
         weights_TK = probabilities_TN.gather(1, experts_TK)
@@ -85,7 +102,7 @@ def route(logits_TN: torch.Tensor, top_k: int, gate_mode: GateMode, zero_experts
             weights_TK = _softmax_without(chosen_TK, experts_TK >= num_experts - zero_experts)
         else:
             weights_TK = chosen_TK.softmax(dim=-1)
-    return Routing(experts_TK, weights_TK, logits_TN, probabilities_TN)
+    return Routing(experts_TK, weights_TK, logits_TN, probabilities_TN, experts_TK)
 
 
 @dataclass(frozen=True)
@@ -127,7 +144,8 @@ def route_sigmoid(
     experts_TK = ranking_TN.sort(dim=-1, descending=True, stable=True).indices[:, :top_k].contiguous()
     chosen_TK = scores_TN.gather(1, experts_TK)
     weights_TK = chosen_TK / (chosen_TK.sum(-1, keepdim=True) + TINY)
-    return Routing(experts_TK, weights_TK, logits_TN, scores_TN / (scores_TN.sum(-1, keepdim=True) + TINY))
+    shares_TN = scores_TN / (scores_TN.sum(-1, keepdim=True) + TINY)
+    return Routing(experts_TK, weights_TK, logits_TN, shares_TN, experts_TK)
 
 
 def _softmax_without(chosen_TK: torch.Tensor, is_zero_TK: torch.Tensor) -> torch.Tensor:

@@ -12,7 +12,7 @@ from pydantic import BaseModel, Field, ValidationError
 
 from expertmesh.parallel.recipe_section import RecipeSection
 from expertmesh.parallel.sizes import ParallelSizes
-from expertmesh.system.model.config import ATTENTION_KINDS, ModelConfig
+from expertmesh.system.model.config import ModelConfig
 from expertmesh.system.train.config import DataConfig, TrainConfig
 
 SHIPPED = Path(__file__).parent / "recipes"
@@ -109,12 +109,11 @@ def _apply(content: dict[str, Any], override: str) -> None:
 def _first_problem(error: ValidationError) -> str:
     """One line for the first thing that is wrong."""
     problem = error.errors()[0]
-    path = [str(part) for part in problem["loc"]]
-    place = ".".join(part for part in path if part not in ATTENTION_KINDS)
+    path, section = _in_recipe([str(part) for part in problem["loc"]])
+    place = ".".join(path)
     if problem["type"] == "extra_forbidden":
-        *sections, key = path
-        known = _keys_of(sections)
-        close = difflib.get_close_matches(key, known, n=1)
+        known = list(section.model_fields)
+        close = difflib.get_close_matches(path[-1], known, n=1)
         hint = f"did you mean {close[0]}?" if close else f"known keys: {', '.join(known)}"
         return f"unknown key {place}; {hint}"
     message = problem["msg"].removeprefix("Value error, ")
@@ -123,12 +122,30 @@ def _first_problem(error: ValidationError) -> str:
     return f"{place}={problem['input']}: {message}"
 
 
-def _keys_of(path: list[str]) -> list[str]:
-    """Keys of the section at `path`, in which pydantic names the kind of a section that has several."""
+def _in_recipe(path: list[str]) -> tuple[list[str], type[BaseModel]]:
+    """The path as the recipe has it, and the section that holds its last key.
+
+    Of a section that has several kinds, pydantic puts the kind's name into the path; a recipe has it in a key.
+    """
     section: type[BaseModel] = Recipe
+    kinds: dict[str, type[BaseModel]] = {}
+    keys = []
     for name in path:
-        section = ATTENTION_KINDS.get(name) or next(_sections_in(section.model_fields[name].annotation))
-    return list(section.model_fields)
+        if name in kinds:
+            section, kinds = kinds[name], {}
+            continue
+        keys.append(name)
+        field = section.model_fields.get(name)
+        sections = list(_sections_in(field.annotation)) if field else []
+        kinds = {kind: each for each in sections for kind in _kind_names(each)}
+        if sections and name != path[-1]:
+            section = sections[0]
+    return keys, section
+
+
+def _kind_names(section: type[BaseModel]) -> tuple[str, ...]:
+    field = section.model_fields.get("kind")
+    return get_args(field.annotation) if field else ()
 
 
 def _sections_in(annotation: Any) -> Iterator[type[BaseModel]]:
@@ -141,8 +158,10 @@ def _sections_in(annotation: Any) -> Iterator[type[BaseModel]]:
 
 def _check_together(recipe: Recipe) -> None:
     """Rules between sections."""
-    experts, ep, dp = recipe.model.moe.ffn_experts, recipe.parallel.ep, recipe.parallel.dp
-    if experts % ep:
+    moe, ep, dp = recipe.model.moe, recipe.parallel.ep, recipe.parallel.dp
+    for experts in moe.pyramid or (moe.ffn_experts,):
+        if experts % ep == 0:
+            continue
         fits = [size for size in range(1, dp + 1) if dp % size == 0 and experts % size == 0]
         raise ValueError(
             f"model.moe.ffn_experts={experts}: parallel.ep={ep} does not divide it; "

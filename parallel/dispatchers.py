@@ -101,7 +101,7 @@ class AllToAllDispatcher:
         return self._local.combine(rows_RD, handle.local)
 
     def _count_saved(self, x_TD: torch.Tensor, routing: Routing, send_splits: list[int]) -> None:
-        kept_slots = routing.experts_TK.numel() - sum(send_splits)
+        kept_slots = routing.experts_TK.numel() - routing.dropped_slots - sum(send_splits)
         crossings = 4 if torch.is_grad_enabled() else 2  # there and back, and their gradients
         row_bytes = x_TD.element_size() * x_TD.shape[1]
         self.traffic.saved += round(kept_slots * remote_share(send_splits, self.group.rank()) * row_bytes * crossings)

@@ -26,7 +26,7 @@ import torch.distributed as dist
 from expertmesh.kernels.routing import Routing
 from expertmesh.parallel.all_to_all import Traffic
 from expertmesh.parallel.dispatchers import Dispatched, ExpertLayer, LocalDispatcher, LocalHandle
-from expertmesh.parallel.placement import shard_sizes
+from expertmesh.parallel.placement import largest_shard, shard_sizes
 
 HEADER, ROWS, REPLY = 0, 1, 2
 ATTENTION, FFN = 0, 1  # ranks within a link
@@ -69,12 +69,17 @@ class LinkHandle(NamedTuple):
 class LinkDispatcher:
     """Attention side, for one micro-batch. `links[f]` leads to FFN worker f, who holds shard f of every layer.
 
+    `most_experts`: of any layer, all shards together. Headers have one length, whatever layer they are for.
+
     The micro-batches of one worker share its compute unit. Whoever runs a forward holds `compute`; waiting for the FFN
     pool lets go of it, and another micro-batch gets its turn.
     """
 
-    def __init__(self, links: list[dist.ProcessGroup], micro_batch: int, compute: Lock, traffic: Traffic) -> None:
+    def __init__(
+        self, links: list[dist.ProcessGroup], micro_batch: int, compute: Lock, traffic: Traffic, most_experts: int
+    ) -> None:
         self.links, self.micro_batch, self.compute, self.traffic = links, micro_batch, compute, traffic
+        self._most_here = largest_shard(most_experts, len(links))
         self._local = LocalDispatcher()
 
     def dispatch(self, x_TD: torch.Tensor, routing: Routing, layer: ExpertLayer) -> Dispatched:
@@ -86,13 +91,14 @@ class LinkDispatcher:
         for ffn, (link, counts, rows) in enumerate(parts):
             sent.append([])
             if len(rows):
-                header = torch.cat([torch.tensor([self.micro_batch, layer.layer]), counts.cpu()])
+                padding = torch.zeros(self._most_here - len(counts), dtype=torch.int64)
+                header = torch.cat([torch.tensor([self.micro_batch, layer.layer]), counts.cpu(), padding])
                 with _naming(ffn):
                     for tensor, tag in ((header, HEADER), (rows.cpu().contiguous(), ROWS)):
                         sent[ffn].append(Sent(link.send([tensor], FFN, tag), tensor))
         row_bytes = 2 * x_TD.element_size() * x_TD.shape[1]  # there and back
         self.traffic.sent += len(rows_RD) * row_bytes
-        self.traffic.saved += (routing.experts_TK.numel() - len(rows_RD)) * row_bytes
+        self.traffic.saved += (routing.experts_TK.numel() - routing.dropped_slots - len(rows_RD)) * row_bytes
         # No expert is here, so the layer goes on with no rows until the answer comes.
         return Dispatched(rows_RD[:0], counts_E[:0], LinkHandle(local, rows_of_worker, sent, rows_RD[:0]))
 
@@ -118,7 +124,8 @@ class LinkDispatcher:
 def answer_link(
     link: dist.ProcessGroup,
     experts: Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor],
-    experts_here: int,
+    experts_here: Callable[[int], int],
+    most_here: int,
     width: int,
     dtype: torch.dtype,
     device: str,
@@ -127,15 +134,16 @@ def answer_link(
     """FFN side: answer the exchanges of one link, in order, until the attention worker is gone.
 
     `experts(layer, rows_RD, counts_E)` computes rows; `compute` is held meanwhile, since links have a thread each.
+    `experts_here(layer)` says how many experts of a layer are here, `most_here` is the `largest_shard` of any layer.
     """
-    header = torch.empty(2 + experts_here, dtype=torch.int64)
+    header = torch.empty(2 + most_here, dtype=torch.int64)
     while True:
         try:
             link.recv([header], ATTENTION, HEADER).wait(IDLE)
         except RuntimeError:  # the attention worker closed the link, or died
             return
         micro_batch, layer, *_ = header.tolist()
-        counts_E = header[2:].clone()
+        counts_E = header[2 : 2 + experts_here(layer)].clone()
         rows_RD = torch.empty(int(counts_E.sum()), width, dtype=dtype)
         link.recv([rows_RD], ATTENTION, ROWS).wait()
         with compute, torch.inference_mode():

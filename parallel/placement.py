@@ -11,3 +11,8 @@ def expert_shard(num_experts: int, rank: int, size: int) -> range:
 def shard_sizes(num_experts: int, size: int) -> list[int]:
     """How many experts each of `size` ranks holds, in rank order."""
     return [len(expert_shard(num_experts, rank, size)) for rank in range(size)]
+
+
+def largest_shard(num_experts: int, size: int) -> int:
+    """The most experts that any of `size` ranks holds of a layer with up to `num_experts`."""
+    return -(-num_experts // size)

@@ -18,7 +18,7 @@ model:
   hidden_size: 32
   context_length: 96
   attention: {heads: 4, kv_heads: 2, head_dim: 8}
-  moe: {ffn_experts: 4, expert_hidden_size: 64}
+  moe: {ffn_experts: 4, expert: {hidden_size: 64}}
 parallel: {dp: 2, ep: 2}
 data: {max_bytes: 300_000, vocab_size: 512}
 train: {steps: 30, batch_size: 64, sequence_length: 64, learning_rate: 5.0e-3, warmup_steps: 3, validate_every: 15,

@@ -5,16 +5,18 @@ from __future__ import annotations
 import pytest
 import torch
 from numerics import assert_close
+from tiny import context_of
 
-from expertmesh.system.model.attention import Attention, CausalAttend, rotate
-from expertmesh.system.model.config import AttentionConfig
+from expertmesh.system.model.attention import Attention
+from expertmesh.system.model.attention_config import AttentionConfig
+from expertmesh.system.model.rotary import rotate
 from expertmesh.system.model.weights import initialise
 
 WIDTH = 24
 
 
 def made(config: AttentionConfig) -> Attention:
-    attention = Attention(config, WIDTH, layer=0, norm_eps=1e-6)
+    attention = Attention(config, WIDTH, norm_eps=1e-6)
     initialise(attention, 1, 0.3)
     return attention
 
@@ -50,7 +52,7 @@ def test_equals_llama(config, length, reason):
     positions_BS = torch.arange(length).expand(sequences, -1)
     hidden_BS = torch.full((length, length), -torch.inf).triu(1).expand(sequences, 1, -1, -1)
     want_BSD, _ = theirs(x_BSD, LlamaRotaryEmbedding(llama_config)(x_BSD, positions_BS), attention_mask=hidden_BS)
-    got_TD = ours(x_BSD.flatten(0, 1), positions_BS.flatten(), CausalAttend(length))
+    got_TD = ours(x_BSD.flatten(0, 1), context_of(length, sequences))[0]
     assert_close(got_TD, want_BSD.flatten(0, 1))
 
 
@@ -75,11 +77,10 @@ def test_rotation_of_bfloat16_is_computed_in_float32():
 
 def test_a_token_sees_neither_what_follows_nor_other_sequences():
     attention, x_TD = made(SHAPES[0][0]), some(12, WIDTH)
-    positions_T = torch.arange(4).repeat(3)
-    before = attention(x_TD, positions_T, CausalAttend(4))
+    before = attention(x_TD, context_of(4, 3))[0]
     changed_TD = x_TD.clone()
     changed_TD[6] += 1  # the third token of the second sequence
-    after = attention(changed_TD, positions_T, CausalAttend(4))
+    after = attention(changed_TD, context_of(4, 3))[0]
     differs_T = (before != after).any(-1)
     assert differs_T.tolist() == [False] * 6 + [True] * 2 + [False] * 4
 
@@ -87,7 +88,7 @@ def test_a_token_sees_neither_what_follows_nor_other_sequences():
 def test_no_sequences():
     attention = made(SHAPES[0][0])
     x_TD = torch.empty(0, WIDTH, requires_grad=True)
-    y_TD = attention(x_TD, torch.empty(0, dtype=torch.int64), CausalAttend(4))
+    y_TD, _ = attention(x_TD, context_of(4, 0))
     assert y_TD.shape == (0, WIDTH)
     y_TD.sum().backward()
     assert all(torch.equal(p.grad, torch.zeros_like(p)) for p in attention.parameters())

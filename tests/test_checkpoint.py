@@ -118,7 +118,7 @@ def test_config_reads_back(two_shards):
 
 
 def test_one_tensor_at_a_time_is_in_memory(tmp_path, monkeypatch):
-    config = tiny_model(vocab_size=16, moe={"expert_hidden_size": 64})  # an expert's matrices are the largest
+    config = tiny_model(vocab_size=16, moe={"expert": {"hidden_size": 64}})  # an expert's matrices are the largest
     folder = write_checkpoint(tmp_path / "checkpoint", 2, config)
     live, peak, largest = 0, 0, 0
     open_file = checkpoint_module.safe_open

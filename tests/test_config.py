@@ -9,7 +9,9 @@ import torch
 from pydantic import ValidationError
 from tiny import tiny_model
 
-from expertmesh.system.model.config import AttentionConfig, MLAConfig, ModelConfig, MoEConfig
+from expertmesh.system.model.attention_config import AttentionConfig, MLAConfig
+from expertmesh.system.model.config import ModelConfig
+from expertmesh.system.model.moe_config import MoEConfig
 from expertmesh.system.model.transformer import Transformer
 from expertmesh.system.model.weights import weights
 
@@ -43,7 +45,7 @@ def published(layers: int, width: int, hidden: int, heads: int, ffn: int, consta
         layers=layers,
         hidden_size=width,
         attention=AttentionConfig(heads=heads, kv_heads=heads, head_dim=width // heads),
-        moe=MoEConfig(ffn_experts=ffn, expert_hidden_size=hidden, constant_experts=constant),
+        moe=MoEConfig(ffn_experts=ffn, expert={"hidden_size": hidden}, constant_experts=constant),
     )
 
 
@@ -81,9 +83,9 @@ PUBLISHED = {
             hidden_size=7168,
             context_length=65_536,
             attention=AttentionConfig(heads=64, kv_heads=1, head_dim=256, rope_theta=5e5, query_rank=2048),
-            moe=MoEConfig(ffn_experts=48, expert_hidden_size=5120, top_k=3, shared={"hidden_size": 5120}, **PLAIN),
+            moe=MoEConfig(ffn_experts=48, expert={"hidden_size": 5120}, top_k=3, shared={"hidden_size": 5120}, **PLAIN),
             dense_layers=(0, 1, 2, 3, 60),
-            dense_hidden_size=18_432,
+            dense={"hidden_size": 18_432},
         ),
         316.3,
         38.8,
@@ -104,7 +106,7 @@ PUBLISHED = {
             ),
             moe=MoEConfig(
                 ffn_experts=256,
-                expert_hidden_size=2048,
+                expert={"hidden_size": 2048},
                 top_k=8,
                 shared={"hidden_size": 2048},
                 gate_mode="sigmoid",
@@ -112,7 +114,7 @@ PUBLISHED = {
                 **PLAIN,
             ),
             dense_layers=(0, 1, 2),
-            dense_hidden_size=18_432,
+            dense={"hidden_size": 18_432},
         ),
         671.0,
         37.6,
@@ -123,7 +125,7 @@ PUBLISHED = {
             layers=32,
             hidden_size=4096,
             attention=AttentionConfig(heads=32, kv_heads=8, head_dim=128),
-            moe=MoEConfig(ffn_experts=8, expert_hidden_size=14_336, top_k=2, gate_mode="mixtral", **PLAIN),
+            moe=MoEConfig(ffn_experts=8, expert={"hidden_size": 14_336}, top_k=2, gate_mode="mixtral", **PLAIN),
         ),
         46.7,
         12.9,
@@ -134,7 +136,7 @@ PUBLISHED = {
             layers=48,
             hidden_size=2048,
             attention=AttentionConfig(heads=32, kv_heads=4, head_dim=128, qk_norm="head"),
-            moe=MoEConfig(ffn_experts=128, expert_hidden_size=768, top_k=8, gate_mode="mixtral", **PLAIN),
+            moe=MoEConfig(ffn_experts=128, expert={"hidden_size": 768}, top_k=8, gate_mode="mixtral", **PLAIN),
         ),
         30.5,
         3.3,

@@ -9,10 +9,9 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from tiny import tiny_model
+from tiny import context_of, tiny_model
 
 from expertmesh.parallel.dispatchers import LocalDispatcher
-from expertmesh.system.model.attention import CausalAttend
 from expertmesh.system.model.transformer import Transformer
 from expertmesh.system.model.weights import initialise
 from expertmesh.system.serve.engine import Engine, _Running, _split
@@ -41,7 +40,7 @@ def alone(model: Transformer, request: Request, eos_ids: Collection[int] = ()) -
     answer: list[int] = []
     while True:
         length = len(token_ids)
-        hidden_TD, _ = model(torch.tensor(token_ids), torch.arange(length), CausalAttend(length), LocalDispatcher())
+        hidden_TD, _ = model(torch.tensor(token_ids), context_of(length))
         answer.append(sample(model.lm_head(hidden_TD[-1]), sampling, sampling.seed or 0, length))
         token_ids.append(answer[-1])
         if answer[-1] in eos_ids and not sampling.ignore_eos:

@@ -9,18 +9,19 @@ from twin import expert, shared_weights
 
 from expertmesh.kernels.routing import Routing
 from expertmesh.parallel.placement import expert_shard, shard_sizes
-from expertmesh.system.model.config import MoEConfig
-from expertmesh.system.model.experts import RoutedExperts, ZeroComputationExperts
+from expertmesh.system.model.build_experts import build_experts
+from expertmesh.system.model.experts import ZeroComputationExperts
+from expertmesh.system.model.moe_config import MoEConfig
 from expertmesh.system.model.weights import initialise
 
-CONFIG = MoEConfig(ffn_experts=5, expert_hidden_size=4, zero_experts=2, copy_experts=2, constant_experts=2)
+CONFIG = MoEConfig(ffn_experts=5, expert={"hidden_size": 4}, zero_experts=2, copy_experts=2, constant_experts=2)
 WIDTH = 6
 
 
 def test_shards_together_answer_as_the_whole():
     counts_E = torch.tensor([2, 0, 3, 1, 4])
     rows_RD = torch.randn(10, WIDTH, generator=torch.Generator().manual_seed(0))
-    whole = RoutedExperts(CONFIG, WIDTH, range(5))
+    whole = build_experts(CONFIG, WIDTH, range(5))
     initialise(whole, 1, 0.5)
     expected_RD = whole(rows_RD, counts_E)
     for size in (2, 3, 7):  # 7: two ranks hold nothing and answer no rows
@@ -28,7 +29,7 @@ def test_shards_together_answer_as_the_whole():
         sizes = shard_sizes(5, size)
         rows = rows_RD.split([int(c.sum()) for c in counts_E.split(sizes)])
         for rank, (mine, counts) in enumerate(zip(rows, counts_E.split(sizes), strict=True)):
-            shard = RoutedExperts(CONFIG, WIDTH, expert_shard(5, rank, size))
+            shard = build_experts(CONFIG, WIDTH, expert_shard(5, rank, size))
             # In a model the shard's names make its weights; here the whole's are copied.
             shard.gate_up.data = whole.gate_up.data[shard.shard.start : shard.shard.stop]
             shard.down.data = whole.down.data[shard.shard.start : shard.shard.stop]
@@ -43,7 +44,7 @@ def test_each_id_is_the_kind_its_name_says(id_and_name):
     initialise(experts, 1, 0.5)
     x_TD = torch.randn(3, WIDTH, generator=torch.Generator().manual_seed(0))
     chosen_TK, one_TK = torch.full((3, 1), i), torch.ones(3, 1)
-    y_TD = experts(x_TD, Routing(chosen_TK, one_TK, one_TK, one_TK))
+    y_TD = experts(x_TD, Routing(chosen_TK, one_TK, one_TK, one_TK, chosen_TK))
     kind, number = name.split()
     if kind == "constant":
         a = (x_TD @ experts.mix[int(number)].T).softmax(-1)

@@ -13,7 +13,9 @@ from tiny import tiny_model
 from expertmesh.system.convert.families import FAMILIES, choose_family, family_of
 from expertmesh.system.convert.feature import Feature, features
 from expertmesh.system.convert.huggingface import tensor_shapes
-from expertmesh.system.model.config import AttentionConfig, MLAConfig, ModelConfig, SharedExpertConfig
+from expertmesh.system.model.attention_config import AttentionConfig, MLAConfig
+from expertmesh.system.model.config import ModelConfig
+from expertmesh.system.model.moe_config import SharedExpertConfig
 
 
 def content_of(name: str) -> dict[str, Any]:
@@ -186,6 +188,6 @@ def test_what_no_class_holds_is_said(changes, told):
 
 def test_experts_that_no_layer_has_stand_in_nobodys_way():
     """A dense model's `moe` section is left as it comes."""
-    config = tiny_model(dense_layers=(0, 1, 2), dense_hidden_size=48)
+    config = tiny_model(dense_layers=(0, 1, 2), dense={"hidden_size": 48})
     assert config.moe.zero_computation_experts and features(config) == [Feature.NO_EXPERTS]
     assert choose_family(config).model_type == "llama"

@@ -21,11 +21,10 @@ from commands import environment, expertmesh, expertmesh_json
 from foreign import CONTEXT, EACH_FAMILY, MODELS, VOCAB_SIZE, save_hf_model
 from numerics import assert_close
 from safetensors.torch import load_file, save_file
-from tiny import tiny_model
+from tiny import context_of, tiny_model
 
 from expertmesh.parallel.dispatchers import LocalDispatcher
 from expertmesh.system.convert.huggingface import Conversion, from_hf, tensor_shapes, to_hf
-from expertmesh.system.model.attention import CausalAttend
 from expertmesh.system.model.checkpoint import INDEX, check_checkpoint, load_weights, read_config, write_config
 from expertmesh.system.model.transformer import Transformer
 from expertmesh.system.serve.engine import Engine
@@ -68,7 +67,7 @@ def load(folder: Path) -> Transformer:
 @torch.inference_mode()
 def logits_of(model: Transformer, token_ids: list[int]) -> torch.Tensor:
     length = len(token_ids)
-    hidden_TD, _ = model(torch.tensor(token_ids), torch.arange(length), CausalAttend(length), LocalDispatcher())
+    hidden_TD, _ = model(torch.tensor(token_ids), context_of(length))
     return model.lm_head(hidden_TD)
 
 

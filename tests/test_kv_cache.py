@@ -9,7 +9,7 @@ import torch
 from numerics import assert_close
 from tiny import tiny_model
 
-from expertmesh.system.model.attention import CausalAttend
+from expertmesh.system.model.attend import CausalAttend, Look
 from expertmesh.system.serve.kv_cache import CacheAttend, KVCache, Span
 
 CONFIG = tiny_model(context_length=16)
@@ -55,10 +55,10 @@ def test_equals_causal_attention(case):
                 torch.cat([first, *(whole[s][i][s.start : s.start + s.length] for s in spans)])
                 for i, first in enumerate(t[:0] for t in sequences(layer, 0))
             )
-            answers = attend(layer, q_THd, k_TGd, v_TGd).split([span.length for span in spans])
+            answers = attend(layer, q_THd, k_TGd, v_TGd, Look()).split([span.length for span in spans])
             for span, answer in zip(spans, answers, strict=bool(spans)):
                 end = span.start + span.length
-                expected = CausalAttend(end)(layer, *(t[:end] for t in whole[span]))
+                expected = CausalAttend(end)(layer, *(t[:end] for t in whole[span]), Look())
                 assert_close(answer, expected[span.start :], what=f"layer {layer}, {span}")
     used = {(s.slot, p) for spans in case.steps for s in spans for p in range(s.start, s.start + s.length)}
     written = cache.keys_LXGCd.isfinite().all(dim=-1)

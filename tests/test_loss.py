@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.distributed as dist
 from numerics import assert_close
 from ranks import run_threads
-from tiny import tiny_model
+from tiny import context_of, tiny_model
 
 from expertmesh.parallel.dispatchers import LocalDispatcher
 from expertmesh.parallel.groups import Groups
-from expertmesh.system.model.attention import CausalAttend
 from expertmesh.system.model.transformer import Transformer
 from expertmesh.system.model.weights import initialise
-from expertmesh.system.train.loss import BatchLoss, LanguageModelLoss
+from expertmesh.system.train.loss import LanguageModelLoss
 
 CONFIG = tiny_model(vocab_size=20)
 MOE = CONFIG.moe
 
 
-def loss_of(groups: Groups | None = None) -> LanguageModelLoss:
-    model = Transformer(CONFIG)
+def loss_of(groups: Groups | None = None, **moe: Any) -> LanguageModelLoss:
+    model = Transformer(tiny_model(vocab_size=20, moe=moe))
     initialise(model, seed=4, standard_deviation=0.3)
     return LanguageModelLoss(model, LocalDispatcher(), groups or Groups())
 
@@ -31,10 +32,11 @@ def batch(sequences: int = 4, length: int = 6) -> torch.Tensor:
 
 
 def test_total_is_cross_entropy_plus_weighted_balance():
-    parts = BatchLoss(torch.tensor(2.0), torch.tensor(0.5), torch.tensor(4.0), torch.zeros(3, 8), torch.zeros(3))
-    assert parts.total(0.01).item() == pytest.approx(2.005)
-    assert parts.total(0.01, 0.001).item() == pytest.approx(2.009)
-    assert parts.total(0.0).item() == 2.0
+    parts = loss_of(balance_loss_weight=0.5, z_loss_weight=0.25)(batch())
+    expected = parts.cross_entropy + 0.5 * parts.balance + 0.25 * parts.z
+    assert torch.equal(parts.total, expected) and not torch.equal(parts.total, parts.cross_entropy)
+    plain = loss_of(balance_loss_weight=0.0)(batch())
+    assert torch.equal(plain.total, plain.cross_entropy)
 
 
 @torch.no_grad()
@@ -47,12 +49,12 @@ def test_values_by_hand():
     probabilities = torch.zeros(CONFIG.layers, MOE.num_experts, dtype=torch.float64)
     for sequence in tokens_BS1:
         length = len(sequence) - 1
-        hidden_SD, routings = loss.model(sequence[:-1], torch.arange(length), CausalAttend(length), LocalDispatcher())
-        p_SV = loss.model.lm_head(hidden_SD).double().softmax(-1)
+        output = loss.model(sequence[:-1], context_of(length))
+        p_SV = loss.model.lm_head(output.hidden_TD).double().softmax(-1)
         for s in range(length):
             cross_entropy -= float(p_SV[s, sequence[s + 1]].log())  # position s predicts token s + 1
             counted += 1
-        for layer, routing in enumerate(routings):
+        for layer, routing in enumerate(output.routings):
             for chosen in routing.experts_TK.flatten().tolist():
                 loads[layer, chosen] += 1
             probabilities[layer] += routing.logits_TN.double().softmax(-1).sum(0)
@@ -62,8 +64,8 @@ def test_values_by_hand():
             eta = 1.0 if i < MOE.ffn_experts else MOE.tau
             balance += eta * float(loads[layer, i] / counted * probabilities[layer, i] / counted)
 
-    assert torch.equal(parts.load_LN, loads) and counted == 24
-    assert parts.load_LN.sum(1).tolist() == [counted * MOE.top_k] * CONFIG.layers
+    assert torch.equal(torch.stack(parts.loads_N), loads) and counted == 24
+    assert [int(load.sum()) for load in parts.loads_N] == [counted * MOE.top_k] * CONFIG.layers
     assert parts.cross_entropy.item() == pytest.approx(cross_entropy / counted, rel=1e-5)
     assert parts.balance.item() == pytest.approx(balance, rel=1e-5)
 
@@ -80,17 +82,18 @@ def test_the_balance_loss_reaches_every_router():
 def test_mean_over_ranks_is_the_loss_of_the_whole_batch(ranks):
     whole, tokens_BS1 = loss_of(), batch(sequences=4)
     expected = whole(tokens_BS1)
-    expected.total(0.3).backward()
+    expected.total.backward()
 
     def one_rank(group: dist.ProcessGroup):
         loss = loss_of(Groups(rank=group.rank(), data=group))
         parts = loss(tokens_BS1.tensor_split(ranks)[group.rank()])
-        parts.total(0.3).backward()
+        parts.total.backward()
         return parts, {name: p.grad for name, p in loss.model.named_parameters()}
 
     results = run_threads(one_rank, ranks)
     for parts, _ in results:
-        assert torch.equal(parts.load_LN, expected.load_LN), "the load is that of the whole batch, on every rank"
+        same = torch.equal(torch.stack(parts.loads_N), torch.stack(expected.loads_N))
+        assert same, "the load is that of the whole batch, on every rank"
     for name in ("cross_entropy", "balance"):
         mean = torch.stack([getattr(parts, name) for parts, _ in results]).mean()
         assert mean.item() == pytest.approx(getattr(expected, name).item(), rel=1e-6)
@@ -102,14 +105,14 @@ def test_mean_over_ranks_is_the_loss_of_the_whole_batch(ranks):
 def test_a_rank_without_sequences_adds_nothing():
     """A short validation batch leaves some ranks with none."""
     parts = loss_of()(batch()[:0])
-    assert (parts.cross_entropy.item(), parts.balance.item(), parts.load_LN.sum().item()) == (0.0, 0.0, 0)
-    parts.total(0.01).backward()
+    assert (parts.cross_entropy.item(), parts.balance.item(), int(torch.stack(parts.loads_N).sum())) == (0.0, 0.0, 0)
+    parts.total.backward()
 
 
 def test_without_ffn_experts():
     model = Transformer(tiny_model(vocab_size=20, moe={"ffn_experts": 0}))
     initialise(model, seed=4, standard_deviation=0.3)
     parts = LanguageModelLoss(model, LocalDispatcher(), Groups())(batch())
-    parts.total(0.01).backward()
-    assert torch.isfinite(parts.cross_entropy) and parts.load_LN.shape == (3, 4)
+    parts.total.backward()
+    assert torch.isfinite(parts.cross_entropy) and torch.stack(parts.loads_N).shape == (3, 4)
     assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters())

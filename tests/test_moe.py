@@ -8,17 +8,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 from numerics import assert_close
+from tiny import context_of, logits_before
 from twin import moe as moe_twin
 from twin import shared_gradients, shared_weights
 
-from expertmesh.parallel.dispatchers import LocalDispatcher
-from expertmesh.system.model.config import MoEConfig
 from expertmesh.system.model.moe import MoE
+from expertmesh.system.model.moe_config import MoEConfig
 from expertmesh.system.model.weights import initialise
 
 WIDTH, TOKENS = 8, 7
 FFN, CONSTANT, COPY, ZERO, OTHER_ZERO = 1, 3, 4, 5, 6  # ids of the layer below
-KINDS = {"ffn_experts": 3, "expert_hidden_size": 5, "constant_experts": 1, "copy_experts": 1, "zero_experts": 2}
+KINDS = {"ffn_experts": 3, "expert": {"hidden_size": 5}, "constant_experts": 1, "copy_experts": 1, "zero_experts": 2}
 
 
 def layer_with(config: MoEConfig, layer: int = 0) -> MoE:
@@ -35,7 +35,7 @@ def tokens(count: int = TOKENS) -> torch.Tensor:
 
 
 def answer(moe: MoE, x_TD: torch.Tensor) -> torch.Tensor:
-    return moe(x_TD, None, LocalDispatcher())[0]
+    return moe(x_TD, None, context_of(len(x_TD)))[0]
 
 
 def ffn(moe: MoE, x_TD: torch.Tensor) -> torch.Tensor:
@@ -96,14 +96,14 @@ def test_zero_expert_gives_no_gradient_to_x():
 
 
 def test_paper_gates_sum_to_at_most_one():
-    _, routing = layer_with(MoEConfig(**KINDS))(tokens(), None, LocalDispatcher())
+    _, routing = layer_with(MoEConfig(**KINDS))(tokens(), None, context_of(TOKENS))
     assert (routing.weights_TK.sum(1) <= 1).all() and (routing.weights_TK > 0).all()
 
 
 @pytest.mark.parametrize("mode", ["paper", "mixtral"])
 def test_without_zero_computation_experts_it_is_a_plain_top_k_moe(mode):
     config = MoEConfig(
-        ffn_experts=6, expert_hidden_size=5, constant_experts=0, copy_experts=0, zero_experts=0, gate_mode=mode
+        ffn_experts=6, expert={"hidden_size": 5}, constant_experts=0, copy_experts=0, zero_experts=0, gate_mode=mode
     )
     moe, x_TD = layer_with(config), tokens()
     y_TD = torch.zeros_like(x_TD)
@@ -151,7 +151,7 @@ def test_output_and_gradients_equal_the_equations(case):
     wide = [t.detach().double().requires_grad_() for t in inputs]
     follows = case.layer > 0
 
-    y_TD, routing = moe(inputs[0], inputs[1] if follows else None, LocalDispatcher())
+    y_TD, routing = moe(inputs[0], logits_before(inputs[1]) if follows else None, context_of(case.tokens))
     w = shared_weights(moe)
     want_TD, want_logits_TN = moe_twin(config, w, "", wide[0], wide[1] if follows else None)
     assert_close(routing.logits_TN, want_logits_TN, what="logits")

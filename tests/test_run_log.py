@@ -14,7 +14,13 @@ from expertmesh.system.train.run_log import SCALARS, RunLog
 
 def step(number: int, loss: float) -> dict[str, Any]:
     record: dict[str, Any] = dict.fromkeys(SCALARS, 0.25)
-    return record | {"kind": "step", "step": number, "loss": loss, "load_LN": [[1, 3], [2, 2]], "router_entropy_L": [0.5, 0.125]}
+    return record | {
+        "kind": "step",
+        "step": number,
+        "loss": loss,
+        "load_LN": [[1, 3], [2, 2]],
+        "router_entropy_L": [0.5, 0.125],
+    }
 
 
 def validation(number: int, loss: float) -> dict[str, Any]:

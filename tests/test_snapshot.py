@@ -20,8 +20,8 @@ from tiny import tiny_model
 from expertmesh.parallel.groups import Groups
 from expertmesh.parallel.zero import AdamState
 from expertmesh.system.model import checkpoint
+from expertmesh.system.model.attention_config import AttentionConfig
 from expertmesh.system.model.checkpoint import CheckpointError, load_weights, read_config
-from expertmesh.system.model.config import AttentionConfig
 from expertmesh.system.model.transformer import Transformer
 from expertmesh.system.model.weights import initialise, weights
 from expertmesh.system.train import snapshot

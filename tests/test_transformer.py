@@ -8,13 +8,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from numerics import assert_close
-from tiny import tiny_model
+from tiny import context_of, tiny_model
 from twin import shared_gradients, shared_weights
 from twin import transformer as transformer_twin
 
-from expertmesh.parallel.dispatchers import LocalDispatcher
 from expertmesh.parallel.placement import shard_sizes
-from expertmesh.system.model.attention import CausalAttend
 from expertmesh.system.model.config import ModelConfig
 from expertmesh.system.model.transformer import ExpertPool, Transformer
 from expertmesh.system.model.weights import initialise, weights
@@ -43,15 +41,15 @@ def model_of(config: ModelConfig) -> Transformer:
 def test_equals_its_equations(changes, reason):
     config = tiny_model(vocab_size=20, hidden_size=16, **changes)
     model, length = model_of(config), len(SEQUENCES[0])
-    tokens_T, positions_T = torch.tensor(SEQUENCES).flatten(), torch.arange(length).repeat(len(SEQUENCES))
-    hidden_TD, routings = model(tokens_T, positions_T, CausalAttend(length), LocalDispatcher())
-    logits_TV = model.lm_head(hidden_TD)
+    tokens_T = torch.tensor(SEQUENCES).flatten()
+    output = model(tokens_T, context_of(length, len(SEQUENCES)))
+    logits_TV = model.lm_head(output.hidden_TD)
 
     w = shared_weights(model)
     twins = [transformer_twin(config, w, sequence) for sequence in SEQUENCES]
     want_TV = torch.cat([logits for logits, _ in twins])
     assert_close(logits_TV, want_TV, what="logits")
-    for layer, routing in enumerate(routings):
+    for layer, routing in enumerate(output.routings):
         assert_close(routing.logits_TN, torch.cat([z[layer] for _, z in twins]), what=f"router logits {layer}")
 
     F.cross_entropy(logits_TV, tokens_T).backward()
@@ -65,10 +63,10 @@ def test_first_layer_has_no_gate_map_and_logits_of_its_own():
     model = model_of(tiny_model())
     maps = [block.mlp.gate.gate_map for block in model.layers]
     assert maps[0] is None and all(m is not None for m in maps[1:])
-    tokens_T, positions_T = torch.tensor(SEQUENCES[0]), torch.arange(6)
+    tokens_T = torch.tensor(SEQUENCES[0])
 
     def first_logits() -> torch.Tensor:
-        return model(tokens_T, positions_T, CausalAttend(6), LocalDispatcher()).routings[0].logits_TN
+        return model(tokens_T, context_of(6)).routings[0].logits_TN
 
     before = first_logits()
     for gate_map in maps[1:]:
@@ -78,10 +76,9 @@ def test_first_layer_has_no_gate_map_and_logits_of_its_own():
 
 def test_no_tokens():
     model = model_of(tiny_model())
-    nothing = torch.empty(0, dtype=torch.int64)
-    hidden_TD, routings = model(nothing, nothing, CausalAttend(6), LocalDispatcher())
-    assert hidden_TD.shape == (0, 32) and len(routings) == 3
-    model.lm_head(hidden_TD).sum().backward()
+    output = model(torch.empty(0, dtype=torch.int64), context_of(6, 0))
+    assert output.hidden_TD.shape == (0, 32) and len(output.routings) == 3
+    model.lm_head(output.hidden_TD).sum().backward()
 
 
 @pytest.mark.parametrize("size, held", [(0, [0]), (1, [4]), (2, [2, 2]), (3, [1, 1, 2]), (5, [0, 1, 1, 1, 1])])

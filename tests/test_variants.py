@@ -46,7 +46,7 @@ class Variant:
     model: dict[str, Any] = field(default_factory=dict)
 
     def config(self) -> ModelConfig:
-        moe = {"ffn_experts": 4, "expert_hidden_size": 24, **self.moe}
+        moe = {"ffn_experts": 4, "expert": {"hidden_size": 24}, "balance_loss_weight": 0.1, **self.moe}
         shape = {"vocab_size": VOCAB_SIZE, "layers": 3, "hidden_size": 32, "context_length": 64}
         return ModelConfig(**shape, moe=moe, attention=self.attention or GQA, **self.model)
 
@@ -55,29 +55,29 @@ VARIANTS = [
     Variant("MoE++, gates as in the paper"),
     Variant("MoE++, gates as released", moe={"gate_mode": "released"}),
     Variant("MoE++, many of each kind", moe={"zero_experts": 2, "copy_experts": 3, "constant_experts": 4, "top_k": 4}),
-    Variant("MoE++, a dense layer between", model={"dense_layers": [1], "dense_hidden_size": 40}),
+    Variant("MoE++, a dense layer between", model={"dense_layers": [1], "dense": {"hidden_size": 40}}),
     Variant("Mixtral", moe={**PLAIN, "gate_mode": "mixtral"}, attention={**GQA, "sliding_window": 8}),
     Variant("Qwen3-MoE", moe={**PLAIN, "gate_mode": "mixtral"}, attention={**GQA, "qk_norm": "head"}),
     Variant("OLMoE", moe=PLAIN, attention={**GQA, "kv_heads": 4, "qk_norm": "width"}),
     Variant(
         "Qwen2-MoE",
-        moe={**PLAIN, "shared": {"hidden_size": 20, "gate": True}},
+        moe={**PLAIN, "shared": {"hidden_size": 20, "mixing": "sigmoid"}},
         attention={**GQA, "qkv_bias": True},
     ),
     Variant(
         "DeepSeek-V3",
         moe={**SIGMOID, "groups": {"count": 4, "chosen": 2}, "top_k": 3, "shared": {"hidden_size": 24}},
         attention={**MLA, "query_rank": 16},
-        model={"dense_layers": [0], "dense_hidden_size": 40},
+        model={"dense_layers": [0], "dense": {"hidden_size": 40}},
     ),
     Variant("sigmoid gate without groups, latent attention without query rank", moe=SIGMOID, attention=MLA),
     Variant(
         "Step-3",
         moe={**PLAIN, "shared": {"hidden_size": 24}, "top_k": 3},
         attention={"heads": 4, "kv_heads": 1, "head_dim": 8, "query_rank": 12},
-        model={"dense_layers": [0, 2], "dense_hidden_size": 40},
+        model={"dense_layers": [0, 2], "dense": {"hidden_size": 40}},
     ),
-    Variant("Llama, dense", moe=PLAIN, model={"dense_layers": [0, 1, 2], "dense_hidden_size": 40}),
+    Variant("Llama, dense", moe=PLAIN, model={"dense_layers": [0, 1, 2], "dense": {"hidden_size": 40}}),
     Variant("tied embeddings, output bias", attention={**GQA, "output_bias": True}, model={"tie_embeddings": True}),
 ]
 EACH = pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: variant.name)
@@ -114,21 +114,21 @@ def test_expert_parallel_equals_one_rank(variant):
     tokens_BS1 = torch.randint(0, VOCAB_SIZE, (4, 17), generator=torch.Generator().manual_seed(2))
     single = made(config)
     loss = LanguageModelLoss(single, LocalDispatcher(), Groups())(tokens_BS1)
-    loss.total(0.1).backward()
+    loss.total.backward()
     expected = gradients(single)
 
-    def rank_main(group: dist.ProcessGroup) -> tuple[float, torch.Tensor, dict[str, torch.Tensor]]:
+    def rank_main(group: dist.ProcessGroup) -> tuple[float, list[torch.Tensor], dict[str, torch.Tensor]]:
         model = made(config, group.rank(), group.size())
         groups = Groups(rank=group.rank(), data=group, expert=group)
         mine_BS1 = tokens_BS1.chunk(group.size())[group.rank()]
         part = LanguageModelLoss(model, AllToAllDispatcher(group, Traffic()), groups)(mine_BS1)
-        part.total(0.1).backward()
-        return part.total(0.1).item(), part.load_LN, gradients(model)
+        part.total.backward()
+        return part.total.item(), part.loads_N, gradients(model)
 
     ranks = run_threads(rank_main, 2)
-    assert sum(total for total, _, _ in ranks) / 2 == pytest.approx(loss.total(0.1).item(), rel=2e-6)
-    for _, load_LN, _ in ranks:
-        assert torch.equal(load_LN, loss.load_LN)
+    assert sum(total for total, _, _ in ranks) / 2 == pytest.approx(loss.total.item(), rel=2e-6)
+    for _, loads_N, _ in ranks:
+        assert all(torch.equal(found, wanted) for found, wanted in zip(loads_N, loss.loads_N, strict=True))
     for name, gradient in expected.items():
         # A rank's loss is the mean of its half of the tokens; whoever holds a weight has part of its gradient.
         parts = [found[name] for _, _, found in ranks if name in found]
@@ -168,8 +168,7 @@ def test_selection_bias_moves_towards_an_even_load():
     config = VARIANTS[8].config()
     model = Transformer(config)
     initialise(model, seed=0, standard_deviation=0.02)
-    load_LN = torch.tensor([[9, 1, 4, 4, 4, 4, 4, 2], [4] * 8])
-    model.balance(load_LN)
+    model.balance([torch.tensor([9, 1, 4, 4, 4, 4, 4, 2]), torch.tensor([4] * 8)])
     bias_N = model.layers[1].mlp.gate.e_score_correction_bias
     assert_close(bias_N, 0.001 * torch.tensor([-1.0, 1, 0, 0, 0, 0, 0, 1]))
     assert not model.layers[2].mlp.gate.e_score_correction_bias.any()

@@ -6,11 +6,19 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from expertmesh.kernels.device import Device
+from expertmesh.kernels.routing import Routing, route
+from expertmesh.parallel.dispatchers import LocalDispatcher
 from expertmesh.parallel.groups import build_groups
 from expertmesh.parallel.sizes import ParallelSizes
+from expertmesh.system.model.attend import CausalAttend
+from expertmesh.system.model.attention_config import AttentionConfig
 from expertmesh.system.model.checkpoint import INDEX, shard_name, write_config, write_index, write_tensors
-from expertmesh.system.model.config import AttentionConfig, ModelConfig, MoEConfig
+from expertmesh.system.model.config import ModelConfig
+from expertmesh.system.model.context import Context, TrainingStep
+from expertmesh.system.model.moe_config import MoEConfig
 from expertmesh.system.model.transformer import Transformer
 from expertmesh.system.model.weights import initialise, weights
 from expertmesh.system.train.config import TrainConfig
@@ -22,10 +30,27 @@ VOCAB_SIZE = 512
 
 def tiny_model(**changes: Any) -> ModelConfig:
     """Three layers, so that gating residuals add up; 4 FFN experts and one or two of each other kind."""
-    moe = MoEConfig(**{"ffn_experts": 4, "expert_hidden_size": 32, **changes.pop("moe", {})})
+    moe = MoEConfig(**{"ffn_experts": 4, "expert": {"hidden_size": 32}, **changes.pop("moe", {})})
     attention = AttentionConfig(heads=4, kv_heads=2, head_dim=8)
     base: dict[str, Any] = {"vocab_size": VOCAB_SIZE, "layers": 3, "hidden_size": 32, "context_length": 64}
     return ModelConfig(**{**base, "attention": attention, "moe": moe, **changes})
+
+
+def context_of(
+    sequence_length: int, sequences: int = 1, training: TrainingStep | None = None, width: float = 1.0
+) -> Context:
+    """What a layer is given for whole sequences on one rank."""
+    positions_T = torch.arange(sequence_length).repeat(sequences)
+    return Context(positions_T, CausalAttend(sequence_length), LocalDispatcher(), training, width)
+
+
+def training_step(sequence_length: int, sequences: range = range(1), step: int = 1) -> TrainingStep:
+    return TrainingStep(step, 10, 0, sequences, sequence_length)
+
+
+def logits_before(logits_TN: torch.Tensor) -> Routing:
+    """What the MoE layer before decided, as far as a gating residual reads it."""
+    return route(logits_TN, 1, "paper")
 
 
 def tiny_training(**changes: Any) -> TrainConfig:

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from expertmesh.system.model.config import ModelConfig, MoEConfig
+from expertmesh.system.model.config import ModelConfig
+from expertmesh.system.model.moe_config import MoEConfig
 from expertmesh.system.model.weights import weights
 
 Weights = dict[str, torch.Tensor]

@@ -7,14 +7,10 @@ from typing import Any
 
 from expertmesh.system.convert.family import Family, HFConfig
 from expertmesh.system.convert.feature import LATENT_NORM_EPS, Feature, features
-from expertmesh.system.model.config import (
-    AttentionConfig,
-    GroupsConfig,
-    MLAConfig,
-    ModelConfig,
-    MoEConfig,
-    SharedExpertConfig,
-)
+from expertmesh.system.model.attention_config import AttentionConfig, MLAConfig
+from expertmesh.system.model.config import ModelConfig
+from expertmesh.system.model.experts_config import SwiGLUConfig
+from expertmesh.system.model.moe_config import GroupsConfig, MoEConfig, SharedExpertConfig
 
 
 def family_of(content: Mapping[str, Any]) -> Family:
@@ -79,13 +75,26 @@ def _experts(**parts: Any) -> MoEConfig:
 
 
 def _dense(hf: HFConfig, layers: list[int]) -> dict[str, Any]:
-    return {"dense_layers": tuple(layers), "dense_hidden_size": hf["intermediate_size"] if layers else None}
+    return {"dense_layers": tuple(layers), "dense": {"hidden_size": hf["intermediate_size"]} if layers else None}
+
+
+def _expert_width(config: ModelConfig) -> int:
+    assert isinstance(config.moe.expert, SwiGLUConfig)
+    return config.moe.expert.hidden_size
+
+
+def _dense_width(config: ModelConfig) -> int:
+    """Of the dense layers; where there are none, what their key may say as well."""
+    if config.dense is None:
+        return _expert_width(config)
+    assert isinstance(config.dense, SwiGLUConfig)
+    return config.dense.hidden_size
 
 
 def _read_llama(hf: HFConfig) -> dict[str, Any]:
     bias = hf["attention_bias"]
     attention = _read_attention(hf, qkv_bias=bias, output_bias=bias)
-    nobody = _experts(ffn_experts=1, expert_hidden_size=1, top_k=1)  # no layer has them
+    nobody = _experts(ffn_experts=1, expert={"hidden_size": 1}, top_k=1)  # no layer has them
     return {"attention": attention, "moe": nobody, **_dense(hf, list(range(hf.size("num_hidden_layers"))))}
 
 
@@ -93,14 +102,14 @@ def _write_llama(config: ModelConfig) -> dict[str, Any]:
     return {
         **_write_attention(config),
         "attention_bias": _grouped_queries(config).qkv_bias,
-        "intermediate_size": config.dense_hidden_size,
+        "intermediate_size": _dense_width(config),
     }
 
 
 def _read_mixtral(hf: HFConfig) -> dict[str, Any]:
     moe = _experts(
         ffn_experts=hf["num_local_experts"],
-        expert_hidden_size=hf["intermediate_size"],
+        expert={"hidden_size": hf["intermediate_size"]},
         top_k=hf["num_experts_per_tok"],
         gate_mode="mixtral",
     )
@@ -111,7 +120,7 @@ def _write_mixtral(config: ModelConfig) -> dict[str, Any]:
     return {
         **_write_attention(config),
         "sliding_window": _grouped_queries(config).sliding_window,
-        "intermediate_size": config.moe.expert_hidden_size,
+        "intermediate_size": _expert_width(config),
         "num_local_experts": config.moe.ffn_experts,
         "num_experts_per_tok": config.moe.top_k,
     }
@@ -120,7 +129,7 @@ def _write_mixtral(config: ModelConfig) -> dict[str, Any]:
 def _softmax_experts(hf: HFConfig, hidden_size_key: str, shared: SharedExpertConfig | None = None) -> MoEConfig:
     return _experts(
         ffn_experts=hf.first("num_experts", "num_local_experts"),
-        expert_hidden_size=hf[hidden_size_key],
+        expert={"hidden_size": hf[hidden_size_key]},
         top_k=hf["num_experts_per_tok"],
         gate_mode="mixtral" if hf["norm_topk_prob"] else "paper",
         shared=shared,
@@ -130,7 +139,7 @@ def _softmax_experts(hf: HFConfig, hidden_size_key: str, shared: SharedExpertCon
 def _write_softmax_experts(config: ModelConfig, hidden_size_key: str) -> dict[str, Any]:
     return {
         "num_experts": config.moe.ffn_experts,
-        hidden_size_key: config.moe.expert_hidden_size,
+        hidden_size_key: _expert_width(config),
         "num_experts_per_tok": config.moe.top_k,
         "norm_topk_prob": config.moe.gate_mode == "mixtral",
     }
@@ -161,7 +170,7 @@ def _write_qwen_layers(config: ModelConfig) -> dict[str, Any]:
     return {
         "mlp_only_layers": sorted(config.dense_layers),
         "decoder_sparse_step": 1,
-        "intermediate_size": config.dense_hidden_size or config.moe.expert_hidden_size,
+        "intermediate_size": _dense_width(config),
         "use_sliding_window": window is not None,
         "sliding_window": window,
     }
@@ -184,7 +193,7 @@ def _write_qwen3_moe(config: ModelConfig) -> dict[str, Any]:
 
 
 def _read_qwen2_moe(hf: HFConfig) -> dict[str, Any]:
-    shared = SharedExpertConfig(hidden_size=hf["shared_expert_intermediate_size"], gate=True)
+    shared = SharedExpertConfig(hidden_size=hf["shared_expert_intermediate_size"], mixing="sigmoid")
     return {
         "attention": _read_attention(hf, window=_qwen2_window(hf), qkv_bias=hf["qkv_bias"]),
         "moe": _softmax_experts(hf, "moe_intermediate_size", shared),
@@ -231,7 +240,7 @@ def _read_deepseek_v3(hf: HFConfig) -> dict[str, Any]:
     groups = hf.size("n_group")
     moe = _experts(
         ffn_experts=hf.first("n_routed_experts", "num_local_experts"),
-        expert_hidden_size=hf.size("moe_intermediate_size"),
+        expert={"hidden_size": hf.size("moe_intermediate_size")},
         top_k=hf["num_experts_per_tok"],
         gate_mode="sigmoid",
         gate_scale=hf["routed_scaling_factor"],
@@ -254,14 +263,14 @@ def _write_deepseek_v3(config: ModelConfig) -> dict[str, Any]:
         "qk_rope_head_dim": attention.rope_head_dim,
         "v_head_dim": attention.value_head_dim,
         "n_routed_experts": moe.ffn_experts,
-        "moe_intermediate_size": moe.expert_hidden_size,
+        "moe_intermediate_size": _expert_width(config),
         "num_experts_per_tok": moe.top_k,
         "routed_scaling_factor": moe.gate_scale,
         "n_group": moe.groups.count if moe.groups else 1,
         "topk_group": moe.groups.chosen if moe.groups else 1,
-        "n_shared_experts": moe.shared.hidden_size // moe.expert_hidden_size,
+        "n_shared_experts": moe.shared.hidden_size // _expert_width(config),
         "first_k_dense_replace": len(config.dense_layers),
-        "intermediate_size": config.dense_hidden_size or moe.expert_hidden_size,
+        "intermediate_size": _dense_width(config),
         "num_nextn_predict_layers": 0,
     }
 

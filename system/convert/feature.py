@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from enum import StrEnum
 
-from expertmesh.system.model.config import MLAConfig, ModelConfig
+from expertmesh.system.model.attention_config import AttentionConfig, MLAConfig
+from expertmesh.system.model.config import ModelConfig
+from expertmesh.system.model.experts_config import SwiGLUConfig
 
 LATENT_NORM_EPS = 1e-6  # transformers gives the norms inside DeepSeek-V3's attention this one, whatever rms_norm_eps is
 
@@ -35,43 +37,100 @@ class Feature(StrEnum):
     ALL_BIAS = "biases of all attention projections"
     OUTPUT_BIAS = "a bias of the attention output alone"
     WINDOW = "a sliding window"
+    QUERY_RANK = "queries made from a narrower vector"
+    OUTPUT_GATE = "a gate on attention's answers"
+    STICK_BREAKING = "stick-breaking attention"
+    NO_POSITIONS = "attention without rotary positions"
+    MIXTURE = "a mixture of attentions"
+    EXPERT_KIND = "feed-forward networks other than SwiGLU"
+    PYRAMID = "layers with different numbers of experts"
+    GATE_LAYERS = "a router of two layers"
+    LOGITS_NORM = "normalised router logits"
+    SCALE_ADAPTER = "a scale adapter"
+    MIXED_SHARED = "a shared expert that is averaged with the routed ones"
+    PARALLEL = "attention and experts side by side"
+    SHARE_LAYERS = "layers that share their weights"
+    DEPTH = "a mixture of depths"
+    LAYER_NORM = "norm=layer"
     HEAD_DIM = "a head_dim other than hidden_size / heads"
 
 
 def features(config: ModelConfig) -> list[Feature]:
     """Those of `config`, in the order of `Feature`."""
     found = _expert_features(config) if config.moe_layers else {Feature.NO_EXPERTS}
+    found |= _block_features(config)
     attention = config.attention
     if isinstance(attention, MLAConfig):
         found.add(Feature.LATENT if config.norm_eps == LATENT_NORM_EPS else Feature.LATENT_EPS)
+    elif isinstance(attention, AttentionConfig):
+        found |= _grouped_query_features(attention, config.hidden_size)
     else:
-        biases = {(True, True): Feature.ALL_BIAS, (True, False): Feature.QKV_BIAS, (False, True): Feature.OUTPUT_BIAS}
-        norms = {"head": Feature.HEAD_NORM, "width": Feature.WIDTH_NORM}
-        window = Feature.WINDOW if attention.sliding_window else None
-        head_dim = Feature.HEAD_DIM if attention.heads * attention.head_dim != config.hidden_size else None
-        bias = biases.get((attention.qkv_bias, attention.output_bias))
-        found |= {feature for feature in (norms.get(attention.qk_norm), bias, window, head_dim) if feature}
+        found.add(Feature.MIXTURE)
     return [feature for feature in Feature if feature in found]
+
+
+def _present(candidates: dict[Feature, bool]) -> set[Feature]:
+    return {feature for feature, is_there in candidates.items() if is_there}
+
+
+def _block_features(config: ModelConfig) -> set[Feature]:
+    networks = [config.moe.expert] * bool(config.moe_layers) + [config.dense] * bool(config.dense_layers)
+    return _present(
+        {
+            Feature.EXPERT_KIND: not all(isinstance(network, SwiGLUConfig) for network in networks),
+            Feature.PARALLEL: config.block == "parallel",
+            Feature.SHARE_LAYERS: config.share_layers,
+            Feature.DEPTH: config.depth is not None,
+            Feature.LAYER_NORM: config.norm == "layer",
+        }
+    )
+
+
+def _grouped_query_features(attention: AttentionConfig, hidden_size: int) -> set[Feature]:
+    biases = {(True, True): Feature.ALL_BIAS, (True, False): Feature.QKV_BIAS, (False, True): Feature.OUTPUT_BIAS}
+    norms = {"head": Feature.HEAD_NORM, "width": Feature.WIDTH_NORM}
+    either = norms.get(attention.qk_norm), biases.get((attention.qkv_bias, attention.output_bias))
+    return {feature for feature in either if feature} | _present(
+        {
+            Feature.WINDOW: attention.sliding_window is not None,
+            Feature.HEAD_DIM: attention.heads * attention.head_dim != hidden_size,
+            Feature.QUERY_RANK: attention.query_rank is not None,
+            Feature.OUTPUT_GATE: attention.output_gate != "none",
+            Feature.STICK_BREAKING: attention.weighting == "stick_breaking",
+            Feature.NO_POSITIONS: attention.rope_theta is None,
+        }
+    )
 
 
 def _expert_features(config: ModelConfig) -> set[Feature]:
     moe, dense = config.moe, sorted(config.dense_layers)
     first_dense = dense == list(range(len(dense)))
-    whole_shared = moe.shared is not None and moe.shared.hidden_size % moe.expert_hidden_size == 0
-    present = {
-        Feature.EXPERTS: True,
-        Feature.ZERO_COMPUTATION: moe.zero_computation_experts > 0,
-        Feature.GATING_RESIDUAL: moe.gating_residual and len(config.moe_layers) > 1,
-        Feature.RELEASED_GATE: moe.gate_mode == "released",
-        Feature.PAPER_GATE: moe.gate_mode == "paper",
-        Feature.SIGMOID_GATE: moe.gate_mode == "sigmoid",
-        Feature.GATE_SCALE: moe.gate_scale != 1,
-        Feature.SELECTION_BIAS: moe.selection_bias,
-        Feature.GROUPS: moe.groups is not None,
-        Feature.GATED_SHARED: moe.shared is not None and moe.shared.gate,
-        Feature.SHARED: moe.shared is not None and not moe.shared.gate and whole_shared,
-        Feature.ODD_SHARED: moe.shared is not None and not moe.shared.gate and not whole_shared,
-        Feature.FIRST_DENSE: bool(dense) and first_dense,
-        Feature.SOME_DENSE: bool(dense) and not first_dense,
-    }
-    return {feature for feature, is_there in present.items() if is_there}
+    mixing = moe.shared.mixing if moe.shared else None
+    whole_shared = (
+        moe.shared is not None
+        and isinstance(moe.expert, SwiGLUConfig)
+        and moe.shared.hidden_size % moe.expert.hidden_size == 0
+    )
+    return _present(
+        {
+            Feature.EXPERTS: True,
+            Feature.ZERO_COMPUTATION: moe.zero_computation_experts > 0,
+            Feature.GATING_RESIDUAL: moe.gating_residual and len(config.moe_layers) > 1,
+            Feature.RELEASED_GATE: moe.gate_mode == "released",
+            Feature.PAPER_GATE: moe.gate_mode == "paper",
+            Feature.SIGMOID_GATE: moe.gate_mode == "sigmoid",
+            Feature.GATE_SCALE: moe.gate_scale != 1,
+            Feature.SELECTION_BIAS: moe.selection_bias,
+            Feature.GROUPS: moe.groups is not None,
+            Feature.GATED_SHARED: mixing == "sigmoid",
+            Feature.MIXED_SHARED: mixing in ("softmax", "mean"),
+            Feature.SHARED: mixing == "sum" and whole_shared,
+            Feature.ODD_SHARED: mixing == "sum" and not whole_shared,
+            Feature.FIRST_DENSE: bool(dense) and first_dense,
+            Feature.SOME_DENSE: bool(dense) and not first_dense,
+            Feature.PYRAMID: bool(moe.pyramid),
+            Feature.GATE_LAYERS: moe.gate is not None,
+            Feature.LOGITS_NORM: moe.logits_norm is not None,
+            Feature.SCALE_ADAPTER: moe.scale_adapter,
+        }
+    )

@@ -2,231 +2,145 @@
 
 A model is one block repeated. What varies between architectures is which part stands in which place of it:
 
-    attention    `AttentionConfig` (grouped queries) or `MLAConfig` (latent keys and values)
-    feed-forward `MoEConfig`: routed, zero-computation and shared experts; or, in `dense_layers`, one dense SwiGLU
-    router       part of `MoEConfig`: a gate mode, groups, a selection bias, a gating residual
+    attention     attention_config.py   grouped queries, latent, or a mixture of attentions
+    experts       moe_config.py         routed, zero-computation and shared experts, and the router
+    dense         experts_config.py     what stands in `dense_layers` in place of the experts
+    block         here                  the order of the two halves, the norms, which layers share parts or are skipped
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Literal
 
-from pydantic import Discriminator, Field, Tag, model_validator
+import torch
+from pydantic import Field, model_validator
 
 from expertmesh.parallel.recipe_section import RecipeSection
+from expertmesh.system.model.attention_config import AnyAttention, AttentionConfig
+from expertmesh.system.model.experts_config import AnyDense, SwiGLUConfig
+from expertmesh.system.model.moe_config import MoEConfig
 
 
-def _query_params(hidden_size: int, width: int, rank: int | None) -> int:
-    """Of the map to queries: one matrix, or two with a norm between them."""
-    return hidden_size * width if rank is None else rank * (hidden_size + 1 + width)
+class DepthConfig(RecipeSection):
+    """Mixture of depths: in these layers a router sends some tokens through and the others past (gamma-MoD)."""
 
-
-class AttentionConfig(RecipeSection):
-    """Grouped-query attention with rotary positions.
-
-    With `query_rank` and one key-value head it is multi-matrix factorization attention (Step-3, arXiv 2412.19255).
-    """
-
-    kind: Literal["gqa"] = "gqa"
-    heads: int = Field(8, ge=1)
-    kv_heads: int = Field(4, ge=1, description="key and value heads, each shared by heads / kv_heads query heads")
-    head_dim: int = Field(32, ge=2, multiple_of=2)
-    rope_theta: float = Field(10_000.0, gt=0)
-    query_rank: int | None = Field(None, ge=1, description="width of a vector that the queries are made from")
-    qk_norm: Literal["none", "head", "width"] = Field("none", description="RMSNorm of queries and keys, over what")
-    qkv_bias: bool = False
-    output_bias: bool = False
-    sliding_window: int | None = Field(None, ge=1, description="how many tokens back, itself included, a token sees")
-
-    @property
-    def key_shape(self) -> tuple[int, int]:
-        """(heads, width) of the keys that a cache holds for one token."""
-        return self.kv_heads, self.head_dim
-
-    @property
-    def value_shape(self) -> tuple[int, int]:
-        return self.kv_heads, self.head_dim
-
-    def num_params(self, hidden_size: int) -> int:
-        query, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        norms = {"none": 0, "head": 2 * self.head_dim, "width": query + kv}[self.qk_norm]
-        biases = self.qkv_bias * (query + 2 * kv) + self.output_bias * hidden_size
-        made = _query_params(hidden_size, query, self.query_rank)
-        return made + hidden_size * (query + 2 * kv) + norms + biases
-
-    @model_validator(mode="after")
-    def _groups_are_whole(self) -> AttentionConfig:
-        if self.heads % self.kv_heads:
-            raise ValueError(f"kv_heads={self.kv_heads} does not divide heads={self.heads}")
-        return self
-
-
-class MLAConfig(RecipeSection):
-    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1): narrow vectors make keys and values."""
-
-    kind: Literal["mla"]
-    heads: int = Field(ge=1)
-    query_rank: int | None = Field(None, ge=1, description="width of the queries' latent vector; null: none")
-    kv_rank: int = Field(ge=1, description="width of the latent vector of keys and values")
-    nope_head_dim: int = Field(ge=1, description="width of a head without position")
-    rope_head_dim: int = Field(ge=2, multiple_of=2, description="width of a head's part with rotary position")
-    value_head_dim: int = Field(ge=1)
-    rope_theta: float = Field(10_000.0, gt=0)
-
-    @property
-    def key_shape(self) -> tuple[int, int]:
-        """(heads, width) of the keys that a cache holds for one token."""
-        return self.heads, self.nope_head_dim + self.rope_head_dim
-
-    @property
-    def value_shape(self) -> tuple[int, int]:
-        return self.heads, self.value_head_dim
-
-    def num_params(self, hidden_size: int) -> int:
-        width = self.heads * (self.nope_head_dim + self.rope_head_dim)
-        queries = _query_params(hidden_size, width, self.query_rank)
-        latent = hidden_size * (self.kv_rank + self.rope_head_dim) + self.kv_rank
-        expand = self.kv_rank * self.heads * (self.nope_head_dim + self.value_head_dim)
-        return queries + latent + expand + self.heads * self.value_head_dim * hidden_size
-
-
-ATTENTION_KINDS: dict[str, type[RecipeSection]] = {"gqa": AttentionConfig, "mla": MLAConfig}
-
-
-def _attention_kind(value: Any) -> str:
-    return value.get("kind", "gqa") if isinstance(value, dict) else getattr(value, "kind", "gqa")
-
-
-AnyAttention = Annotated[
-    Annotated[AttentionConfig, Tag("gqa")] | Annotated[MLAConfig, Tag("mla")],
-    Discriminator(_attention_kind, custom_error_type="kind", custom_error_message="kind must be 'gqa' or 'mla'"),
-]
-
-
-class GroupsConfig(RecipeSection):
-    """Group-limited routing (DeepSeek-V3, arXiv 2412.19437, section 2.1.2): a token uses experts of few groups."""
-
-    count: int = Field(ge=1, description="equal groups that the experts fall into, in order")
-    chosen: int = Field(ge=1, description="groups whose experts one token may use")
-
-
-class SharedExpertConfig(RecipeSection):
-    """A SwiGLU expert that every token uses, beside the routed ones."""
-
-    hidden_size: int = Field(ge=1)
-    gate: bool = Field(False, description="weight it by the sigmoid of a learned map of the token (Qwen2-MoE)")
-
-
-class MoEConfig(RecipeSection):
-    """One MoE layer as MoE++ has it (arXiv 2410.07348): FFN experts, and experts that cost next to nothing.
-
-    Expert ids run over the FFN experts, then constant, copy and zero experts.
-    """
-
-    ffn_experts: int = Field(8, ge=0)
-    expert_hidden_size: int = Field(512, ge=1, description="hidden width of one SwiGLU expert")
-    zero_experts: int = Field(1, ge=0, description="experts that answer 0")
-    copy_experts: int = Field(1, ge=0, description="experts that answer their input")
-    constant_experts: int = Field(2, ge=0, description="experts that mix their input with a learned vector")
-    shared: SharedExpertConfig | None = None
-    top_k: int = Field(2, ge=1)
-    gate_mode: Literal["paper", "released", "mixtral", "sigmoid"] = "paper"
-    gate_scale: float = Field(1.0, gt=0, description="factor on the weights of the chosen experts")
-    selection_bias: bool = Field(False, description="a bias per expert that decides who is chosen, not how much")
-    bias_update_rate: float = Field(0.001, gt=0, description="step of that bias towards an even load, each update")
-    groups: GroupsConfig | None = None
-    gating_residual: bool = Field(True, description="add a learned map of the previous MoE layer's router logits")
-    tau: float = Field(0.75, gt=0, description="weight of zero-computation experts in the balance loss")
-    balance_loss_weight: float = Field(0.01, ge=0)
-    z_loss_weight: float = Field(0.0, ge=0, description="of the squared log-sum-exp of the router's logits")
-
-    @property
-    def zero_computation_experts(self) -> int:
-        return self.constant_experts + self.copy_experts + self.zero_experts
-
-    @property
-    def num_experts(self) -> int:
-        return self.ffn_experts + self.zero_computation_experts
-
-    @property
-    def expert_names(self) -> list[str]:
-        """A name for each expert id, as shown in reports."""
-        kinds = (
-            ("ffn", self.ffn_experts),
-            ("constant", self.constant_experts),
-            ("copy", self.copy_experts),
-            ("zero", self.zero_experts),
-        )
-        return [f"{kind} {i}" for kind, count in kinds for i in range(count)]
-
-    def num_params(self, hidden_size: int, ffn_experts: int) -> int:
-        """Parameters with `ffn_experts` of the FFN experts counted; without gating residuals."""
-        router = self.num_experts * hidden_size + self.selection_bias * self.num_experts
-        constants = self.constant_experts * 3 * hidden_size
-        shared = 0
-        if self.shared:
-            shared = 3 * hidden_size * self.shared.hidden_size + self.shared.gate * hidden_size
-        return router + constants + shared + ffn_experts * 3 * hidden_size * self.expert_hidden_size
-
-    @model_validator(mode="after")
-    def _choices_are_possible(self) -> MoEConfig:
-        if self.top_k > self.num_experts:
-            raise ValueError(f"top_k={self.top_k} is more than all {self.num_experts} experts of a layer")
-        if self.gate_mode != "sigmoid" and (self.groups or self.selection_bias):
-            raise ValueError(f"groups and selection_bias go with gate_mode=sigmoid, not {self.gate_mode}")
-        if self.groups is None:
-            return self
-        count, chosen = self.groups.count, self.groups.chosen
-        if self.num_experts % count or self.num_experts // count < 2:
-            raise ValueError(f"groups.count={count} must cut {self.num_experts} experts into equal groups of 2 or more")
-        if chosen > count or chosen * (self.num_experts // count) < self.top_k:
-            raise ValueError(f"groups.chosen={chosen} of {count} groups leave fewer than top_k={self.top_k} experts")
-        return self
+    layers: tuple[int, ...]
+    kept: float = Field(0.5, gt=0, le=1, description="share of a training sequence's tokens that go through")
+    threshold: float = Field(0.5, ge=0, le=1, description="while serving, a token goes through above this probability")
+    shared_router: bool = Field(True, description="one router for all of these layers")
+    loss_weight: float = Field(0.01, ge=0, description="of the loss that teaches the router whom it sent through")
 
 
 class ModelConfig(RecipeSection):
-    """A decoder of blocks: attention, then a mixture of experts or, in `dense_layers`, one dense SwiGLU."""
+    """A decoder of blocks: attention, then a mixture of experts or, in `dense_layers`, one dense network."""
 
     vocab_size: int | None = Field(None, ge=1, description="left out of a recipe: the tokenizer decides")
     layers: int = Field(4, ge=1)
     hidden_size: int = Field(256, ge=1)
     context_length: int = Field(512, ge=1, description="longest sequence, prompt and answer together, in tokens")
+    norm: Literal["rms", "layer"] = Field("rms", description="RMSNorm, or LayerNorm with a bias")
     norm_eps: float = Field(1e-5, gt=0)
     initializer_range: float = Field(0.02, gt=0, description="standard deviation of initial weights")
     tie_embeddings: bool = Field(False, description="the output head is the embedding")
+    block: Literal["sequential", "parallel"] = Field(
+        "sequential", description="experts read what attention wrote, or both read the same (one norm)"
+    )
+    share_layers: bool = Field(False, description="all layers have the attention and experts of the first (WideNet)")
     attention: AnyAttention = AttentionConfig()
     moe: MoEConfig = MoEConfig()
-    dense_layers: tuple[int, ...] = Field((), description="layers with a dense SwiGLU in place of the experts")
-    dense_hidden_size: int | None = Field(None, ge=1, description="its hidden width")
+    dense_layers: tuple[int, ...] = Field((), description="layers with a dense network in place of the experts")
+    dense: AnyDense | None = Field(None, description="the network of dense_layers")
+    depth: DepthConfig | None = Field(None, description="layers that only some tokens go through")
 
     @property
     def moe_layers(self) -> list[int]:
         """Layers that have experts."""
         return [layer for layer in range(self.layers) if layer not in self.dense_layers]
 
+    @property
+    def nested_shares(self) -> tuple[float, ...]:
+        """Shares of the width of nested networks that are trained to work alone."""
+        networks = [self.moe.expert] * bool(self.moe_layers) + [self.dense] * bool(self.dense_layers)
+        found = {network.nested for network in networks if isinstance(network, SwiGLUConfig) and network.nested}
+        return found.pop() if found else ()
+
+    def moe_of(self, layer: int) -> MoEConfig:
+        """The experts of MoE layer `layer`, which a pyramid gives a number of its own."""
+        if not self.moe.pyramid:
+            return self.moe
+        count = self.moe.pyramid[self.moe_layers.index(layer)]
+        return self.moe.model_copy(update={"ffn_experts": count, "pyramid": ()})
+
+    def side_by_side(self, loads_N: list[torch.Tensor]) -> torch.Tensor:
+        """[L, N] counts of the layers with experts, each expert in the column of its name in `moe.expert_names`.
+
+        Layers of a pyramid that have fewer FFN experts show 0 for those they lack.
+        """
+        rows_LN = torch.zeros(len(loads_N), self.moe.num_experts, dtype=torch.int64)
+        for row_N, load_N in zip(rows_LN, loads_N, strict=True):
+            ffn = len(load_N) - self.moe.zero_computation_experts
+            row_N[:ffn], row_N[self.moe.ffn_experts :] = load_N[:ffn], load_N[ffn:]
+        return rows_LN
+
     def num_params(self) -> int:
         """All parameters, embedding and output head included."""
-        return self._params(self.moe.ffn_experts)
+        return self._params(all_experts=True)
 
     def num_active_params(self) -> int:
         """Parameters a token meets when all its top_k choices are FFN experts: the upper bound of a MoE++ model."""
-        return self._params(min(self.moe.top_k, self.moe.ffn_experts))
+        return self._params(all_experts=False)
 
-    def _params(self, ffn_experts: int) -> int:
+    def _params(self, all_experts: bool) -> int:
         assert self.vocab_size is not None, "the vocabulary is not known yet"
-        width, sparse = self.hidden_size, len(self.moe_layers)
-        both = self.layers * (self.attention.num_params(width) + 2 * width)
-        experts = sparse * self.moe.num_params(width, ffn_experts)
-        residual_maps = max(sparse - 1, 0) * self.moe.num_experts**2 if self.moe.gating_residual else 0
-        dense = (self.layers - sparse) * 3 * width * (self.dense_hidden_size or 0)
+        width, sparse = self.hidden_size, self.moe_layers
+        attentions = [self.attention.num_params(width)] * self.layers
+        experts = []
+        for layer in sparse:
+            moe = self.moe_of(layer)
+            experts.append(moe.num_params(width, moe.ffn_experts if all_experts else min(moe.top_k, moe.ffn_experts)))
+        if self.share_layers:
+            attentions, experts = attentions[:1], experts[:1]
+        residual_maps = max(len(sparse) - 1, 0) * self.moe.num_experts**2 if self.moe.gating_residual else 0
+        dense = len(self.dense_layers) * self.dense.num_params(width) if self.dense else 0
+        norm = width * (2 if self.norm == "layer" else 1)
+        norms = (self.layers * (1 if self.block == "parallel" else 2) + 1) * norm
+        routers = 0
+        if self.depth:
+            routers = 2 * width * (1 if self.depth.shared_router else len(self.depth.layers))
         embeddings = (1 if self.tie_embeddings else 2) * self.vocab_size * width
-        return both + experts + residual_maps + dense + embeddings + width
+        return sum(attentions) + sum(experts) + residual_maps + dense + norms + routers + embeddings
 
     @model_validator(mode="after")
     def _layers_are_there(self) -> ModelConfig:
-        outside = [layer for layer in self.dense_layers if not 0 <= layer < self.layers]
-        if outside:
-            raise ValueError(f"dense_layers={list(self.dense_layers)}: {outside[0]} is not one of {self.layers} layers")
-        if self.dense_layers and self.dense_hidden_size is None:
-            raise ValueError(f"dense_layers={list(self.dense_layers)} need dense_hidden_size")
+        for key, layers in (
+            ("dense_layers", self.dense_layers),
+            ("depth.layers", self.depth.layers if self.depth else ()),
+        ):
+            outside = [layer for layer in layers if not 0 <= layer < self.layers]
+            if outside:
+                raise ValueError(f"{key}={list(layers)}: {outside[0]} is not one of {self.layers} layers")
+        if self.dense_layers and self.dense is None:
+            raise ValueError(f"dense_layers={list(self.dense_layers)} need dense, such as dense.hidden_size=1024")
+        if self.moe.pyramid and len(self.moe.pyramid) != len(self.moe_layers):
+            raise ValueError(
+                f"moe.ffn_experts={list(self.moe.pyramid)} are {len(self.moe.pyramid)} numbers "
+                f"for {len(self.moe_layers)} MoE layers"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> ModelConfig:
+        residual = self.moe.gating_residual and len(self.moe_layers) > 1
+        if self.share_layers and (residual or self.dense_layers or self.moe.pyramid):
+            raise ValueError("share_layers=true goes with MoE layers that are all alike and moe.gating_residual=false")
+        if self.depth and residual:
+            raise ValueError("depth goes with moe.gating_residual=false: a skipped token has no logits to pass on")
+        experts, dense = self.moe.expert, self.dense
+        if isinstance(experts, SwiGLUConfig) and isinstance(dense, SwiGLUConfig) and self.moe_layers:
+            if experts.nested != dense.nested:
+                raise ValueError(
+                    f"moe.expert.nested={list(experts.nested)} and dense.nested={list(dense.nested)} differ"
+                )
+        if self.dense and self.dense.kind == "versatile" and self.block == "parallel":
+            raise ValueError("dense.kind=versatile adds to what attention wrote: take block=sequential")
         return self

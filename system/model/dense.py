@@ -1,4 +1,4 @@
-"""SwiGLU without routing: what stands in a dense layer in place of experts, and the expert that every token shares."""
+"""Feed-forward networks without routing: what stands in a dense layer in place of experts."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from expertmesh.kernels.routing import Routing
-from expertmesh.parallel.dispatchers import Dispatcher
+from expertmesh.system.model.context import Context
+from expertmesh.system.model.experts import activate
+from expertmesh.system.model.experts_config import MLPConfig, SwiGLUConfig
 
 
 class SwiGLU(nn.Module):
@@ -23,10 +25,32 @@ class SwiGLU(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x_TD)) * self.up_proj(x_TD))
 
 
-class DenseFFN(SwiGLU):
+class DenseSwiGLU(SwiGLU):
     """Stands where a MoE layer could: it is called like one, sends nothing anywhere and decides nothing."""
 
+    def __init__(self, config: SwiGLUConfig, hidden_size: int) -> None:
+        super().__init__(hidden_size, config.hidden_size)
+        self.config = config
+
     def forward(  # type: ignore[override]
-        self, x_TD: torch.Tensor, previous_logits_TN: torch.Tensor | None, dispatcher: Dispatcher
+        self, x_TD: torch.Tensor, previous: Routing | None, context: Context
     ) -> tuple[torch.Tensor, Routing | None]:
-        return super().forward(x_TD), None
+        width = self.config.width(context.width)  # less than all of it in a nested model
+        gate_TF = F.linear(x_TD, self.gate_proj.weight[:width])
+        up_TF = F.linear(x_TD, self.up_proj.weight[:width])
+        return F.linear(F.silu(gate_TF) * up_TF, self.down_proj.weight[:, :width]), None
+
+
+class DenseMLP(nn.Module):
+    """down(act(up(x))), in the same place."""
+
+    def __init__(self, config: MLPConfig, hidden_size: int) -> None:
+        super().__init__()
+        self.activation = config.activation
+        self.up_proj = nn.Linear(hidden_size, config.hidden_size, bias=False)
+        self.down_proj = nn.Linear(config.hidden_size, hidden_size, bias=False)
+
+    def forward(
+        self, x_TD: torch.Tensor, previous: Routing | None, context: Context
+    ) -> tuple[torch.Tensor, Routing | None]:
+        return self.down_proj(activate(self.up_proj(x_TD), self.activation)), None

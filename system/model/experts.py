@@ -1,28 +1,87 @@
-"""The two kinds of experts of a MoE++ layer: those that compute, held in shards, and those that cost almost nothing."""
+"""The two kinds of experts of a MoE++ layer: those that compute, held in shards, and those that cost almost nothing.
+
+Which network a computing expert is, its config says (experts_config.py); all are built, held and called alike.
+"""
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import nn
+from torch.nn import functional
 
+from expertmesh.kernels.grouped_gemm import grouped_gemm
 from expertmesh.kernels.grouped_swiglu import grouped_swiglu
 from expertmesh.kernels.routing import Routing
 from expertmesh.kernels.zero_computation import zero_computation
-from expertmesh.system.model.config import MoEConfig
+from expertmesh.system.model.context import Context
+from expertmesh.system.model.experts_config import MLPConfig, SwiGLUConfig
+from expertmesh.system.model.moe_config import MoEConfig
 
 
 class RoutedExperts(nn.Module):
-    """The FFN half of a block: the SwiGLU experts of `shard`, a range of this layer's FFN experts, possibly empty."""
+    """The FFN half of a block: the experts of `shard`, a range of this layer's FFN experts, possibly empty.
 
-    def __init__(self, config: MoEConfig, hidden_size: int, shard: range) -> None:
+    Each parameter has the experts in its first dimension. `PARTS` gives, for each parameter, the names that one
+    expert's tensor has in a checkpoint; where there are several, they are stacked in its first dimension.
+    """
+
+    PARTS: ClassVar[dict[str, tuple[str, ...]]]
+
+    def __init__(self, shard: range) -> None:
         super().__init__()
         self.shard = shard
-        self.gate_up = nn.Parameter(torch.empty(len(shard), 2 * config.expert_hidden_size, hidden_size))
-        self.down = nn.Parameter(torch.empty(len(shard), hidden_size, config.expert_hidden_size))
 
-    def forward(self, rows_RD: torch.Tensor, counts_E: torch.Tensor) -> torch.Tensor:
-        """rows_RD sorted by expert, counts_E rows for each expert of the shard; returns one row for each."""
-        return grouped_swiglu(rows_RD, counts_E, self.gate_up, self.down)
+    def forward(self, rows_RD: torch.Tensor, counts_E: torch.Tensor, context: Context | None = None) -> torch.Tensor:
+        """rows_RD sorted by expert, counts_E rows for each expert of the shard; returns one row for each.
+
+        `context`: of the pass; None on a worker of the FFN pool, where experts work as they were trained to.
+        """
+        raise NotImplementedError
+
+
+class SwiGLUExperts(RoutedExperts):
+    """down(silu(gate x) * up x). A prefix of the hidden units is an expert too (MatFormer, arXiv 2310.07707)."""
+
+    PARTS = {"gate_up": ("gate_proj.weight", "up_proj.weight"), "down": ("down_proj.weight",)}
+
+    def __init__(self, config: SwiGLUConfig, hidden_size: int, shard: range) -> None:
+        super().__init__(shard)
+        self.config = config
+        self.gate_up = nn.Parameter(torch.empty(len(shard), 2 * config.hidden_size, hidden_size))
+        self.down = nn.Parameter(torch.empty(len(shard), hidden_size, config.hidden_size))
+
+    def forward(self, rows_RD: torch.Tensor, counts_E: torch.Tensor, context: Context | None = None) -> torch.Tensor:
+        width = self.config.width(context.width) if context else self.config.hidden_size
+        if width == self.config.hidden_size:
+            return grouped_swiglu(rows_RD, counts_E, self.gate_up, self.down)
+        gate_EFD, up_EFD = self.gate_up.chunk(2, dim=1)
+        gate_up = torch.cat([gate_EFD[:, :width], up_EFD[:, :width]], dim=1)
+        return grouped_swiglu(rows_RD, counts_E, gate_up, self.down[:, :, :width].contiguous())
+
+
+class MLPExperts(RoutedExperts):
+    """down(act(up x)): DeepSpeed-MoE's and ModuleFormer's."""
+
+    PARTS = {"up": ("up_proj.weight",), "down": ("down_proj.weight",)}
+
+    def __init__(self, config: MLPConfig, hidden_size: int, shard: range) -> None:
+        super().__init__(shard)
+        self.activation = config.activation
+        self.up = nn.Parameter(torch.empty(len(shard), config.hidden_size, hidden_size))
+        self.down = nn.Parameter(torch.empty(len(shard), hidden_size, config.hidden_size))
+
+    def forward(self, rows_RD: torch.Tensor, counts_E: torch.Tensor, context: Context | None = None) -> torch.Tensor:
+        inner_RF = activate(grouped_gemm(rows_RD, self.up, counts_E), self.activation)
+        return grouped_gemm(inner_RF, self.down, counts_E)
+
+
+def activate(x: torch.Tensor, activation: str) -> torch.Tensor:
+    """The activation of an `MLPConfig`."""
+    if activation == "relu":
+        return functional.relu(x)
+    return functional.gelu(x, approximate="tanh" if activation == "gelu_tanh" else "none")
 
 
 class ZeroComputationExperts(nn.Module):

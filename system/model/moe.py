@@ -6,11 +6,13 @@ import torch
 from torch import nn
 
 from expertmesh.kernels.routing import Routing
-from expertmesh.parallel.dispatchers import Dispatcher, ExpertLayer
-from expertmesh.system.model.config import MoEConfig
-from expertmesh.system.model.dense import SwiGLU
-from expertmesh.system.model.experts import RoutedExperts, ZeroComputationExperts
+from expertmesh.parallel.dispatchers import ExpertLayer
+from expertmesh.system.model.build_experts import build_experts
+from expertmesh.system.model.context import Context
+from expertmesh.system.model.experts import ZeroComputationExperts
+from expertmesh.system.model.moe_config import MoEConfig
 from expertmesh.system.model.router import Router
+from expertmesh.system.model.shared_expert import SharedExpert
 
 
 class MoE(nn.Module):
@@ -33,24 +35,15 @@ class MoE(nn.Module):
         self.input_scale = config.top_k if config.gate_mode == "released" else 1
         self.gate = Router(config, hidden_size, follows_moe)
         self.zero_computation = ZeroComputationExperts(config, hidden_size)
-        self.experts = RoutedExperts(config, hidden_size, shard)
-        self.shared_expert = SwiGLU(hidden_size, config.shared.hidden_size) if config.shared else None
-        self.shared_expert_gate: nn.Linear | None = None
-        if config.shared and config.shared.gate:
-            self.shared_expert_gate = nn.Linear(hidden_size, 1, bias=False)
+        self.experts = build_experts(config, hidden_size, shard)
+        self.shared_expert = SharedExpert(config.shared, hidden_size) if config.shared else None
 
-    def forward(
-        self, x_TD: torch.Tensor, previous_logits_TN: torch.Tensor | None, dispatcher: Dispatcher
-    ) -> tuple[torch.Tensor, Routing]:
-        routing = self.gate(x_TD, previous_logits_TN)
+    def forward(self, x_TD: torch.Tensor, previous: Routing | None, context: Context) -> tuple[torch.Tensor, Routing]:
+        routing = self.gate(x_TD, previous, context)
         x_TD = x_TD * self.input_scale
-        rows_RD, counts_E, handle = dispatcher.dispatch(x_TD, routing, self.experts_of_layer)
-        y_TD = self.zero_computation(x_TD, routing) + self._shared(x_TD)
-        rows_RD = self.experts(rows_RD, counts_E)
-        return y_TD + dispatcher.combine(rows_RD, handle), routing
-
-    def _shared(self, x_TD: torch.Tensor) -> torch.Tensor | float:
-        if self.shared_expert is None:
-            return 0.0
-        y_TD = self.shared_expert(x_TD)
-        return y_TD if self.shared_expert_gate is None else y_TD * self.shared_expert_gate(x_TD).sigmoid()
+        rows_RD, counts_E, handle = context.dispatcher.dispatch(x_TD, routing, self.experts_of_layer)
+        y_TD = self.zero_computation(x_TD, routing)
+        shared_TD = self.shared_expert(x_TD) if self.shared_expert else None
+        rows_RD = self.experts(rows_RD, counts_E, context)
+        y_TD = y_TD + context.dispatcher.combine(rows_RD, handle)
+        return self.shared_expert.mix(x_TD, shared_TD, y_TD) if self.shared_expert else y_TD, routing

@@ -4,13 +4,33 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+from torch.nn import functional
 
-from expertmesh.kernels.routing import ExpertGroups, Routing, route, route_sigmoid
-from expertmesh.system.model.config import MoEConfig
+from expertmesh.kernels.capacity import capacities, serve_within
+from expertmesh.kernels.routing import TINY, ExpertGroups, Routing, route, route_sigmoid
+from expertmesh.system.model.context import Context, TrainingStep
+from expertmesh.system.model.moe_config import GateConfig, MoEConfig
+
+JITTER = 0.01  # DeepSpeed's multiplicative_jitter
+
+
+class TwoLayerGate(nn.Module):
+    """Logits by way of a narrow vector: the released MoE++ (tanh, no bias), ModuleFormer (gelu, bias)."""
+
+    def __init__(self, config: GateConfig, hidden_size: int, experts: int) -> None:
+        super().__init__()
+        self.activation = torch.tanh if config.activation == "tanh" else functional.gelu
+        self.inner = nn.Linear(hidden_size, config.hidden_size, bias=config.bias)
+        self.outer = nn.Linear(config.hidden_size, experts, bias=False)
+
+    def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
+        bias = None if self.inner.bias is None else self.inner.bias.float()
+        inner_TI = self.activation(functional.linear(x_TD.float(), self.inner.weight.float(), bias))
+        return inner_TI @ self.outer.weight.float().T
 
 
 class Router(nn.Module):
-    """One linear map to expert logits, plus the gating residual of MoE++ (arXiv 2410.07348, equation 6).
+    """A map to expert logits, plus the gating residual of MoE++ (arXiv 2410.07348, equation 6), and the choice.
 
     Everything is float32, whatever the dtype of the model: a rounded logit sends a token elsewhere.
     """
@@ -18,26 +38,90 @@ class Router(nn.Module):
     def __init__(self, config: MoEConfig, hidden_size: int, follows_moe: bool) -> None:
         super().__init__()
         self.config = config
-        self.weight = nn.Parameter(torch.empty(config.num_experts, hidden_size))
+        experts = config.num_experts
+        self.weight: nn.Parameter | None = None
+        self.layers: TwoLayerGate | None = None
+        if config.gate is None:
+            self.weight = nn.Parameter(torch.empty(experts, hidden_size))
+        else:
+            self.layers = TwoLayerGate(config.gate, hidden_size, experts)
+        self.scale_adapter: nn.Parameter | None = None
+        if config.scale_adapter:
+            self.scale_adapter = nn.Parameter(torch.empty(experts, hidden_size))
         self.e_score_correction_bias: nn.Parameter | None = None  # moved by the load, not by a gradient
         if config.selection_bias:
-            self.e_score_correction_bias = nn.Parameter(torch.empty(config.num_experts), requires_grad=False)
+            self.e_score_correction_bias = nn.Parameter(torch.empty(experts), requires_grad=False)
         self.groups = ExpertGroups(config.groups.count, config.groups.chosen) if config.groups else None
         self.gate_map: nn.Parameter | None = None
         if config.gating_residual and follows_moe:
-            self.gate_map = nn.Parameter(torch.empty(config.num_experts, config.num_experts))
+            self.gate_map = nn.Parameter(torch.empty(experts, experts))
 
-    def forward(self, x_TD: torch.Tensor, previous_logits_TN: torch.Tensor | None) -> Routing:
-        logits_TN = x_TD.float() @ self.weight.float().T
+    def forward(self, x_TD: torch.Tensor, previous: Routing | None, context: Context) -> Routing:
+        config, training = self.config, context.training
+        if training and config.noise == "jitter":
+            x_TD = x_TD * (1 + JITTER * (2 * self._lots(context, x_TD.shape[1]) - 1)).type_as(x_TD)
+        logits_TN = self._logits(x_TD)
         if self.gate_map is not None:
-            assert previous_logits_TN is not None, "a gating residual needs the logits of the layer before"
-            logits_TN = logits_TN + previous_logits_TN @ self.gate_map.float().T
-        config = self.config
+            assert previous is not None, "a gating residual needs the logits of the layer before"
+            logits_TN = logits_TN + previous.logits_TN @ self.gate_map.float().T
+        if training and config.noise == "normal":  # WideNet: a standard deviation of 1/N
+            lots_TN = self._lots(context, config.num_experts)
+            logits_TN = logits_TN + torch.special.ndtri(lots_TN) / config.num_experts
         if config.gate_mode == "sigmoid":
             routing = route_sigmoid(logits_TN, config.top_k, self.e_score_correction_bias, self.groups)
         else:
-            routing = route(logits_TN, config.top_k, config.gate_mode, zero_experts=config.zero_experts)
+            ranking_TN = self._ranking(logits_TN, context)
+            routing = route(logits_TN, config.top_k, config.gate_mode, config.zero_experts, ranking_TN)
+        if self.scale_adapter is not None:  # AdaMoE (arXiv 2510.14300): who is chosen does not depend on it
+            scales_TN = x_TD.float() @ self.scale_adapter.float().T
+            routing = routing._replace(weights_TK=routing.weights_TK + scales_TN.gather(1, routing.experts_TK))
+        if training and config.capacity:
+            routing = self._within_capacity(routing, training, context)
         return routing._replace(weights_TK=routing.weights_TK * config.gate_scale)
+
+    def _logits(self, x_TD: torch.Tensor) -> torch.Tensor:
+        if self.layers is not None:
+            logits_TN = self.layers(x_TD)
+        else:
+            assert self.weight is not None
+            logits_TN = x_TD.float() @ self.weight.float().T
+        if self.config.logits_norm is not None:  # an option of the released MoE++
+            logits_TN = self.config.logits_norm * logits_TN / logits_TN.std(dim=1, keepdim=True)
+        return logits_TN
+
+    def _lots(self, context: Context, width: int) -> torch.Tensor:
+        assert context.training is not None
+        return context.training.lots(context.layer, "router", width, context.positions_T.device)
+
+    def _ranking(self, logits_TN: torch.Tensor, context: Context) -> torch.Tensor | None:
+        """Noisy logits to choose by; None: the logits themselves.
+
+        Adding Gumbel noise draws an expert from their softmax. DeepSpeed does it for the one choice ("RSample"), or
+        for the second of two, after the first was taken without.
+        """
+        if context.training is None or not self.config.noise.startswith("gumbel"):
+            return None
+        noisy_TN = logits_TN - torch.log(-torch.log(self._lots(context, logits_TN.shape[1])))
+        if self.config.noise == "gumbel_second":
+            noisy_TN = noisy_TN.scatter(1, logits_TN.argmax(dim=1, keepdim=True), torch.inf)
+        return noisy_TN
+
+    def _within_capacity(self, routing: Routing, training: TrainingStep, context: Context) -> Routing:
+        """Drop the slots that a sequence asks of an expert beyond its capacity."""
+        config, capacity = self.config, self.config.capacity
+        assert capacity is not None
+        slots = config.top_k * training.sequence_length
+        counts = config.ffn_experts, config.zero_computation_experts
+        capacity_N = capacities(*counts, config.tau, slots, capacity.factor, capacity.minimum)
+        device = routing.chosen_TK.device
+        lots_T = None
+        if capacity.order == "random":
+            lots_T = training.lots(context.layer, "capacity", 1, device)[:, 0]
+        served_TK = serve_within(routing.chosen_TK, capacity_N.to(device), training.sequence_length, lots_T)
+        weights_TK = routing.weights_TK.masked_fill(served_TK == config.num_experts, 0.0)
+        if config.gate_mode == "mixtral":  # DeepSpeed's top-2 gate: the weights of those that serve add up to 1
+            weights_TK = weights_TK / (weights_TK.sum(-1, keepdim=True) + TINY)
+        return routing._replace(experts_TK=served_TK, weights_TK=weights_TK)
 
     @torch.no_grad()
     def balance(self, load_N: torch.Tensor) -> None:

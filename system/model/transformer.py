@@ -8,49 +8,21 @@ import torch
 from torch import nn
 
 from expertmesh.kernels.routing import Routing
-from expertmesh.parallel.dispatchers import Dispatcher
 from expertmesh.parallel.placement import expert_shard
-from expertmesh.system.model.attention import Attend, build_attention
+from expertmesh.system.model.block import build_blocks, build_norm
+from expertmesh.system.model.build_experts import build_experts
 from expertmesh.system.model.config import ModelConfig
-from expertmesh.system.model.dense import DenseFFN
-from expertmesh.system.model.experts import RoutedExperts
-from expertmesh.system.model.moe import MoE
-
-
-class Block(nn.Module):
-    """Attention half: norm, attention, residual, norm, router, zero-computation and shared experts, dense layers.
-
-    FFN half: `mlp.experts`, the routed experts; on a worker of the attention pool it holds none.
-    """
-
-    def __init__(self, config: ModelConfig, layer: int, shard: range) -> None:
-        super().__init__()
-        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
-        self.self_attn = build_attention(config.attention, config.hidden_size, layer, config.norm_eps)
-        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
-        self.mlp: MoE | DenseFFN
-        if layer in config.dense_layers:
-            self.mlp = DenseFFN(config.hidden_size, config.dense_hidden_size or 0)
-        else:
-            follows_moe = layer > config.moe_layers[0]
-            self.mlp = MoE(config.moe, config.hidden_size, layer, shard, follows_moe)
-
-    def forward(
-        self,
-        x_TD: torch.Tensor,
-        positions_T: torch.Tensor,
-        previous_logits_TN: torch.Tensor | None,
-        attend: Attend,
-        dispatcher: Dispatcher,
-    ) -> tuple[torch.Tensor, Routing | None]:
-        x_TD = x_TD + self.self_attn(self.input_layernorm(x_TD), positions_T, attend)
-        y_TD, routing = self.mlp(self.post_attention_layernorm(x_TD), previous_logits_TN, dispatcher)
-        return x_TD + y_TD, routing
+from expertmesh.system.model.context import Context, Decisions
 
 
 class ModelOutput(NamedTuple):
     hidden_TD: torch.Tensor  # after the final norm; `Transformer.lm_head` makes logits of it
-    routings: list[Routing]  # one for each layer that has experts
+    decisions: list[Decisions]  # of each layer
+
+    @property
+    def routings(self) -> list[Routing]:
+        """One for each layer that has experts."""
+        return [decided.experts for decided in self.decisions if decided.experts is not None]
 
 
 class Transformer(nn.Module):
@@ -63,29 +35,26 @@ class Transformer(nn.Module):
         super().__init__()
         assert config.vocab_size is not None, "the vocabulary is not known yet"
         self.config = config
-        held = expert_shard(config.moe.ffn_experts, expert_rank, expert_size) if expert_size else range(0)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config, layer, held) for layer in range(config.layers))
-        self.norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.layers = build_blocks(config, shards(config, expert_rank, expert_size))
+        self.norm = build_norm(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
 
-    def forward(
-        self, tokens_T: torch.Tensor, positions_T: torch.Tensor, attend: Attend, dispatcher: Dispatcher
-    ) -> ModelOutput:
+    def forward(self, tokens_T: torch.Tensor, context: Context) -> ModelOutput:
         x_TD = self.embed_tokens(tokens_T)
-        routings: list[Routing] = []
-        for block in self.layers:
-            previous_logits_TN = routings[-1].logits_TN if routings else None
-            x_TD, routing = block(x_TD, positions_T, previous_logits_TN, attend, dispatcher)
-            if routing is not None:
-                routings.append(routing)
-        return ModelOutput(self.norm(x_TD), routings)
+        decisions: list[Decisions] = []
+        previous: Routing | None = None
+        for layer, block in enumerate(self.layers):
+            x_TD, decided = block(x_TD, previous, context._replace(layer=layer))
+            decisions.append(decided)
+            previous = decided.experts or previous
+        return ModelOutput(self.norm(x_TD), decisions)
 
-    def balance(self, load_LN: torch.Tensor) -> None:
-        """After an update, move the selection biases of routers that have one; load_LN as in `BatchLoss`."""
-        for layer, load_N in zip(self.config.moe_layers, load_LN, strict=True):
+    def balance(self, loads_N: list[torch.Tensor]) -> None:
+        """After an update, move the selection biases of routers that have one; the load of each layer with experts."""
+        for layer, load_N in zip(self.config.moe_layers, loads_N, strict=True):
             self.layers[layer].mlp.gate.balance(load_N)
 
 
@@ -94,12 +63,25 @@ class ExpertPool(nn.Module):
 
     def __init__(self, config: ModelConfig, expert_rank: int, expert_size: int) -> None:
         super().__init__()
-        held = expert_shard(config.moe.ffn_experts, expert_rank, expert_size)
+        self.held = shards(config, expert_rank, expert_size)
         self.layers = nn.ModuleList(nn.ModuleDict() for _ in range(config.layers))
-        for layer in config.moe_layers:
-            experts = RoutedExperts(config.moe, config.hidden_size, held)
+        for layer in config.moe_layers[:1] if config.share_layers else config.moe_layers:
+            experts = build_experts(config.moe_of(layer), config.hidden_size, self.held[layer])
             self.layers[layer]["mlp"] = nn.ModuleDict({"experts": experts})
+
+    def experts_here(self, layer: int) -> int:
+        return len(self.held[layer])
 
     def forward(self, layer: int, rows_RD: torch.Tensor, counts_E: torch.Tensor) -> torch.Tensor:
         """Rows of layer `layer`, sorted by the experts held here."""
         return self.layers[layer]["mlp"]["experts"](rows_RD, counts_E)
+
+
+def shards(config: ModelConfig, expert_rank: int, expert_size: int) -> list[range]:
+    """The FFN experts of each layer that a rank holds; none in dense layers, nor with `expert_size` 0."""
+    return [
+        expert_shard(config.moe_of(layer).ffn_experts, expert_rank, expert_size)
+        if layer in config.moe_layers and expert_size
+        else range(0)
+        for layer in range(config.layers)
+    ]

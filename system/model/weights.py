@@ -27,7 +27,7 @@ class Weight(NamedTuple):
 
 
 def weights(model: nn.Module) -> Iterator[Weight]:
-    """Every parameter of `model` but empty ones, once, in a fixed order. Routed experts split into their three."""
+    """Every parameter of `model` but empty ones, once, in a fixed order. Routed experts split into each one's."""
     told: set[int] = set()
     for prefix, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
@@ -36,7 +36,7 @@ def weights(model: nn.Module) -> Iterator[Weight]:
             told.add(id(parameter))
             full_name = f"{prefix}.{name}" if prefix else name
             if isinstance(module, RoutedExperts):
-                yield Weight(parameter, True, _expert_split(prefix, name, module.shard))
+                yield Weight(parameter, True, _expert_split(prefix, module.PARTS[name], module.shard))
             else:
                 yield Weight(parameter, False, _whole(full_name))
 
@@ -45,17 +45,13 @@ def _whole(name: str) -> Split:
     return lambda tensor: {name: tensor}
 
 
-def _expert_split(prefix: str, name: str, shard: range) -> Split:
+def _expert_split(prefix: str, parts: tuple[str, ...], shard: range) -> Split:
     def split(tensor: torch.Tensor) -> dict[str, torch.Tensor]:
-        views = {}
-        for expert, block in zip(shard, tensor, strict=True):
-            if name == "gate_up":
-                gate, up = block.chunk(2)
-                views[f"{prefix}.{expert}.gate_proj.weight"] = gate
-                views[f"{prefix}.{expert}.up_proj.weight"] = up
-            else:
-                views[f"{prefix}.{expert}.down_proj.weight"] = block
-        return views
+        return {
+            f"{prefix}.{expert}.{part}": view
+            for expert, block in zip(shard, tensor, strict=True)
+            for part, view in zip(parts, block.chunk(len(parts)), strict=True)
+        }
 
     return split
 

@@ -16,6 +16,7 @@ from threading import Lock
 import torch
 
 from expertmesh.parallel.dispatchers import Dispatcher
+from expertmesh.system.model.context import Context
 from expertmesh.system.model.transformer import Transformer
 from expertmesh.system.serve.kv_cache import CacheAttend, KVCache, Span
 from expertmesh.system.serve.request import Output, Request
@@ -97,12 +98,8 @@ class Engine:
         positions = [position for span in spans for position in range(span.start, span.start + span.length)]
         lengths_B = torch.tensor([span.length for span in spans], device=self.device)
         with self.compute:
-            hidden_TD, _ = self.model(
-                torch.tensor(tokens, device=self.device),
-                torch.tensor(positions, device=self.device),
-                CacheAttend(self.cache, spans),
-                dispatcher,
-            )
+            context = Context(torch.tensor(positions, device=self.device), CacheAttend(self.cache, spans), dispatcher)
+            hidden_TD, _ = self.model(torch.tensor(tokens, device=self.device), context)
             return self.model.lm_head(hidden_TD[lengths_B.cumsum(0) - 1])
 
     def _advance(self, running: _Running, logits_V: torch.Tensor) -> Output:

@@ -13,13 +13,14 @@ from datetime import timedelta
 from pathlib import Path
 from threading import Lock, Thread
 
+import torch
 import torch.distributed as dist
 
 from expertmesh.kernels.device import choose_device
 from expertmesh.parallel.all_to_all import Traffic
 from expertmesh.parallel.dispatchers import LocalDispatcher
 from expertmesh.parallel.link import ATTENTION, FFN, LinkDispatcher, answer_link, open_link
-from expertmesh.parallel.placement import expert_shard
+from expertmesh.parallel.placement import largest_shard
 from expertmesh.system.model.checkpoint import load_weights, read_config
 from expertmesh.system.model.transformer import ExpertPool, Transformer
 from expertmesh.system.serve.config import ServeConfig
@@ -42,13 +43,15 @@ def attention_engine(
 ) -> EngineLoop:
     """Attention worker `rank`, linked to every FFN worker."""
     device = choose_device().name
-    model = Transformer(read_config(checkpoint), expert_size=0)
+    model_config = read_config(checkpoint)
+    model = Transformer(model_config, expert_size=0)
     load_weights(model, checkpoint)
     eos_ids = Tokenizer.load(checkpoint).eos_ids
     timeout = timedelta(seconds=config.exchange_timeout_s)
     links = [open_link(store, rank, ffn, ATTENTION, timeout) for ffn in range(ffn_workers)]
     compute, traffic = Lock(), Traffic()
-    micro_batches = [LinkDispatcher(links, index, compute, traffic) for index in range(config.micro_batches)]
+    most = model_config.moe.ffn_experts
+    micro_batches = [LinkDispatcher(links, index, compute, traffic, most) for index in range(config.micro_batches)]
     return EngineLoop(Engine(model.to(device).eval(), eos_ids, micro_batches, compute, config.max_running, device))
 
 
@@ -61,13 +64,13 @@ def run_ffn_worker(
     experts = ExpertPool(model_config, rank, ffn_workers)
     load_weights(experts, checkpoint)
     experts.to(device).eval()
-    held = expert_shard(model_config.moe.ffn_experts, rank, ffn_workers)
+    most_here = largest_shard(model_config.moe.ffn_experts, ffn_workers)
     timeout, compute = timedelta(seconds=config.exchange_timeout_s), Lock()
 
     def answer(attention: int) -> None:
         link = open_link(store, attention, rank, FFN, timeout)
-        dtype = next(experts.parameters()).dtype
-        answer_link(link, experts, len(held), model_config.hidden_size, dtype, device, compute)
+        dtype = next((p.dtype for p in experts.parameters()), torch.float32)  # a dense model has none
+        answer_link(link, experts, experts.experts_here, most_here, model_config.hidden_size, dtype, device, compute)
 
     threads = [Thread(target=answer, args=(a,), name=f"link-{a}", daemon=True) for a in range(attention_workers)]
     for thread in threads:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from typing import NamedTuple
 
 import torch
@@ -10,67 +11,148 @@ import torch.nn.functional as F
 from torch import nn
 
 from expertmesh.kernels.balance_loss import balance_loss, heterogeneous_eta
-from expertmesh.kernels.routing import expert_counts
+from expertmesh.kernels.mutual_information import mutual_information_loss
+from expertmesh.kernels.routing import Routing, expert_counts
 from expertmesh.kernels.z_loss import z_loss
 from expertmesh.parallel.dispatchers import Dispatcher
 from expertmesh.parallel.groups import Groups
-from expertmesh.system.model.attention import CausalAttend
+from expertmesh.system.model.attend import CausalAttend
+from expertmesh.system.model.attention_config import MixtureAttentionConfig
+from expertmesh.system.model.config import ModelConfig
+from expertmesh.system.model.context import Context, Decisions, DepthChoice, TrainingStep
+from expertmesh.system.model.moe_config import MoEConfig
 from expertmesh.system.model.transformer import Transformer
 
 
 class BatchLoss(NamedTuple):
-    """Losses of this rank's part of the batch; `load_LN` is of the whole batch."""
+    """Losses of this rank's part of the batch, sums over layers and not yet weighted; counts of the whole batch."""
 
+    total: torch.Tensor  # what is minimised: cross entropy and the others by their weights
     cross_entropy: torch.Tensor  # mean over this rank's tokens, nats
-    balance: torch.Tensor  # sum over layers, not yet weighted
-    z: torch.Tensor  # sum over layers, not yet weighted
-    load_LN: torch.Tensor  # int64 slots on each expert of each layer, over all ranks
+    balance: torch.Tensor
+    z: torch.Tensor
+    loads_N: list[torch.Tensor]  # int64 slots that chose each expert, of each layer with experts
+    dropped_L: torch.Tensor  # int64 slots that a full expert dropped
     entropy_L: torch.Tensor  # mean over this rank's tokens of the router's entropy, nats; no gradient
 
-    def total(self, balance_loss_weight: float, z_loss_weight: float = 0.0) -> torch.Tensor:
-        """L = L_CE + beta * L_b (MoE++, arXiv 2410.07348, section 3.3) + weight * L_z, summed over layers."""
-        return self.cross_entropy + balance_loss_weight * self.balance + z_loss_weight * self.z
+
+class _Counts(NamedTuple):
+    """Of one layer, over all ranks."""
+
+    load_N: torch.Tensor  # slots that chose each expert
+    first_N: torch.Tensor  # tokens whose first choice it was
+    dropped: torch.Tensor
 
 
 class LanguageModelLoss(nn.Module):
     """A model that answers a batch of token sequences with its losses.
 
-    The balance loss uses the load of the whole batch and the probabilities of this rank's tokens. Its mean over ranks
+    Balance losses use the load of the whole batch and the probabilities of this rank's tokens. Their mean over ranks
     is then the loss of the whole batch, so that the number of ranks does not change what is trained.
     """
 
     def __init__(self, model: Transformer, dispatcher: Dispatcher, groups: Groups) -> None:
         super().__init__()
         self.model, self.dispatcher, self.groups = model, dispatcher, groups
-        moe = model.config.moe
-        eta_N = heterogeneous_eta(moe.ffn_experts, moe.zero_computation_experts, moe.tau)
-        self.register_buffer("eta_N", eta_N, persistent=False)
 
-    def forward(self, tokens_BS1: torch.Tensor) -> BatchLoss:
-        """tokens_BS1: int64 [B, S+1], this rank's sequences; position s predicts token s+1."""
+    def forward(self, tokens_BS1: torch.Tensor, training: TrainingStep | None = None) -> BatchLoss:
+        """tokens_BS1: int64 [B, S+1], this rank's sequences; position s predicts token s+1. `training` None: no update.
+
+        Only with `training` are slots dropped, is noise added, and does a nested model use a part of its width.
+        """
+        config, device = self.model.config, tokens_BS1.device
         inputs_BS, targets_BS = tokens_BS1[:, :-1], tokens_BS1[:, 1:]
         batch_size, sequence_length = inputs_BS.shape
-        positions_T = torch.arange(sequence_length, device=inputs_BS.device).repeat(batch_size)
-        hidden_TD, routings = self.model(
-            inputs_BS.reshape(-1), positions_T, CausalAttend(sequence_length), self.dispatcher
-        )
+        positions_T = torch.arange(sequence_length, device=device).repeat(batch_size)
+        width = draw_width(config, training)
+        context = Context(positions_T, CausalAttend(sequence_length), self.dispatcher, training, width)
+        hidden_TD, decisions = self.model(inputs_BS.reshape(-1), context)
         logits_TV = self.model.lm_head(hidden_TD).float()
         cross_entropy = F.cross_entropy(logits_TV, targets_BS.reshape(-1), reduction="sum") / max(targets_BS.numel(), 1)
 
-        moe, layers = self.model.config.moe, len(routings)
-        load_LN = torch.zeros(layers, moe.num_experts, dtype=torch.int64, device=inputs_BS.device)
-        for layer, routing in enumerate(routings):
-            load_LN[layer] = expert_counts(routing.experts_TK, moe.num_experts)
-        if self.groups.data is not None:
-            dist.all_reduce(load_LN, group=self.groups.data)
+        layers = [config.moe_of(layer) for layer in config.moe_layers]
+        routings = [decided.experts for decided in decisions if decided.experts is not None]
+        counts = self._count(routings, layers, device)
         balance = z = cross_entropy.new_zeros(())
-        entropy_L = cross_entropy.new_zeros(layers)
-        for layer, (routing, counts_N) in enumerate(zip(routings, load_LN, strict=True)):
-            tokens = int(counts_N.sum()) // moe.top_k
-            balance = balance + balance_loss(routing.probabilities_TN, counts_N, tokens, self.eta_N)
+        for routing, moe, counted in zip(routings, layers, counts, strict=True):
+            balance = balance + self._balance(routing, moe, counted)
             z = z + z_loss(routing.logits_TN)
-            entropy_L[layer] = _entropy(routing.probabilities_TN.detach())
-        return BatchLoss(cross_entropy, balance, z, load_LN, entropy_L)
+        weighted = config.moe.balance_loss_weight * balance + config.moe.z_loss_weight * z
+        entropies = [_entropy(routing.probabilities_TN.detach()) for routing in routings]
+        return BatchLoss(
+            total=cross_entropy + weighted + self._beside_experts(decisions),
+            cross_entropy=cross_entropy,
+            balance=balance,
+            z=z,
+            loads_N=[counted.load_N for counted in counts],
+            dropped_L=torch.stack([counted.dropped for counted in counts]) if counts else positions_T.new_zeros(0),
+            entropy_L=torch.stack(entropies) if entropies else cross_entropy.new_zeros(0),
+        )
+
+    def _count(self, routings: list[Routing], layers: list[MoEConfig], device: torch.device) -> list[_Counts]:
+        """Who chose whom in the whole batch: one collective for all layers."""
+        parts: list[torch.Tensor] = [torch.zeros(0, dtype=torch.int64, device=device)]
+        for routing, moe in zip(routings, layers, strict=True):
+            parts.append(expert_counts(routing.chosen_TK, moe.num_experts))
+            parts.append(expert_counts(routing.chosen_TK[:, :1], moe.num_experts))
+            parts.append((routing.chosen_TK != routing.experts_TK).sum()[None])
+        flat = torch.cat(parts)
+        if self.groups.data is not None:
+            dist.all_reduce(flat, group=self.groups.data)
+        sizes = [size for moe in layers for size in (moe.num_experts, moe.num_experts, 1)]
+        pieces = iter(flat.split(sizes))
+        return [_Counts(next(pieces), next(pieces), next(pieces)[0]) for _ in layers]
+
+    def _balance(self, routing: Routing, moe: MoEConfig, counts: _Counts) -> torch.Tensor:
+        probabilities_TN = routing.probabilities_TN
+        if moe.balance_loss == "mutual_information":
+            return mutual_information_loss(probabilities_TN, self._mean_over_ranks(probabilities_TN))
+        tokens = int(counts.load_N.sum()) // moe.top_k
+        experts = moe.num_experts
+        if moe.balance_loss == "heterogeneous":
+            eta_N = heterogeneous_eta(moe.ffn_experts, moe.zero_computation_experts, moe.tau)
+            return balance_loss(probabilities_TN, counts.load_N, tokens, eta_N.to(probabilities_TN.device))
+        # Both are 1 where all experts are used alike. Switch counts all choices (arXiv 2101.03961, equation 4), GShard
+        # and DeepSpeed the first ones (arXiv 2006.16668, algorithm 1).
+        even = probabilities_TN.new_full((experts,), float(experts))
+        if moe.balance_loss == "switch":
+            return balance_loss(probabilities_TN, counts.load_N, tokens, even / moe.top_k)
+        return balance_loss(probabilities_TN, counts.first_N, tokens, even)
+
+    def _mean_over_ranks(self, probabilities_TN: torch.Tensor) -> torch.Tensor:
+        """Mean probability of each expert over the tokens of all ranks."""
+        sums = torch.cat([probabilities_TN.detach().sum(0), probabilities_TN.new_tensor([len(probabilities_TN)])])
+        if self.groups.data is not None:
+            dist.all_reduce(sums, group=self.groups.data)
+        return sums[:-1] / sums[-1].clamp(min=1)
+
+    def _beside_experts(self, decisions: list[Decisions]) -> torch.Tensor | float:
+        """What other routers than those of the experts add, by its weight."""
+        total: torch.Tensor | float = 0.0
+        attention, depth = self.model.config.attention, self.model.config.depth
+        for decided in decisions:
+            if decided.attentions is not None:
+                assert isinstance(attention, MixtureAttentionConfig)
+                probabilities_TN = decided.attentions.probabilities_TN
+                information = mutual_information_loss(probabilities_TN, self._mean_over_ranks(probabilities_TN))
+                total = total + attention.balance_loss_weight * information
+            if decided.depth is not None:
+                assert depth is not None
+                total = total + depth.loss_weight * _depth_loss(decided.depth)
+        return total
+
+
+def draw_width(config: ModelConfig, training: TrainingStep | None) -> float:
+    """The share of nested experts' hidden units for this step, the same in all layers (MatFormer, arXiv 2310.07707)."""
+    shares = config.nested_shares
+    if training is None or not shares:
+        return 1.0
+    return random.Random(f"{training.seed}:{training.step}:width").choice(shares)
+
+
+def _depth_loss(choice: DepthChoice) -> torch.Tensor:
+    """Teaches the router of a mixture of depths to know without the others whom it sends through (gamma-MoD)."""
+    return F.cross_entropy(choice.logits_T2, choice.chosen_T.long(), reduction="sum") / max(len(choice.chosen_T), 1)
 
 
 def _entropy(probabilities_TN: torch.Tensor) -> torch.Tensor:

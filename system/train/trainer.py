@@ -18,6 +18,7 @@ from expertmesh.parallel.groups import Groups
 from expertmesh.parallel.zero import Zero
 from expertmesh.system.model.checkpoint import load_weights
 from expertmesh.system.model.config import ModelConfig
+from expertmesh.system.model.context import TrainingStep
 from expertmesh.system.model.transformer import Transformer
 from expertmesh.system.model.weights import initialise, weights
 from expertmesh.system.train.config import TrainConfig
@@ -109,22 +110,23 @@ class Trainer:
         config, began = self.config, time.perf_counter()
         tokens_BS1 = self.dataset.batch(step - 1, config.batch_size, config.sequence_length, config.seed)
         mine_BS1 = self._my_rows(tokens_BS1)
-        moe, losses = self.model.config.moe, list[BatchLoss]()
+        losses = list[BatchLoss]()
+        training = TrainingStep(step, config.steps, config.seed, self._my_sequences(), config.sequence_length)
 
         def loss_of_batch(module: torch.nn.Module) -> torch.Tensor:
-            losses.append(module(mine_BS1))
-            return losses[0].total(moe.balance_loss_weight, moe.z_loss_weight)
+            losses.append(module(mine_BS1, training))
+            return losses[0].total
 
         rate = learning_rate(step, config)
         grad_norm = self.zero.step(loss_of_batch, rate)
         batch = losses[0]
-        self.model.balance(batch.load_LN)
+        self.model.balance(batch.loads_N)
         share = 1 / self.groups.data_size
         means = (batch.cross_entropy, batch.balance, batch.z, *batch.entropy_L)
         sent, saved, cross_entropy, balance, z, *entropy_L = self._sum_over_ranks(
             *self.traffic.take(), *(mean.item() * share for mean in means)
         )
-        load_LN = batch.load_LN
+        moe, load_LN = self.model.config.moe, self.model.config.side_by_side(batch.loads_N)
         slots = int(load_LN.sum())
         ffn_share = float(load_LN[:, : moe.ffn_experts].sum()) / slots if slots else 0.0
         seconds = time.perf_counter() - began
@@ -139,6 +141,7 @@ class Trainer:
             "grad_norm": grad_norm,
             "tokens_per_second": config.batch_size * config.sequence_length / seconds,
             "load_LN": load_LN.tolist(),
+            "dropped_L": batch.dropped_L.tolist(),
             "ffn_experts_per_token": moe.top_k * ffn_share,
             "zero_computation_share": 1 - ffn_share,
             "dispatch_bytes": int(sent),
@@ -168,6 +171,11 @@ class Trainer:
         """This rank's sequences, in order; a short validation batch may leave some ranks with none."""
         mine_BS1 = tokens_BS1.tensor_split(self.groups.data_size)[self.groups.data_rank]
         return mine_BS1.to(self.device.name)
+
+    def _my_sequences(self) -> range:
+        """The numbers of this rank's sequences in the whole batch."""
+        each = self.config.batch_size // self.groups.data_size
+        return range(self.groups.data_rank * each, (self.groups.data_rank + 1) * each)
 
     def _sum_over_ranks(self, *values: float) -> list[float]:
         if self.groups.data is None:

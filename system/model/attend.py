@@ -1,0 +1,92 @@
+"""What a query may look at: the one thing in attention that differs between training and serving.
+
+A layer makes queries, keys and values (attention.py, latent_attention.py, mixture_attention.py) and hands them to an
+`Attend`: `CausalAttend` for whole training sequences, the serving engine's cache for requests of any length. So both
+run the same layers.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+
+from expertmesh.kernels.stick_breaking import stick_breaking
+from expertmesh.system.model.attention_config import Weighting
+
+
+class Look(NamedTuple):
+    """How a layer looks at what is visible: how many tokens back, itself included (None: all), and how it weights."""
+
+    window: int | None = None
+    weighting: Weighting = "softmax"
+
+
+class Attend(Protocol):
+    """Answers each query from the keys and values it may see."""
+
+    def __call__(
+        self, layer: int, q_THd: torch.Tensor, k_TGd: torch.Tensor, v_TGe: torch.Tensor, look: Look
+    ) -> torch.Tensor:
+        """Return o_THe. T tokens, H query heads, G key-value heads, d and e widths of keys and of values."""
+        ...
+
+    def among(self, chosen_T: torch.Tensor) -> Attend:
+        """The same for the tokens of a bool mask: they alone are asked about, and they alone are seen."""
+        ...
+
+
+def attend_to(
+    q_BHSd: torch.Tensor,
+    k_BGCd: torch.Tensor,
+    v_BGCe: torch.Tensor,
+    look: Look,
+    seen_BC: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """o_BHSe: S queries that stand at the last S of C positions; each sees its own position and those before.
+
+    `seen_BC`: bool, which positions hold a key at all; None: all of them.
+    """
+    queries, keys = q_BHSd.shape[2], k_BGCd.shape[2]
+    sees_all = queries == 1 and (look.window is None or keys <= look.window) and seen_BC is None
+    plain = look.weighting == "softmax" and look.window is None and seen_BC is None and queries == keys
+    if plain or (sees_all and look.weighting == "softmax"):
+        return F.scaled_dot_product_attention(q_BHSd, k_BGCd, v_BGCe, is_causal=plain, enable_gqa=True)
+    visible = causal_mask(queries, keys, look.window, q_BHSd.device)
+    if seen_BC is not None:
+        visible = visible & seen_BC[:, None, None, :]
+    if look.weighting == "stick_breaking":
+        return stick_breaking(q_BHSd, k_BGCd, v_BGCe, visible)
+    return F.scaled_dot_product_attention(q_BHSd, k_BGCd, v_BGCe, attn_mask=visible, enable_gqa=True)
+
+
+def causal_mask(queries: int, keys: int, window: int | None, device: torch.device) -> torch.Tensor:
+    """bool [queries, keys]: the last query stands at the last key; each sees keys up to its own, `window` at most."""
+    last = keys - queries
+    visible = torch.ones(queries, keys, dtype=torch.bool, device=device).tril(last)
+    return visible if window is None else visible.triu(last - window + 1)
+
+
+class CausalAttend:
+    """T tokens are sequences of one length, one after the other; a token sees itself and what came before."""
+
+    def __init__(self, sequence_length: int, chosen_T: torch.Tensor | None = None) -> None:
+        self.sequence_length, self.chosen_T = sequence_length, chosen_T
+
+    def among(self, chosen_T: torch.Tensor) -> CausalAttend:
+        assert self.chosen_T is None, "tokens are chosen once a layer"
+        return CausalAttend(self.sequence_length, chosen_T)
+
+    def __call__(
+        self, layer: int, q_THd: torch.Tensor, k_TGd: torch.Tensor, v_TGe: torch.Tensor, look: Look
+    ) -> torch.Tensor:
+        q_BHSd, k_BGSd, v_BGSe = (self._by_sequence(t) for t in (q_THd, k_TGd, v_TGe))
+        seen_BS = None if self.chosen_T is None else self.chosen_T.view(-1, self.sequence_length)
+        o_THe = attend_to(q_BHSd, k_BGSd, v_BGSe, look, seen_BS).transpose(1, 2).flatten(0, 1)
+        return o_THe if self.chosen_T is None else o_THe[self.chosen_T]
+
+    def _by_sequence(self, x_THd: torch.Tensor) -> torch.Tensor:
+        if self.chosen_T is not None:  # to its place among all tokens; nobody looks at the gaps
+            x_THd = x_THd.new_zeros(len(self.chosen_T), *x_THd.shape[1:]).index_put((self.chosen_T,), x_THd)
+        return x_THd.unflatten(0, (-1, self.sequence_length)).transpose(1, 2)

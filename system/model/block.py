@@ -1,0 +1,90 @@
+"""One block of the decoder: an attention half and an FFN half, in the order that the config says."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from expertmesh.kernels.routing import Routing
+from expertmesh.system.model.attention import Attention
+from expertmesh.system.model.attention_config import AttentionConfig, MLAConfig
+from expertmesh.system.model.config import ModelConfig
+from expertmesh.system.model.context import Context, Decisions
+from expertmesh.system.model.dense import DenseMLP, DenseSwiGLU
+from expertmesh.system.model.experts_config import MLPConfig, SwiGLUConfig
+from expertmesh.system.model.latent_attention import LatentAttention
+from expertmesh.system.model.moe import MoE
+
+
+class Block(nn.Module):
+    """Attention half: norm, attention, residual, norm, router, zero-computation and shared experts, dense layers.
+
+    FFN half: `mlp.experts`, the routed experts; on a worker of the attention pool it holds none.
+    """
+
+    def __init__(self, config: ModelConfig, self_attn: nn.Module, mlp: nn.Module) -> None:
+        super().__init__()
+        self.input_layernorm = build_norm(config)
+        self.self_attn = self_attn
+        self.post_attention_layernorm = build_norm(config)
+        self.mlp = mlp
+
+    def forward(self, x_TD: torch.Tensor, previous: Routing | None, context: Context) -> tuple[torch.Tensor, Decisions]:
+        """`previous`: what the MoE layer before decided."""
+        y_TD, attentions = self.self_attn(self.input_layernorm(x_TD), context)
+        x_TD = x_TD + y_TD
+        y_TD, experts = self.mlp(self.post_attention_layernorm(x_TD), previous, context)
+        return x_TD + y_TD, Decisions(experts, attentions)
+
+
+class ParallelBlock(nn.Module):
+    """Both halves read the same norm of the token, and are added to it together (GPT-J, BAM: arXiv 2408.08274)."""
+
+    def __init__(self, config: ModelConfig, self_attn: nn.Module, mlp: nn.Module) -> None:
+        super().__init__()
+        self.input_layernorm = build_norm(config)
+        self.self_attn = self_attn
+        self.mlp = mlp
+
+    def forward(self, x_TD: torch.Tensor, previous: Routing | None, context: Context) -> tuple[torch.Tensor, Decisions]:
+        normed_TD = self.input_layernorm(x_TD)
+        attended_TD, attentions = self.self_attn(normed_TD, context)
+        y_TD, experts = self.mlp(normed_TD, previous, context)
+        return x_TD + attended_TD + y_TD, Decisions(experts, attentions)
+
+
+def build_norm(config: ModelConfig) -> nn.Module:
+    kind = nn.LayerNorm if config.norm == "layer" else nn.RMSNorm
+    return kind(config.hidden_size, eps=config.norm_eps)
+
+
+def build_attention(config: ModelConfig) -> nn.Module:
+    attention, width, eps = config.attention, config.hidden_size, config.norm_eps
+    if isinstance(attention, AttentionConfig):
+        return Attention(attention, width, eps)
+    if isinstance(attention, MLAConfig):
+        return LatentAttention(attention, width, eps)
+    raise AssertionError(f"no attention of kind {attention.kind}")
+
+
+def build_feed_forward(config: ModelConfig, layer: int, shard: range) -> nn.Module:
+    if layer not in config.dense_layers:
+        return MoE(config.moe_of(layer), config.hidden_size, layer, shard, layer > config.moe_layers[0])
+    dense = config.dense
+    if isinstance(dense, SwiGLUConfig):
+        return DenseSwiGLU(dense, config.hidden_size)
+    if isinstance(dense, MLPConfig):
+        return DenseMLP(dense, config.hidden_size)
+    raise AssertionError(f"no dense network of {dense}")
+
+
+def build_blocks(config: ModelConfig, shards: list[range]) -> nn.ModuleList:
+    """The blocks of the model; `shards` are the FFN experts of each layer that are held here."""
+    blocks: list[nn.Module] = []
+    shape = ParallelBlock if config.block == "parallel" else Block
+    for layer, shard in enumerate(shards):
+        if config.share_layers and blocks:  # WideNet (arXiv 2107.11817): all but the norms is that of the first
+            blocks.append(shape(config, blocks[0].self_attn, blocks[0].mlp))
+        else:
+            blocks.append(shape(config, build_attention(config), build_feed_forward(config, layer, shard)))
+    return nn.ModuleList(blocks)

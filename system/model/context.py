@@ -1,0 +1,70 @@
+"""What one forward pass is given besides its tokens, handed from layer to layer, and what the layers decided."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from expertmesh.kernels.routing import Routing
+from expertmesh.parallel.dispatchers import Dispatcher
+from expertmesh.system.model.attend import Attend
+
+
+@dataclass(frozen=True)
+class TrainingStep:
+    """Which step of training a pass belongs to. Only in one is anything dropped, drawn by lot or made noisy.
+
+    Lots depend on the seed, the step and the place of a sequence in the whole batch: not on which rank holds it.
+    """
+
+    step: int  # from 1
+    steps: int  # of the whole run
+    seed: int
+    sequences: range  # those held here, numbered within the whole batch
+    sequence_length: int
+
+    @property
+    def progress(self) -> float:
+        """From 0 at the first step to 1 at the last."""
+        return (self.step - 1) / max(self.steps - 1, 1)
+
+    def lots(self, layer: int, purpose: str, width: int, device: torch.device) -> torch.Tensor:
+        """[T, width] float32, uniform in (0, 1)."""
+        rows = [self._draw(f"{layer}:{purpose}:{sequence}", width) for sequence in self.sequences]
+        return torch.cat(rows).to(device) if rows else torch.empty(0, width, device=device)
+
+    def _draw(self, what: str, width: int) -> torch.Tensor:
+        digest = hashlib.sha256(f"{self.seed}:{self.step}:{what}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+        # Double first: a float32 draw can be 0, and so can 1 minus a small one round to 1.
+        drawn = torch.rand(self.sequence_length, width, generator=generator, dtype=torch.float64)
+        return drawn.clamp(1e-6, 1 - 1e-6).float()
+
+
+class Context(NamedTuple):
+    """What every layer of one pass may need."""
+
+    positions_T: torch.Tensor  # int64, of each token in its sequence
+    attend: Attend
+    dispatcher: Dispatcher
+    training: TrainingStep | None = None
+    width: float = 1.0  # share of the hidden units of nested experts that is used
+    layer: int = 0  # the one that is being computed
+
+
+class DepthChoice(NamedTuple):
+    """Which tokens of a layer went through it."""
+
+    logits_T2: torch.Tensor  # past it, through it
+    chosen_T: torch.Tensor  # bool
+
+
+class Decisions(NamedTuple):
+    """What one layer decided for the tokens it was given: what losses and statistics are made from."""
+
+    experts: Routing | None = None
+    attentions: Routing | None = None
+    depth: DepthChoice | None = None
