@@ -14,6 +14,7 @@ from __future__ import annotations
 import torch
 
 EPSILON = 1e-8  # of the released code, where an expert has no probability at all
+TINY = 1e-30  # keeps the slope of p log p from infinity where a probability rounded to 0
 
 
 def mutual_information_loss(probabilities_TN: torch.Tensor, means_N: torch.Tensor) -> torch.Tensor:
@@ -29,8 +30,8 @@ def mutual_information_loss(probabilities_TN: torch.Tensor, means_N: torch.Tenso
     """
     here_N = probabilities_TN.sum(dim=0) / max(len(probabilities_TN), 1)
     marginal = (here_N * (means_N.detach() + EPSILON).log()).sum()
-    conditional = torch.special.entr(probabilities_TN).sum() / max(len(probabilities_TN), 1)
-    return marginal + conditional
+    information_TN = probabilities_TN * probabilities_TN.clamp(min=TINY).log()
+    return marginal - information_TN.sum() / max(len(probabilities_TN), 1)
 
 
 def mutual_information_loss_ref(probabilities_TN: torch.Tensor) -> torch.Tensor:

@@ -30,9 +30,11 @@ def stick_breaking(
     k_BHCd, v_BHCe = (t.repeat_interleave(repeat, dim=1) for t in (k_BGCd, v_BGCe))
     wide = torch.promote_types(q_BHSd.dtype, torch.float32)
     logits_BHSC = q_BHSd.to(wide) @ k_BHCd.to(wide).transpose(-1, -2) / math.sqrt(q_BHSd.shape[-1])
-    left_BHSC = torch.where(visible, functional.logsigmoid(-logits_BHSC), 0.0)  # log(1 - b)
-    after_BHSC = left_BHSC.flip(-1).cumsum(-1).flip(-1) - left_BHSC  # of the keys nearer than each
-    weights_BHSC = torch.where(visible, (functional.logsigmoid(logits_BHSC) + after_BHSC).exp(), 0.0)
+    kept_BHSC = torch.where(visible, functional.logsigmoid(-logits_BHSC), 0.0)  # log(1 - b)
+    # What the nearer keys left. Summed without the key's own, not with it and less it again: one large logit is a large
+    # number of this sum, and would cost the small ones their digits.
+    left_BHSC = functional.pad(kept_BHSC[..., 1:], (0, 1)).flip(-1).cumsum(-1).flip(-1)
+    weights_BHSC = torch.where(visible, (functional.logsigmoid(logits_BHSC) + left_BHSC).exp(), 0.0)
     return (weights_BHSC @ v_BHCe.to(wide)).to(q_BHSd.dtype)
 
 
@@ -43,13 +45,13 @@ def stick_breaking_ref(
     batch, heads, queries, width = q_BHSd.shape
     keys, group = k_BGCd.shape[2], heads // k_BGCd.shape[1]
     visible = visible.expand(batch, heads, queries, keys)
-    rows = []
+    rows = [v_BGCe.new_zeros(0, v_BGCe.shape[-1])]
     for b, h, s in torch.cartesian_prod(*(torch.arange(n) for n in (batch, heads, queries))).tolist():
-        stick, answer_e = torch.ones((), dtype=q_BHSd.dtype), torch.zeros_like(v_BGCe[0, 0, :1].sum(0))
+        stick, answer_e = q_BHSd.new_ones(()), v_BGCe.new_zeros(v_BGCe.shape[-1])
         for j in reversed(range(keys)):
             if visible[b, h, s, j]:
                 share = stick * (q_BHSd[b, h, s] @ k_BGCd[b, h // group, j] / width**0.5).sigmoid()
                 answer_e = answer_e + share * v_BGCe[b, h // group, j]
                 stick = stick - share
-        rows.append(answer_e)
-    return torch.stack(rows).view(batch, heads, queries, -1)
+        rows.append(answer_e[None])
+    return torch.cat(rows).view(batch, heads, queries, v_BGCe.shape[-1])

@@ -36,6 +36,9 @@ OverridesArgument = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="changes to it, such as train.steps=50")
 ]
 CheckpointArgument = Annotated[Path, typer.Argument(help="a checkpoint folder, or the folder of a training run")]
+AnyCheckpointArgument = Annotated[
+    Path, typer.Argument(help="a checkpoint folder, ours or Hugging Face's, or the folder of a training run")
+]
 AttentionOption = Annotated[int | None, typer.Option(help="attention workers; with neither pool: one process")]
 FFNOption = Annotated[int | None, typer.Option(help="FFN workers, each with a share of the experts")]
 MicroBatchesOption = Annotated[int, typer.Option(min=1, max=8, help="parts of a step in flight to the FFN pool")]
@@ -43,7 +46,10 @@ AddressOption = Annotated[str | None, typer.Option(help="a running Ray cluster: 
 JsonOption = Annotated[bool, typer.Option("--json", help="print the result as JSON")]
 
 
-convert = typer.Typer(help="Bring checkpoints of Hugging Face in, or take one out.", no_args_is_help=True)
+convert = typer.Typer(
+    help="Bring checkpoints of Hugging Face in, or take one out; cut a smaller model out of a nested one.",
+    no_args_is_help=True,
+)
 app.add_typer(convert, name="convert")
 OutArgument = Annotated[Path, typer.Argument(metavar="OUT", help="the folder to write; new, or empty")]
 
@@ -162,7 +168,7 @@ def submit(
 
 @app.command()
 def generate(
-    checkpoint: CheckpointArgument,
+    checkpoint: AnyCheckpointArgument,
     prompt: Annotated[str, typer.Option(help="the text to continue")],
     max_tokens: Annotated[int, typer.Option(min=1, help="longest answer, in tokens")] = 64,
     temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token each time")] = 0.0,
@@ -176,11 +182,11 @@ def generate(
 ) -> None:
     """Continue a text: in one process, or with attention and experts in separate workers."""
     with wrong_input():
-        from expertmesh.launch.serving import bring_up, check_pools, open_checkpoint
+        from expertmesh.launch.serving import bring_up, check_pools, look_at
         from expertmesh.system.serve.config import ServeConfig
         from expertmesh.system.serve.request import Request, Sampling
 
-        served = open_checkpoint(checkpoint)
+        served = look_at(checkpoint)
         pools = check_pools(served.model, attention, ffn)
         prompt_token_ids = served.tokenizer.encode(prompt)
         room = served.model.context_length - len(prompt_token_ids)
@@ -232,7 +238,7 @@ def generate(
 
 @app.command()
 def serve(
-    checkpoint: CheckpointArgument,
+    checkpoint: AnyCheckpointArgument,
     attention: AttentionOption = None,
     ffn: FFNOption = None,
     micro_batches: MicroBatchesOption = 1,
@@ -244,10 +250,10 @@ def serve(
 ) -> None:
     """Answer OpenAI-compatible requests over HTTP, until interrupted."""
     with wrong_input():
-        from expertmesh.launch.serving import check_pools, listen, open_checkpoint, serve_forever
+        from expertmesh.launch.serving import check_pools, listen, look_at, serve_forever
         from expertmesh.system.serve.config import ServeConfig
 
-        served = open_checkpoint(checkpoint)
+        served = look_at(checkpoint)
         pools = check_pools(served.model, attention, ffn)
         socket = listen(host, port)
     url = f"http://{host}:{socket.getsockname()[1]}/v1"
@@ -272,7 +278,7 @@ def from_hf(
     out: OutArgument,
     as_json: JsonOption = False,
 ) -> None:
-    """Take over a Hugging Face checkpoint: Mixtral, Qwen2-MoE, Qwen3-MoE, OLMoE, DeepSeek-V3, Llama."""
+    """Take over a Hugging Face checkpoint: Mixtral, Qwen2/3-MoE, OLMoE, DeepSeek-V3, Step-3, MoE++, Llama."""
     with failures(), wrong_input():
         from expertmesh.system.convert import huggingface
 
@@ -287,10 +293,25 @@ def to_hf(
 ) -> None:
     """Write a checkpoint for the Hugging Face class that can hold its architecture."""
     with failures(), wrong_input():
-        from expertmesh.launch.serving import checkpoint_folder
+        from expertmesh.launch.find_checkpoint import checkpoint_folder
         from expertmesh.system.convert import huggingface
 
         show_conversion(huggingface.to_hf(checkpoint_folder(path), out), as_json)
+
+
+@convert.command("extract")
+def extract_nested(
+    path: CheckpointArgument,
+    out: OutArgument,
+    width: Annotated[float, typer.Option(help="share of the hidden units, one that the model was trained for")],
+    as_json: JsonOption = False,
+) -> None:
+    """Cut a smaller model out of one that was trained with nested networks (MatFormer)."""
+    with failures(), wrong_input():
+        from expertmesh.launch.find_checkpoint import checkpoint_folder
+        from expertmesh.system.convert.extract import extract
+
+        show_conversion(extract(checkpoint_folder(path), out, width), as_json)
 
 
 def show_conversion(done: Conversion, as_json: bool) -> None:
@@ -302,6 +323,19 @@ def show_conversion(done: Conversion, as_json: bool) -> None:
     for reason, count in done.skipped.items():
         typer.echo(f"left out: {count} {reason}")
     typer.echo(f"checkpoint  {done.checkpoint}")
+
+
+@app.command()
+def recipes(as_json: JsonOption = False) -> None:
+    """List the recipes that come with the package: an architecture each."""
+    from expertmesh.launch.recipe import load_recipe, shipped_recipes
+
+    known = {name: load_recipe(name, []).about for name in shipped_recipes()}
+    if as_json:
+        show_json({"recipes": [{"name": name, "about": about} for name, about in known.items()]})
+        return
+    for name, about in known.items():
+        typer.echo(f"{name:24}{about}")
 
 
 @app.command()

@@ -21,6 +21,15 @@ def sparkline(load_LN: list[list[int]]) -> str:
     return "".join(BARS[round(load / top * (len(BARS) - 1))] for load in load_N)
 
 
+def _routing(layers: list[dict[str, Any]]) -> str:
+    """What may be wrong with the routing, in a few words: the worst layer counts."""
+    if not layers:
+        return ""
+    words = f"busiest expert {max(layer['load_max_over_mean'] for layer in layers):.1f}x"
+    dropped = max(layer["dropped_share"] for layer in layers)
+    return f"{words}   dropped {dropped:.1%}" if dropped else words
+
+
 class TrainingProgress:
     """Shows a run's records (see `Record` of the trainer) on `console` as they come."""
 
@@ -76,7 +85,7 @@ class TrainingProgress:
         figures = (
             f"loss {record['loss']:.3f}   {record['tokens_per_second']:,.0f} tokens/s   "
             f"load {load[: self._ffn_experts]}|{load[self._ffn_experts :]}   "
-            f"to zero-computation experts {record['zero_computation_share']:.0%}"
+            f"to zero-computation experts {record['zero_computation_share']:.0%}   {_routing(record['layers'])}"
         )
         self._bar.update(self._task, completed=record["step"])
         self._figures.plain = figures

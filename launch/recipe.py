@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from expertmesh.parallel.recipe_section import RecipeSection
 from expertmesh.parallel.sizes import ParallelSizes
@@ -29,7 +29,11 @@ class Recipe(RecipeSection):
     """A training job. The same recipe runs anywhere; only `cluster` says where."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    about: str = Field("", description="what it is, in a line")
     run_dir: str = "runs/{name}"
+    start_from: str | None = Field(
+        None, description="a checkpoint, ours or Hugging Face's, whose architecture, weights and tokenizer are taken"
+    )
     model: ModelConfig = ModelConfig()
     parallel: ParallelSizes = ParallelSizes()
     data: DataConfig = DataConfig()
@@ -53,8 +57,19 @@ class Recipe(RecipeSection):
         ):
             train.pop(free)
         data = self.data.model_dump(mode="json")
-        model = self.model.model_dump(mode="json", exclude={"vocab_size"})
-        return {"model": model, "data": data, "train": train}
+        origin: dict[str, Any] = {"model": self.model.model_dump(mode="json", exclude={"vocab_size"})}
+        if self.start_from is not None:
+            origin = {"start_from": str(Path(self.start_from).absolute())}
+        return {**origin, "data": data, "train": train}
+
+    @model_validator(mode="after")
+    def _checkpoint_says_what_it_is(self) -> Recipe:
+        if self.start_from is None:
+            return self
+        for key, given in (("model", "model" in self.model_fields_set), ("data.tokenizer", self.data.tokenizer)):
+            if given:
+                raise ValueError(f"start_from={self.start_from}: leave out {key}, it comes with that checkpoint")
+        return self
 
 
 def load_recipe(name_or_path: str, overrides: list[str]) -> Recipe:
@@ -63,12 +78,7 @@ def load_recipe(name_or_path: str, overrides: list[str]) -> Recipe:
     Raises ValueError with one line that says which key is wrong, what it holds, and what would be right.
     """
     path = _find(name_or_path)
-    try:
-        content = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: a recipe is a mapping of sections, such as model, parallel, data, train")
+    content = _read(path)
     content.setdefault("name", path.stem)
     for override in overrides:
         _apply(content, override)
@@ -76,8 +86,29 @@ def load_recipe(name_or_path: str, overrides: list[str]) -> Recipe:
         recipe = Recipe(**content)
     except ValidationError as error:
         raise ValueError(f"{name_or_path}: {_first_problem(error)}") from None
-    _check_together(recipe)
+    if recipe.start_from is None:  # else it is checked when the checkpoint is looked at
+        check_together(recipe, recipe.model)
     return recipe
+
+
+def shipped_recipes() -> list[str]:
+    """The names of the recipes that come with the package."""
+    return sorted(path.stem for path in SHIPPED.glob("*.yaml"))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The content of a recipe file. What it `extends`, a shipped recipe or a file, gives the sections it leaves out."""
+    try:
+        content = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: a recipe is a mapping of sections, such as model, parallel, data, train")
+    base = content.pop("extends", None)
+    if base is None:
+        return content
+    inherited = _read(_find(str(base)))
+    return {key: value for key, value in inherited.items() if key not in ("name", "about")} | content
 
 
 def _find(name_or_path: str) -> Path:
@@ -87,8 +118,7 @@ def _find(name_or_path: str) -> Path:
     path = Path(name_or_path)
     if path.is_file():
         return path
-    names = sorted(p.stem for p in SHIPPED.glob("*.yaml"))
-    raise ValueError(f"no recipe {name_or_path!r}: give a YAML file, or one of {', '.join(names)}")
+    raise ValueError(f"no recipe {name_or_path!r}: give a YAML file, or one of {', '.join(shipped_recipes())}")
 
 
 def _apply(content: dict[str, Any], override: str) -> None:
@@ -156,9 +186,9 @@ def _sections_in(annotation: Any) -> Iterator[type[BaseModel]]:
         yield from _sections_in(part)
 
 
-def _check_together(recipe: Recipe) -> None:
-    """Rules between sections."""
-    moe, ep, dp = recipe.model.moe, recipe.parallel.ep, recipe.parallel.dp
+def check_together(recipe: Recipe, model: ModelConfig) -> None:
+    """Rules between the sections and the model. Raises ValueError."""
+    moe, ep, dp = model.moe, recipe.parallel.ep, recipe.parallel.dp
     for experts in moe.pyramid or (moe.ffn_experts,):
         if experts % ep == 0:
             continue
@@ -171,8 +201,8 @@ def _check_together(recipe: Recipe) -> None:
         raise ValueError(
             f"train.batch_size={recipe.train.batch_size}: parallel.dp={dp} does not divide it; take a multiple of {dp}"
         )
-    if recipe.train.sequence_length > recipe.model.context_length:
+    if recipe.train.sequence_length > model.context_length:
         raise ValueError(
             f"train.sequence_length={recipe.train.sequence_length} is longer than "
-            f"model.context_length={recipe.model.context_length}"
+            f"model.context_length={model.context_length}"
         )

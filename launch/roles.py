@@ -16,6 +16,7 @@ from expertmesh.kernels.device import choose_device
 from expertmesh.launch.recipe import Recipe
 from expertmesh.launch.rendezvous import join
 from expertmesh.parallel.groups import build_groups
+from expertmesh.system.model.checkpoint import Checkpoint
 from expertmesh.system.model.config import ModelConfig
 from expertmesh.system.serve.config import ServeConfig
 from expertmesh.system.serve.loop import EngineLoop
@@ -51,6 +52,7 @@ class TrainerRole:
         model: ModelConfig,
         settings: dict[str, Any],
         resume_from: Path | None,
+        begin_with: Checkpoint | None,
         opening: list[Record],
     ) -> None:
         """Train to the end. `settings` go into checkpoints; `opening` are the first records of the run's log."""
@@ -62,7 +64,7 @@ class TrainerRole:
             device.backend, store=store, rank=self._rank, world_size=self._world, timeout=COLLECTIVE_TIMEOUT
         )
         groups = build_groups(recipe.parallel)
-        trainer = Trainer(model, recipe.train, recipe.run_folder, groups, device, settings, resume_from)
+        trainer = Trainer(model, recipe.train, recipe.run_folder, groups, device, settings, resume_from, begin_with)
         if self._rank:
             trainer.run(lambda record: None)
         else:
@@ -91,7 +93,7 @@ class AttentionRole:
         self._rank, self._host, self._port = rank, host, port
         self._loop: EngineLoop | None = None
 
-    def start(self, checkpoint: Path, config: ServeConfig, ffn_workers: int) -> None:
+    def start(self, checkpoint: Checkpoint, config: ServeConfig, ffn_workers: int) -> None:
         """Load the model and link up with the FFN pool."""
         self._loop = attention_engine(checkpoint, config, self._rank, ffn_workers, join(self._host, self._port))
 
@@ -117,7 +119,7 @@ class FFNRole:
     def __init__(self, rank: int, host: str, port: int) -> None:
         self._rank, self._host, self._port = rank, host, port
 
-    def run(self, checkpoint: Path, config: ServeConfig, ffn_workers: int, attention_workers: int) -> None:
+    def run(self, checkpoint: Checkpoint, config: ServeConfig, ffn_workers: int, attention_workers: int) -> None:
         """Answer the attention pool until it is gone."""
         store = join(self._host, self._port)
         run_ffn_worker(checkpoint, config, self._rank, ffn_workers, attention_workers, store)

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from expertmesh.launch.client import Client, LocalWorker
-from expertmesh.system.convert.families import FAMILIES
-from expertmesh.system.model.checkpoint import check_checkpoint, read_json
+from expertmesh.launch.find_checkpoint import find_checkpoint
+from expertmesh.system.model.checkpoint import Checkpoint
 from expertmesh.system.model.config import ModelConfig
 from expertmesh.system.serve.config import ServeConfig
 from expertmesh.system.serve.request import Output, Request
@@ -31,28 +31,19 @@ class Pools(NamedTuple):
 class Served(NamedTuple):
     """A checkpoint that was looked at and can be brought up."""
 
-    checkpoint: Path
+    checkpoint: Checkpoint
     name: str  # the folder's, as the user gave it
-    model: ModelConfig
     tokenizer: Tokenizer
 
-
-def checkpoint_folder(path: Path) -> Path:
-    """The folder of a checkpoint that was named itself or by its run. Raises ValueError."""
-    folder = path / "checkpoint" if (path / "checkpoint").is_dir() else path
-    if not folder.is_dir():
-        raise ValueError(f"no checkpoint folder {path}; training writes one as RUN_DIR/checkpoint")
-    return folder
+    @property
+    def model(self) -> ModelConfig:
+        return self.checkpoint.config
 
 
-def open_checkpoint(path: Path) -> Served:
-    """Look at a checkpoint folder, or at a run folder that holds one. Raises ValueError with one line."""
-    folder = checkpoint_folder(path)
-    model_type = read_json(folder / "config.json").get("model_type")
-    if model_type in FAMILIES:
-        told = f"expertmesh convert from-hf {path} OUT"
-        raise ValueError(f"{path} is a Hugging Face checkpoint ({model_type}); convert it first: {told}")
-    return Served(folder.resolve(), path.absolute().name, check_checkpoint(folder), Tokenizer.load(folder))
+def look_at(path: Path) -> Served:
+    """Look at what is to be served: a checkpoint of ours or of Hugging Face's, or a run. ValueError with one line."""
+    checkpoint = find_checkpoint(path)
+    return Served(checkpoint, path.absolute().name, Tokenizer.load(checkpoint.folder))
 
 
 def check_pools(model: ModelConfig, attention: int | None, ffn: int | None) -> Pools | None:

@@ -69,17 +69,12 @@ class Job:
 def submit_job(recipe: Recipe, address: str) -> Job:
     """Send `recipe` to the cluster whose dashboard is at `address`.
 
-    Relative paths of the recipe are taken from here: run_dir and data must lie where the cluster's nodes see them too.
+    Relative paths of the recipe are taken from here: run_dir, start_from and data must lie where the cluster's nodes
+    see them too.
     Raises ValueError when nothing answers at `address`.
     """
     client = submission_client(address)
-    content = recipe.model_dump(mode="json")
-    content["run_dir"] = str(recipe.run_folder)
-    for key in ("source", "tokenizer"):
-        value = content["data"][key]
-        if value and value != "stdlib":
-            content["data"][key] = str(Path(value).absolute())
-    content["cluster"]["address"] = "auto"
+    content = as_sent(recipe)
     with tempfile.TemporaryDirectory(prefix="expertmesh-submit-") as folder:
         working = Path(folder) / "job"
         working.mkdir()
@@ -92,6 +87,20 @@ def submit_job(recipe: Recipe, address: str) -> Job:
             metadata={"name": recipe.name, "run_dir": content["run_dir"]},
         )
     return Job(client, job_id)
+
+
+def as_sent(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as a file that says the same in another folder, inside a job."""
+    content = recipe.model_dump(mode="json", exclude={"model"} if recipe.start_from else None)
+    content["run_dir"] = str(recipe.run_folder)
+    if recipe.start_from:
+        content["start_from"] = str(Path(recipe.start_from).absolute())
+    for key in ("source", "tokenizer"):
+        value = content["data"][key]
+        if value and value != "stdlib":
+            content["data"][key] = str(Path(value).absolute())
+    content["cluster"]["address"] = "auto"
+    return content
 
 
 def _submit(client: Any, **job: Any) -> str:

@@ -12,12 +12,13 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any, NamedTuple
 
+from expertmesh.launch.find_checkpoint import find_checkpoint
 from expertmesh.launch.ray_cluster import Pool, WorkerFailed, cluster
-from expertmesh.launch.recipe import Recipe
+from expertmesh.launch.recipe import Recipe, check_together
 from expertmesh.launch.rendezvous import Rendezvous
 from expertmesh.launch.roles import TrainerRole
 from expertmesh.parallel.deepspeed_build import is_built, prepare_build
-from expertmesh.system.model.checkpoint import CheckpointError
+from expertmesh.system.model.checkpoint import Checkpoint, CheckpointError, open_checkpoint
 from expertmesh.system.model.config import ModelConfig
 from expertmesh.system.train.corpus import check_source
 from expertmesh.system.train.dataset import TokenDataset, prepare_tokens
@@ -32,35 +33,55 @@ class Start(NamedTuple):
     """Where a job begins."""
 
     step: int
-    resume_from: Path | None
-    note: str | None  # what to tell the user about earlier runs in the same folder
+    resume_from: Path | None  # the run's own checkpoint
+    begin_with: Checkpoint | None  # whose weights step 0 has; None: drawn from the seed
+    model: ModelConfig
+    tokenizer: str | None  # where it is; None: it is to be trained
+    note: str | None = None  # what to tell the user about earlier runs in the same folder
 
 
 def find_start(recipe: Recipe, fresh: bool) -> Start:
     """Decide between going on and starting anew; an earlier run that is not gone on with is moved aside, never deleted.
 
     Raises ValueError when an unfinished run in the folder was made with other settings, or its checkpoint is damaged.
+    A run that goes on needs nothing of the checkpoint that it once started from.
     """
     check_source(recipe.data.source)
     run_folder = recipe.run_folder
     checkpoints = checkpoints_of(run_folder)
-    if not checkpoints:
-        return Start(0, None, None)
-    if fresh:
-        return Start(0, None, _move_aside(run_folder))
+    if fresh or not checkpoints:
+        return _from_the_beginning(recipe, bool(checkpoints))
     try:
         state = read_state(checkpoints[-1])
     except CheckpointError as error:
         raise ValueError(f"{error}; delete {checkpoints[-1]} to go on from before it, or --fresh starts over") from None
     if state.step >= recipe.train.steps:
-        return Start(0, None, _move_aside(run_folder))
+        return _from_the_beginning(recipe, moved_aside=True)
     changed = _first_difference(state.settings | {"tokens": None}, recipe.settings() | {"tokens": None})
     if changed:
         raise ValueError(
             f"{run_folder} holds an unfinished run with {changed}; "
             "give the old settings to go on, --fresh to start over, or another name="
         )
-    return Start(state.step, checkpoints[-1], f"going on from step {state.step} of {run_folder} (--fresh starts over)")
+    model, tokenizer = recipe.model, recipe.data.tokenizer
+    if recipe.start_from is not None:
+        model, tokenizer = open_checkpoint(checkpoints[-1]).config, str(checkpoints[-1])
+        check_together(recipe, model)
+    note = f"going on from step {state.step} of {run_folder} (--fresh starts over)"
+    return Start(state.step, checkpoints[-1], None, model, tokenizer, note)
+
+
+def _from_the_beginning(recipe: Recipe, moved_aside: bool) -> Start:
+    """Step 0. `moved_aside`: put away the run that is in the folder, once all else is right."""
+    run_folder = recipe.run_folder
+    start = Start(0, None, None, recipe.model, recipe.data.tokenizer)
+    if recipe.start_from is not None:
+        begin_with = find_checkpoint(Path(recipe.start_from))
+        if begin_with.folder.is_relative_to(run_folder.resolve()):
+            raise ValueError(f"start_from={recipe.start_from} lies in the run's own folder; give another name=")
+        check_together(recipe, begin_with.config)
+        start = Start(0, None, begin_with, begin_with.config, str(begin_with.folder))
+    return start._replace(note=_move_aside(run_folder)) if moved_aside else start
 
 
 @contextmanager
@@ -102,8 +123,11 @@ def prepare_data(recipe: Recipe, start: Start, watch: Callable[[Record], None]) 
     """
     data, length, folder = recipe.data, recipe.train.sequence_length, recipe.run_folder / "data"
     watch({"kind": "waiting", "for": f"tokens of {data.source}"})
-    prepare_tokens(data.source, data.tokenizer, data.vocab_size, data.max_bytes, data.validation_share, folder)
+    prepare_tokens(data.source, start.tokenizer, data.vocab_size, data.max_bytes, data.validation_share, folder)
     dataset = TokenDataset(folder)
+    if recipe.start_from is not None and dataset.vocab_size > (start.model.vocab_size or 0):
+        told = f"its tokenizer has {dataset.vocab_size} tokens, its model {start.model.vocab_size}"
+        raise ValueError(f"start_from={recipe.start_from}: {told}")
     dataset.batch(0, 1, length, recipe.train.seed)  # raises where there is not enough text
     next(dataset.validation_batches(1, length, 1))
     if start.resume_from and read_state(start.resume_from).settings.get("tokens") != dataset.meta.digest:
@@ -120,11 +144,14 @@ def run_job(recipe: Recipe, start: Start, dataset: TokenDataset, watch: Callable
     `watch` is given every record as it comes. Raises WorkerFailed, a RuntimeError, when a worker dies.
     """
     run_folder = recipe.run_folder
-    model = recipe.model.model_copy(update={"vocab_size": dataset.vocab_size})
+    model = start.model
+    if recipe.start_from is None:
+        model = model.model_copy(update={"vocab_size": dataset.vocab_size})
     opening: list[Record] = [
         {
             "kind": "start",
             "run": recipe.name,
+            "start_from": recipe.start_from,
             "world_size": recipe.parallel.world_size,
             "parallel": recipe.parallel.model_dump(),
             "expert_names": model.moe.expert_names,
@@ -138,7 +165,7 @@ def run_job(recipe: Recipe, start: Start, dataset: TokenDataset, watch: Callable
     if start.resume_from:
         opening.append({"kind": "event", "what": "resumed", "step": start.step, "checkpoint": str(start.resume_from)})
     settings = recipe.settings() | {"tokens": dataset.meta.digest}
-    _train(recipe, model, settings, start.resume_from, opening, watch)
+    _train(recipe, model, settings, start, opening, watch)
 
     run = read_run(run_folder)
     result = {
@@ -163,7 +190,7 @@ def _train(
     recipe: Recipe,
     model: ModelConfig,
     settings: Record,
-    resume_from: Path | None,
+    start: Start,
     opening: list[Record],
     watch: Callable[[Record], None],
 ) -> None:
@@ -178,7 +205,7 @@ def _train(
         store = Rendezvous(host)
         pool = Pool("trainer", TrainerRole, workers, cpus, workers, store.host, store.port)
         try:
-            runs = pool.start("run", recipe, model, settings, resume_from, opening)
+            runs = pool.start("run", recipe, model, settings, start.resume_from, start.begin_with, opening)
             finished = False
             while not finished:
                 finished = pool.finished(runs, seconds=WATCH_EVERY_S)

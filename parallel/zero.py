@@ -76,14 +76,16 @@ def _marked(module: nn.Module, experts_of_rank: int) -> nn.Module:
 class Zero:
     """AdamW with ZeRO partitioning, gradient reduction and clipping by DeepSpeed.
 
-    `expert_parameters` are reduced among the ranks that hold the same experts. Gradients are means over the whole
-    batch, whatever the expert parallel size. `stage` 1 splits optimizer state, 2 gradients too.
+    `expert_parameters` are reduced among the ranks that hold the same experts; `decayed_parameters` are those that
+    weight decay is for. Gradients are means over the whole batch, whatever the expert parallel size. `stage` 1 splits
+    optimizer state, 2 gradients too.
     """
 
     def __init__(
         self,
         module: nn.Module,
         expert_parameters: Sequence[nn.Parameter],
+        decayed_parameters: Sequence[nn.Parameter],
         *,
         stage: int,
         gradient_clipping: float,
@@ -104,8 +106,9 @@ class Zero:
         marked = _marked(module, len(expert_parameters[0])) if expert_parameters else module
         # DeepSpeed stumbles over empty parameters.
         parameters = [p for p in module.parameters() if p.numel() and p.requires_grad]
-        decayed = [p for p in parameters if p.ndim > 1]
-        plain = [p for p in parameters if p.ndim <= 1]
+        decays = {id(p) for p in decayed_parameters}
+        decayed = [p for p in parameters if id(p) in decays]
+        plain = [p for p in parameters if id(p) not in decays]
         parameter_groups = split_params_into_different_moe_groups_for_optimizer(
             [
                 {"params": decayed, "name": "decayed", "weight_decay": weight_decay},

@@ -5,13 +5,14 @@ A tokenizer is a folder:
     tokenizer.json          vocabulary, merges, special tokens (the `tokenizers` library reads and writes it)
     tokenizer_config.json   eos_token, bos_token, chat_template
     chat_template.jinja     the chat template in newer checkpoints; goes before the one in tokenizer_config.json
-    generation_config.json  eos_token_id: further tokens that end a text, such as the end of a chat turn
+    generation_config.json  eos_token_id: further tokens that end a text, such as the end of a chat turn; or config.json
 
 so a checkpoint made here opens in transformers with the same ids, and one made there opens here.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable, Iterator
 from datetime import datetime
@@ -97,7 +98,8 @@ class Tokenizer:
         """Read a folder with a tokenizer.json, or that file itself; the other files are looked for beside it.
 
         The end-of-text token is eos_token of tokenizer_config.json, or else the first eos_token_id of
-        generation_config.json or config.json. ValueError names what is missing or unreadable, and where.
+        generation_config.json or, where that has none, config.json; the others of that list end a text too.
+        ValueError names what is missing or unreadable, and where.
         """
         path = Path(folder_or_file)
         file = path / "tokenizer.json" if path.is_dir() else path
@@ -109,10 +111,9 @@ class Tokenizer:
         except Exception as error:  # the library raises nothing narrower
             raise ValueError(f"{file} is not a tokenizer: {error}") from None
         config = _read_json(folder / "tokenizer_config.json")
-        stop_ids = _eos_token_ids(folder / "generation_config.json")
+        stop_ids = _eos_token_ids(folder / "generation_config.json") or _eos_token_ids(folder / "config.json")
         eos_token = _token_name(config.get("eos_token"))
         if eos_token is None:
-            stop_ids = stop_ids or _eos_token_ids(folder / "config.json")
             eos_token = backend.id_to_token(stop_ids[0]) if stop_ids else None
         if eos_token is None:
             raise ValueError(
@@ -142,6 +143,12 @@ class Tokenizer:
         if len(self.eos_ids) > 1:
             stop_ids = [self.eos_id, *sorted(self.eos_ids - {self.eos_id})]
             _write_json(folder / "generation_config.json", {"eos_token_id": stop_ids})
+
+    @property
+    def fingerprint(self) -> str:
+        """A short digest of all that `save` writes: equal ones mean the same tokenizer, wherever it lies."""
+        content = [self._backend.to_str(), sorted(self.eos_ids), self._special_names, self._chat_template]
+        return hashlib.blake2b(json.dumps(content).encode(), digest_size=16).hexdigest()
 
     def encode(self, text: str) -> list[int]:
         """Give the token ids of `text`, nothing put before or after it.

@@ -92,3 +92,62 @@ def test_no_sequences():
     assert y_TD.shape == (0, WIDTH)
     y_TD.sum().backward()
     assert all(torch.equal(p.grad, torch.zeros_like(p)) for p in attention.parameters())
+
+
+GATED = {"heads": 6, "kv_heads": 2, "head_dim": 4}
+GATES = pytest.mark.parametrize("output_gate", ["head", "element"])
+
+
+def gated_and_plain(output_gate: str) -> tuple[Attention, Attention]:
+    """The same attention with a gate and without."""
+    gated = made(AttentionConfig(**GATED, output_gate=output_gate))
+    plain = made(AttentionConfig(**GATED))
+    plain.load_state_dict({name: t for name, t in gated.state_dict().items() if not name.startswith("gate_proj")})
+    return gated, plain
+
+
+@GATES
+def test_a_gate_of_zeros_halves_the_answer(output_gate):
+    gated, plain = gated_and_plain(output_gate)
+    gated.gate_proj.weight.data.zero_()
+    x_TD, here = some(10, WIDTH), context_of(5, 2)
+    assert torch.equal(gated(x_TD, here)[0], plain(x_TD, here)[0] / 2)
+
+
+@GATES
+def test_an_open_gate_is_no_gate(output_gate):
+    gated, plain = gated_and_plain(output_gate)
+    x_TD, here = some(10, WIDTH), context_of(5, 2)
+    x_TD[:, 0] = 1
+    gated.gate_proj.weight.data.zero_()
+    gated.gate_proj.weight.data[:, 0] = 1e4
+    assert torch.equal(gated(x_TD, here)[0], plain(x_TD, here)[0])
+
+
+def test_a_gate_of_heads_is_a_gate_of_elements_with_repeated_rows():
+    heads, _ = gated_and_plain("head")
+    elements = made(AttentionConfig(**GATED, output_gate="element"))
+    repeated = heads.gate_proj.weight.detach().repeat_interleave(GATED["head_dim"], 0)
+    elements.load_state_dict({**heads.state_dict(), "gate_proj.weight": repeated})
+    x_TD, here = some(10, WIDTH), context_of(5, 2)
+    assert_close(elements(x_TD, here)[0], heads(x_TD, here)[0])
+
+
+@GATES
+def test_a_gate_is_the_sigmoid_of_the_querying_token_alone(output_gate):
+    """What the gate multiplies is the answer of each head, before the heads are mixed (position G1 of the paper)."""
+    gated, plain = gated_and_plain(output_gate)
+    for attention in (gated, plain):
+        attention.o_proj.weight.data = torch.eye(WIDTH)
+    x_TD, here = some(5, WIDTH), context_of(5)
+    repeats = GATED["head_dim"] if output_gate == "head" else 1
+    gates_TX = (x_TD[3] @ gated.gate_proj.weight.T).sigmoid().repeat_interleave(repeats)
+    for tokens_TD in (x_TD, x_TD + torch.tensor([1.0, -2, 3, 0, 1])[:, None]):  # all others change, and so do answers
+        assert_close(gated(tokens_TD, here)[0][3], plain(tokens_TD, here)[0][3] * gates_TX)
+
+
+@GATES
+def test_every_weight_of_gated_attention_learns(output_gate):
+    gated, _ = gated_and_plain(output_gate)
+    gated(some(5, WIDTH), context_of(5))[0].square().sum().backward()
+    assert all(p.grad.abs().sum() > 0 for p in gated.parameters())

@@ -18,8 +18,8 @@ from expertmesh.system.model import checkpoint as checkpoint_module
 from expertmesh.system.model.checkpoint import (
     INDEX,
     CheckpointError,
-    check_checkpoint,
     load_weights,
+    open_checkpoint,
     read_config,
     shard_name,
     write_config,
@@ -104,7 +104,7 @@ def test_experts_that_a_model_has_none_of(tmp_path, kind):
     """Their parameters are there, and empty."""
     config = tiny_model(moe={kind: 0})
     folder = write_checkpoint(tmp_path / "checkpoint", 2, config)
-    model, expected = Transformer(check_checkpoint(folder)), Transformer(config)
+    model, expected = Transformer(open_checkpoint(folder).config), Transformer(config)
     load_weights(model, folder)
     initialise(expected, 3, 0.2)
     for name, tensor in by_name(expected).items():
@@ -112,7 +112,7 @@ def test_experts_that_a_model_has_none_of(tmp_path, kind):
 
 
 def test_config_reads_back(two_shards):
-    assert check_checkpoint(two_shards) == read_config(two_shards) == CONFIG
+    assert open_checkpoint(two_shards).config == read_config(two_shards) == CONFIG
     described = json.loads((two_shards / "config.json").read_text())
     assert described["architectures"] == ["ExpertMeshForCausalLM"]
 
@@ -302,15 +302,15 @@ def test_damage_is_told_in_one_line_that_names_the_file(two_shards, tmp_path, da
     shutil.copytree(two_shards, folder)
     damage(folder)
     before_loading = (damage, file_name, words, reason) in SEEN_AT_ONCE
-    for look in (check_checkpoint, load_everything) if before_loading else (load_everything,):
+    for look in (open_checkpoint, load_everything) if before_loading else (load_everything,):
         message = complaint(folder, look)
         assert words in message and str(folder) in message and file_name in message and "\n" not in message
 
 
 def test_a_folder_that_is_none(tmp_path):
-    assert "so this is not a checkpoint folder" in complaint(tmp_path / "nowhere", check_checkpoint)
+    assert "so this is not a checkpoint folder" in complaint(tmp_path / "nowhere", open_checkpoint)
     (tmp_path / "file").write_text("")
-    assert "so this is not a checkpoint folder" in complaint(tmp_path / "file", check_checkpoint)
+    assert "so this is not a checkpoint folder" in complaint(tmp_path / "file", open_checkpoint)
 
 
 def test_an_ffn_worker_needs_no_more_than_its_experts(two_shards, tmp_path):

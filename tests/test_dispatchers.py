@@ -89,11 +89,11 @@ def layer(
     return dispatcher.combine(grouped_swiglu(rows_RD, counts_E, gate_up, down), handle)
 
 
-def bytes_by_hand(experts_TK: torch.Tensor, owner_of_token: list[int], ranks: int, me: int, experts: int):
+def bytes_by_hand(chosen: list[list[int]], owner_of_token: list[int], ranks: int, me: int, experts: int):
     """Bytes that `me` sends in one direction, and the bytes that one crossing of each of its saved slots would be."""
     out = back = kept = stays = 0
-    for owner, chosen in zip(owner_of_token, experts_TK.tolist(), strict=True):
-        for expert in chosen:
+    for owner, slots in zip(owner_of_token, chosen, strict=True):
+        for expert in slots:
             holder = expert * ranks // experts if expert < experts else None
             out += owner == me and holder not in (me, None)
             back += holder == me and owner != me
@@ -120,7 +120,7 @@ def check(case: Case, group: dist.ProcessGroup) -> None:
     traffic = Traffic()
     dispatcher = AllToAllDispatcher(group, traffic)
     owners = [rank for rank in range(ranks) for _ in range(case.tokens[rank])]
-    one_way, saved_once = bytes_by_hand(routing.experts_TK, owners, ranks, me, experts)
+    one_way, saved_once = bytes_by_hand(routing.experts_TK.tolist(), owners, ranks, me, experts)
 
     with torch.no_grad():  # serving: rows cross twice
         layer(dispatcher, x_TD, route(logits_TN, case.top_k, "paper"), experts, gate_up, down)
@@ -160,3 +160,48 @@ def test_local_equals_a_loop_over_tokens(case):
         factor = sum(w.double() * (1 + e) for e, w in zip(chosen, weights, strict=True) if e < experts)
         assert_close(y_D, factor * x_D)
     assert len(rows_RD) == int((routing.experts_TK < experts).sum())
+
+
+def with_dropped(batch: Batch, experts: int) -> Routing:
+    """Every third slot dropped, whatever it chose: id N, and a weight that nobody may use."""
+    routing = route(batch.logits_TN, 2, "paper")
+    dropped_TK = torch.arange(routing.chosen_TK.numel()).view_as(routing.chosen_TK) % 3 == 1
+    return routing._replace(experts_TK=routing.chosen_TK.masked_fill(dropped_TK, experts + ZERO_COMPUTATION))
+
+
+def part_of(routing: Routing, tokens: slice) -> Routing:
+    return Routing(*(t[tokens] for t in routing))
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_dropped_slots_have_no_row_and_save_nothing(world):
+    case = CASES[1]
+    batch, experts = batch_for(case, world), case.ffn_experts
+    routing = with_dropped(batch, experts)
+    rows_RD, counts_E, _ = LocalDispatcher().dispatch(batch.x_TD, routing, ExpertLayer(0, experts))
+    assert len(rows_RD) == int(counts_E.sum()) == int((routing.experts_TK < experts).sum())
+    assert 0 < routing.dropped_slots < routing.chosen_TK.numel()
+
+    y_TD = layer(LocalDispatcher(), batch.x_TD, routing, experts, batch.gate_up, batch.down)
+    zeroed = routing._replace(weights_TK=routing.weights_TK.masked_fill(routing.experts_TK >= experts, 0.0))
+    kept = zeroed._replace(experts_TK=routing.chosen_TK)  # all slots have a row, those dropped a weight of 0
+    assert_close(y_TD, layer(LocalDispatcher(), batch.x_TD, kept, experts, batch.gate_up, batch.down))
+
+    owners = [rank for rank in range(world) for _ in range(case.tokens[rank])]
+    # A dropped slot counts as none: neither sent nor saved.
+    slots = [[e for e in row if e < experts + ZERO_COMPUTATION] for row in routing.experts_TK.tolist()]
+
+    def rank_main(group: dist.ProcessGroup) -> None:
+        me = group.rank()
+        first = sum(case.tokens[:me])
+        mine, held = slice(first, first + case.tokens[me]), slice(experts * me // world, experts * (me + 1) // world)
+        traffic = Traffic()
+        dispatcher = AllToAllDispatcher(group, traffic)
+        with torch.no_grad():
+            x_TD, gate_up, down = batch.x_TD[mine], batch.gate_up[held], batch.down[held]
+            y_mine_TD = layer(dispatcher, x_TD, part_of(routing, mine), experts, gate_up, down)
+        assert_close(y_mine_TD, y_TD[mine])
+        one_way, saved_once = bytes_by_hand(slots, owners, world, me, experts)
+        assert traffic.take() == (one_way, round(2 * saved_once))
+
+    run_threads(rank_main, world)

@@ -2,39 +2,128 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+import torch.nn.functional as F
+from expert_twin import COUNTS, assert_equals_twin
 from numerics import assert_close
-from twin import expert, shared_weights
+from tiny import context_of, training_step
+from twin import Weights, expert, shared_weights
 
 from expertmesh.kernels.routing import Routing
 from expertmesh.parallel.placement import expert_shard, shard_sizes
 from expertmesh.system.model.build_experts import build_experts
-from expertmesh.system.model.experts import ZeroComputationExperts
+from expertmesh.system.model.experts import RoutedExperts, ZeroComputationExperts
 from expertmesh.system.model.moe_config import MoEConfig
 from expertmesh.system.model.weights import initialise
 
 CONFIG = MoEConfig(ffn_experts=5, expert={"hidden_size": 4}, zero_experts=2, copy_experts=2, constant_experts=2)
 WIDTH = 6
+NESTED = {"hidden_size": 8, "nested": [0.25, 0.5, 1]}
+STRUCTURED = {"kind": "structured", "hidden_size": 4, "form": "block_shuffle", "blocks": 2, "guided": True}
+KINDS: list[dict[str, Any]] = [
+    {"hidden_size": 4},
+    NESTED,
+    {"kind": "mlp", "hidden_size": 4},
+    STRUCTURED,
+    {"kind": "spark", "hidden_size": 8, "kept": 3, "predictor_width": 2},
+    {"kind": "modulated", "adaptor_size": 3},
+]
 
 
-def test_shards_together_answer_as_the_whole():
+def made(kind: dict[str, Any], experts: int = 4, spread: float = 0.5) -> RoutedExperts:
+    module = build_experts(MoEConfig(ffn_experts=experts, expert=kind), WIDTH, range(experts))
+    initialise(module, 1, spread)
+    return module
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_shards_together_answer_as_the_whole(kind):
     counts_E = torch.tensor([2, 0, 3, 1, 4])
     rows_RD = torch.randn(10, WIDTH, generator=torch.Generator().manual_seed(0))
-    whole = build_experts(CONFIG, WIDTH, range(5))
-    initialise(whole, 1, 0.5)
-    expected_RD = whole(rows_RD, counts_E)
+    whole, context = made(kind, 5), context_of(10, training=training_step(10, step=2))
+    expected_RD = whole(rows_RD, counts_E, context)
     for size in (2, 3, 7):  # 7: two ranks hold nothing and answer no rows
         answers = []
         sizes = shard_sizes(5, size)
         rows = rows_RD.split([int(c.sum()) for c in counts_E.split(sizes)])
         for rank, (mine, counts) in enumerate(zip(rows, counts_E.split(sizes), strict=True)):
-            shard = build_experts(CONFIG, WIDTH, expert_shard(5, rank, size))
-            # In a model the shard's names make its weights; here the whole's are copied.
-            shard.gate_up.data = whole.gate_up.data[shard.shard.start : shard.shard.stop]
-            shard.down.data = whole.down.data[shard.shard.start : shard.shard.stop]
-            answers.append(shard(mine, counts))
+            held = expert_shard(5, rank, size)
+            shard = build_experts(MoEConfig(ffn_experts=5, expert=kind), WIDTH, held)
+            initialise(shard, 1, 0.5)
+            for name, parameter in shard.named_parameters():
+                assert torch.equal(parameter, whole.get_parameter(name)[held.start : held.stop]), name
+            answers.append(shard(mine, counts, context))
         assert_close(torch.cat(answers), expected_RD, what=f"{size} shards")
+
+
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "relu"])
+@pytest.mark.parametrize("counts, reason", COUNTS, ids=[reason for _, reason in COUNTS])
+def test_mlp_equals_the_equation(activation, counts, reason):
+    def twin(w: Weights, x_D: torch.Tensor) -> torch.Tensor:
+        act = F.relu if activation == "relu" else F.gelu
+        more = {"approximate": "tanh"} if activation == "gelu_tanh" else {}
+        return w["down_proj.weight"] @ act(w["up_proj.weight"] @ x_D, **more)
+
+    kind = {"kind": "mlp", "hidden_size": 7, "activation": activation}
+    assert_equals_twin(made(kind), WIDTH, twin, counts)
+
+
+def nested_twin(units: int):
+    def twin(w: Weights, x_D: torch.Tensor) -> torch.Tensor:
+        gate_m, up_m = (w[f"{part}_proj.weight"][:units] @ x_D for part in ("gate", "up"))
+        return w["down_proj.weight"][:, :units] @ (F.silu(gate_m) * up_m)
+
+    return twin
+
+
+@pytest.mark.parametrize("share, units", [(0.25, 2), (0.5, 4), (1, 8)])
+@pytest.mark.parametrize("counts, reason", COUNTS, ids=[reason for _, reason in COUNTS])
+def test_nested_equals_the_equation(share, units, counts, reason):
+    assert_equals_twin(made(NESTED), WIDTH, nested_twin(units), counts, context_of(1, width=share))
+
+
+def test_nested_at_full_width_is_plain_bit_for_bit():
+    nested, plain = made(NESTED), made({"hidden_size": 8})
+    rows_RD, counts_E = torch.randn(9, WIDTH), torch.tensor([4, 0, 3, 2])
+    expected_RD = plain(rows_RD, counts_E, context_of(9))
+    assert torch.equal(nested(rows_RD, counts_E, context_of(9)), expected_RD)
+    assert torch.equal(nested(rows_RD, counts_E), expected_RD), "a worker of the FFN pool uses all of it"
+
+
+def test_nested_is_the_smaller_network_of_its_first_units():
+    nested, small = made(NESTED), made({"hidden_size": 2})
+    gate_EFD, up_EFD = nested.gate_up.detach().chunk(2, dim=1)
+    small.gate_up.data.copy_(torch.cat([gate_EFD[:, :2], up_EFD[:, :2]], dim=1))
+    small.down.data.copy_(nested.down.detach()[:, :, :2])
+    rows_RD, counts_E = torch.randn(9, WIDTH), torch.tensor([4, 0, 3, 2])
+    found_RD = nested(rows_RD, counts_E, context_of(9, width=0.25))
+    assert torch.equal(found_RD, small(rows_RD, counts_E, context_of(9)))
+
+
+def test_units_beyond_the_width_get_a_gradient_of_exactly_zero():
+    nested = made(NESTED)
+    nested(torch.randn(9, WIDTH), torch.tensor([4, 1, 2, 2]), context_of(9, width=0.5)).sum().backward()
+    gate_EFD, up_EFD = nested.gate_up.grad.chunk(2, dim=1)
+    for unit_first in (gate_EFD, up_EFD, nested.down.grad.transpose(1, 2)):
+        assert not unit_first[:, 4:].any()
+        assert (unit_first[:, :4].abs().sum(dim=(0, 2)) > 0).all()
+
+
+def test_gradient_of_summed_losses_is_the_sum_of_gradients():
+    rows_RD, counts_E = torch.randn(9, WIDTH), torch.tensor([4, 0, 3, 2])
+
+    def losses(nested: RoutedExperts) -> list[torch.Tensor]:
+        return [nested(rows_RD, counts_E, context_of(9, width=share)).square().sum() for share in (0.25, 0.5, 1)]
+
+    together, apart = made(NESTED), made(NESTED)
+    sum(losses(together)).backward()
+    for loss in losses(apart):
+        loss.backward()
+    for name, parameter in together.named_parameters():
+        assert_close(parameter.grad, apart.get_parameter(name).grad, what=name)
 
 
 @pytest.mark.parametrize("id_and_name", list(enumerate(CONFIG.expert_names)), ids=lambda pair: pair[1])

@@ -28,7 +28,8 @@ def config_of(name: str) -> ModelConfig:
 
 
 def test_every_family_has_a_model_here():
-    assert set(EACH_FAMILY) == set(FAMILIES)
+    """Or a twin in foreign_twins.py, where transformers has no class."""
+    assert {*EACH_FAMILY, "step3_text", "step3_vl", "MoE++"} == set(FAMILIES)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -49,9 +50,9 @@ def test_names_are_one_to_one(name):
     assert len(set(names)) == len(names)
 
 
-@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
-def test_keys_left_out_mean_what_transformers_takes_for_them(family):
-    content = content_of(EACH_FAMILY[family.model_type])
+@pytest.mark.parametrize("model_type", EACH_FAMILY)
+def test_keys_left_out_mean_what_transformers_takes_for_them(model_type):
+    family, content = FAMILIES[model_type], content_of(EACH_FAMILY[model_type])
     may_be_left_out = {*family.defaults, *family.only, "hidden_act", "initializer_range", "rms_norm_eps", "head_dim"}
     may_be_left_out |= {"attention_bias", "norm_topk_prob", "decoder_sparse_step", "mlp_only_layers"}
     may_be_left_out |= {"use_sliding_window", "sliding_window", "layer_types", "tie_word_embeddings"}
@@ -145,10 +146,10 @@ def without_zero_computation(**moe: Any) -> dict[str, Any]:
 
 
 NOWHERE: list[tuple[str, dict[str, Any], str]] = [
-    ("MoE++", {}, "zero-computation experts: no Hugging Face class holds such a model"),
-    ("one copy expert", {"moe": without_zero_computation(copy_experts=1)}, "zero-computation experts: no"),
-    ("gating residuals", {"moe": without_zero_computation(gating_residual=True)}, "gating residuals: no"),
-    ("the released gate", {"moe": without_zero_computation(gate_mode="released")}, "gate_mode=released: no"),
+    ("MoE++ of the paper", {}, "MoE++ comes closest, but cannot hold gate_mode=paper"),
+    ("one copy expert", {"moe": without_zero_computation(copy_experts=1)}, "of which top_k=2: no model type of"),
+    ("gating residuals", {"moe": without_zero_computation(gating_residual=True)}, "closest, but"),
+    ("the released gate", {"moe": without_zero_computation(gate_mode="released")}, "closest, but"),
     (
         "Mixtral with other weights",
         {"moe": without_zero_computation(gate_mode="paper")},
@@ -165,7 +166,7 @@ NOWHERE: list[tuple[str, dict[str, Any], str]] = [
     (
         "a shared expert of its own width",
         {"moe": without_zero_computation(gate_mode="sigmoid", shared=SharedExpertConfig(hidden_size=33))},
-        "not as wide as whole routed ones: no",
+        "closest, but",
     ),
     (
         "latent attention with a softmax gate",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from datetime import timedelta
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +11,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from tiny import prepare_tiny_data, tiny_model, write_random_checkpoint
 
+from expertmesh.system.model.checkpoint import Checkpoint, open_checkpoint
 from expertmesh.system.serve.config import ServeConfig
 from expertmesh.system.serve.request import Request, Sampling
 from expertmesh.system.serve.workers import attention_engine, joined_engine, run_ffn_worker
@@ -41,28 +41,28 @@ def answers(loop, wanted: list[Request]) -> dict[str, list[int]]:
     raise AssertionError("the engine stopped early")
 
 
-def _attention(rank: int, port: int, ffn: int, checkpoint: Path, config: ServeConfig, results) -> None:
+def _attention(rank: int, port: int, ffn: int, checkpoint: Checkpoint, config: ServeConfig, results) -> None:
     torch.set_num_threads(1)
     store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=60))
     loop = attention_engine(checkpoint, config, rank, ffn, store)
     results.put(answers(loop, requests()))
 
 
-def _ffn(rank: int, port: int, ffn: int, attention: int, checkpoint: Path, config: ServeConfig) -> None:
+def _ffn(rank: int, port: int, ffn: int, attention: int, checkpoint: Checkpoint, config: ServeConfig) -> None:
     torch.set_num_threads(1)
     store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=60))
     run_ffn_worker(checkpoint, config, rank, ffn, attention, store)
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     run_dir = tmp_path_factory.mktemp("served")
     prepare_tiny_data(run_dir)
-    return write_random_checkpoint(run_dir, tiny_model())
+    return open_checkpoint(write_random_checkpoint(run_dir, tiny_model()))
 
 
 @pytest.fixture(scope="module")
-def joined(checkpoint: Path) -> dict[str, list[int]]:
+def joined(checkpoint: Checkpoint) -> dict[str, list[int]]:
     return answers(joined_engine(checkpoint, ServeConfig()), requests())
 
 

@@ -15,7 +15,7 @@ WRONG = [
         ["model.moe.ffn_expert=4"],
         "unknown key model.moe.ffn_expert; did you mean ffn_experts",
     ),
-    ("an unknown section", ["banana.x=1"], "unknown key banana; known keys: name, run_dir, model"),
+    ("an unknown section", ["banana.x=1"], "unknown key banana; known keys: name, about, run_dir, start_from"),
     ("experts that ep does not divide", ["model.moe.ffn_experts=7"], "model.moe.ffn_experts=7: parallel.ep=2 does not"),
     ("ep that does not divide dp", ["parallel.ep=3"], "ep=3 does not divide dp=2; with dp=2, ep may be one of [1, 2]"),
     ("a batch that dp does not divide", ["train.batch_size=7"], "train.batch_size=7: parallel.dp=2 does not divide it"),
@@ -29,6 +29,7 @@ WRONG = [
     ("no equals sign", ["train.steps"], "an override reads section.key=value"),
     ("a name that is a path", ["name=../x"], "name=../x"),
     ("an unknown gate mode", ["model.moe.gate_mode=soft"], "model.moe.gate_mode=soft: Input should be 'paper'"),
+    ("a model beside a checkpoint", ["start_from=x"], "start_from=x: leave out model, it comes with that checkpoint"),
     ("a minimum above the peak", ["train.min_learning_rate=1"], "min_learning_rate=1.0 is above learning_rate"),
 ]
 

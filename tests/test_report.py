@@ -8,6 +8,7 @@ from html.parser import HTMLParser
 
 import pytest
 
+from expertmesh.system.train.layer_summary import LayerSummary
 from expertmesh.system.train.report import (
     MOST_POINTS,
     expert_groups,
@@ -35,6 +36,10 @@ START = {
 }
 
 
+def routers(*layers):
+    return [dict.fromkeys(LayerSummary._fields, 0.125) | {"layer": layer, "copy_share": 0.456} for layer in layers]
+
+
 def step(number, loss=5.0, **changed):
     return {
         "kind": "step",
@@ -45,6 +50,7 @@ def step(number, loss=5.0, **changed):
         "grad_norm": 1.2,
         "tokens_per_second": 5000.0 + number,
         "load_LN": [[30, 20, 10, 20, 15, 5], [10, 10, 10, 20, 25, 25]],
+        "layers": routers(0, 1),
         "ffn_experts_per_token": 1.3,
         "zero_computation_share": 0.35,
         "dispatch_bytes": 3 * 1024,
@@ -195,7 +201,7 @@ def test_a_torn_line_is_skipped(tmp_path, torn):
 
 def test_a_resumed_run_counts_each_step_once(tmp_path):
     first = [step(n, 9.0) for n in range(1, 9)]
-    again = [step(n, 3.0, load_LN=[[1, 0, 0, 0, 0, 1]]) for n in range(5, 7)]
+    again = [step(n, 3.0, load_LN=[[1, 0, 0, 0, 0, 1]], layers=routers(7)) for n in range(5, 7)]
     resumed = {"kind": "event", "what": "resumed", "step": 4}
     write_log(tmp_path, START, *first[:4], validation(4, 5.5), *first[4:], validation(8, 6.6), START, resumed, *again)
     run = read_run(tmp_path)
@@ -236,23 +242,25 @@ def test_losses_that_are_no_number_are_left_out_and_counted(tmp_path):
 
 
 def test_heat_map_cells_hold_shares_in_percent(tmp_path):
-    rows, largest = heat_map([[30, 20, 10, 20, 15, 5], [0, 0, 0, 0, 0, 0]], NAMES)
+    rows, largest = heat_map([[30, 20, 10, 20, 15, 5], [0, 0, 0, 0, 0, 0]], NAMES, [0, 2])
     assert [cell.text for cell in rows[0]] == ["30", "20", "10", "20", "15", "5.0"]
     assert [cell.text for cell in rows[1]] == ["0"] * 6
     assert largest == pytest.approx(2 / 6) and rows[0][0].strength == pytest.approx(0.9, abs=1e-4)
     assert [cell.kind for cell in rows[0]] == ["ffn"] * 3 + ["free"] * 3
     assert [cell.opens_group for cell in rows[0]] == [False, False, False, True, True, True]
     assert rows[0][0].title == "layer 0, FFN 0: 30 slots, 30.00%"
-    rows, largest = heat_map([[98, 1, 1, 0, 0, 0]], NAMES)
+    assert rows[1][0].title == "layer 2, FFN 0: 0 slots, 0.00%"
+    rows, largest = heat_map([[98, 1, 1, 0, 0, 0]], NAMES, [0])
     assert largest == 0.98 and rows[0][0].strength == 1.0
     page = page_of(write_log(tmp_path, START, step(1)))
     assert len(page.having("td", "cell")) == 12 and len(page.having("td", "free")) == 6
     assert "FFN constant copy zero layer 0 1 2 0 0 0 0 30 20 10" in page.words
+    assert "0 0.12 0.12 12.5 % 45.6 % 12.5 % 12.5 % 0.12 0.125 0.12 1 0.12" in page.words, "what each router did"
 
 
 def test_many_experts_are_drawn_without_lettering(tmp_path):
     names = [f"ffn {n}" for n in range(64)] + ["zero 0"]
-    write_log(tmp_path, START | {"expert_names": names}, step(1, load_LN=[[2] * 65] * 3))
+    write_log(tmp_path, START | {"expert_names": names}, step(1, load_LN=[[2] * 65] * 3, layers=routers(0, 1, 2)))
     page = page_of(tmp_path)
     assert len(page.having("td", "cell")) == 3 * 65
     assert "FFN zero 0 1 2 FFN: 0 %" in page.words, "only layers are numbered"

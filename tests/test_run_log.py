@@ -9,7 +9,12 @@ from typing import Any
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from expertmesh.system.train.run_log import SCALARS, RunLog
+from expertmesh.system.train.run_log import LAYER_SCALARS, SCALARS, RunLog
+
+LAYERS = [
+    dict.fromkeys(LAYER_SCALARS, 0.25) | {"layer": 1, "load_max_over_mean": 1.5},
+    dict.fromkeys(LAYER_SCALARS, 0.5) | {"layer": 3, "router_entropy": 0.125},
+]
 
 
 def step(number: int, loss: float) -> dict[str, Any]:
@@ -19,7 +24,7 @@ def step(number: int, loss: float) -> dict[str, Any]:
         "step": number,
         "loss": loss,
         "load_LN": [[1, 3], [2, 2]],
-        "router_entropy_L": [0.5, 0.125],
+        "layers": LAYERS,
     }
 
 
@@ -55,9 +60,10 @@ def test_records_and_scalars(tmp_path):
     assert [json.loads(line) for line in lines(tmp_path)] == records
     assert scalars(tmp_path, "train/loss") == [(1, 3.5), (2, 3.0)]
     assert scalars(tmp_path, "validation/loss") == [(2, 3.25)]
-    assert scalars(tmp_path, "load_max_over_mean/layer_0") == [(1, 1.5), (2, 1.5)]
-    assert scalars(tmp_path, "load_max_over_mean/layer_1") == [(1, 1.0), (2, 1.0)]
-    assert scalars(tmp_path, "router_entropy/layer_1") == [(1, 0.125), (2, 0.125)]
+    assert scalars(tmp_path, "load_max_over_mean/layer_1") == [(1, 1.5), (2, 1.5)]
+    assert scalars(tmp_path, "router_entropy/layer_3") == [(1, 0.125), (2, 0.125)]
+    for summary in LAYERS:
+        assert all(len(scalars(tmp_path, f"{name}/layer_{summary['layer']}")) == 2 for name in LAYER_SCALARS)
     assert all(len(scalars(tmp_path, f"train/{name}")) == 2 for name in SCALARS)
 
 

@@ -17,7 +17,7 @@ from commands import environment
 from safetensors.torch import load_file, save_file
 
 from expertmesh.system.convert import stream
-from expertmesh.system.convert.stream import Copy, read_headers, same_bytes, write_shards, written_aside
+from expertmesh.system.convert.stream import copy_of, read_headers, read_tensor, same_bytes, write_shards, written_aside
 from expertmesh.system.model.checkpoint import INDEX, CheckpointError
 
 FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
@@ -72,7 +72,7 @@ def test_bytes_stay_under_other_names(source, out, monkeypatch, chunk_bytes, sha
     expected = {f"new.{name}": tensor for name, tensor in read_all(source).items()}
     stored = read_headers(source)
     assert {f"new.{name}": tensor.shape for name, tensor in stored.items()} == {k: v.shape for k, v in expected.items()}
-    peak = write_shards([Copy(f"new.{name}", tensor) for name, tensor in stored.items()], out, shard_bytes)
+    peak = write_shards([copy_of(f"new.{name}", tensor) for name, tensor in stored.items()], out, shard_bytes)
     written = read_all(out)
     assert written.keys() == expected.keys()
     for name, tensor in expected.items():
@@ -86,7 +86,7 @@ def test_bytes_stay_under_other_names(source, out, monkeypatch, chunk_bytes, sha
 
 def test_every_tensor_starts_at_a_multiple_of_its_element(source, out):
     """Readers that map the file need it."""
-    write_shards([Copy(name, tensor) for name, tensor in read_headers(source).items()], out)
+    write_shards([copy_of(name, tensor) for name, tensor in read_headers(source).items()], out)
     for name, tensor in read_headers(out).items():
         assert tensor.start % stream.DTYPE_BYTES[tensor.dtype] == 0, name
 
@@ -107,7 +107,7 @@ def test_fp8_blocks_are_multiplied_by_their_factors(tmp_path, out, rows, columns
     factors = torch.rand(-(-rows // 128), -(-columns // 128)) + 0.01
     save_file({"weight": weight, "weight_scale_inv": factors}, tmp_path / "model.safetensors")
     stored = read_headers(tmp_path)
-    peak = write_shards([Copy("weight", stored["weight"], stored["weight_scale_inv"])], out)
+    peak = write_shards([copy_of("weight", stored["weight"], stored["weight_scale_inv"])], out)
     expected = torch.empty(rows, columns, dtype=torch.bfloat16)
     for row in range(rows):
         for block in range(factors.shape[1]):
@@ -211,7 +211,21 @@ def test_a_file_cut_short_while_it_is_read(source, out):
     stored = read_headers(source)
     cut(SECOND, lambda header, size: size - 1)(source)
     with pytest.raises(CheckpointError, match="truncated while it was read"):
-        write_shards([Copy(name, tensor) for name, tensor in stored.items()], out)
+        write_shards([copy_of(name, tensor) for name, tensor in stored.items()], out)
+
+
+@pytest.mark.parametrize("chunk", [stream.CHUNK_BYTES, 100, 8], ids=["all rows", "some rows", "less than a row"])
+def test_columns_of_some_rows(source, out, monkeypatch, chunk):
+    monkeypatch.setattr(stream, "CHUNK_BYTES", chunk)
+    stored = read_headers(source)["whole"]
+    cuts = {"first": stored.columns(4), "later": stored.cut(9 * 5, (20, 9)).columns(1), "all": stored.columns(9)}
+    write_shards([copy_of(name, part) for name, part in cuts.items()], out)
+    whole, found = load_file(source / SECOND)["whole"], read_all(out)
+    assert torch.equal(found["first"], whole[:, :4])
+    assert torch.equal(found["later"], whole[5:25, :1])
+    assert torch.equal(found["all"], whole)
+    for name, part in cuts.items():
+        assert torch.equal(read_tensor(copy_of(name, part)), found[name])
 
 
 def test_a_folder_appears_whole_or_not_at_all(tmp_path):
@@ -235,11 +249,11 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path):
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from expertmesh.system.convert.stream import Copy, read_headers, write_shards, written_aside
+from expertmesh.system.convert.stream import copy_of, read_headers, write_shards, written_aside
 source, out, kill = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
 signal.signal(signal.SIGTERM, signal.default_int_handler)
 with written_aside(out) as folder:
-    write_shards([Copy(name, tensor) for name, tensor in read_headers(source).items()], folder, 200)
+    write_shards([copy_of(name, tensor) for name, tensor in read_headers(source).items()], folder, 200)
     if kill:
         os.kill(os.getpid(), kill)
 """

@@ -16,7 +16,11 @@ from urllib.error import URLError
 from urllib.request import urlopen
 
 import pytest
+import yaml
 from commands import TINY_RECIPE, environment, expertmesh
+
+from expertmesh.launch.recipe import load_recipe
+from expertmesh.launch.submit import as_sent
 
 
 def free_ports(count: int) -> list[int]:
@@ -28,6 +32,21 @@ def free_ports(count: int) -> list[int]:
     for taken in sockets:
         taken.close()
     return ports
+
+
+@pytest.mark.parametrize("start_from", [[], ["start_from=theirs"]], ids=["a model of its own", "from a checkpoint"])
+def test_what_is_sent_says_the_same_elsewhere(tmp_path, monkeypatch, start_from):
+    plain = {key: value for key, value in yaml.safe_load(TINY_RECIPE).items() if not (start_from and key == "model")}
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(plain))
+    monkeypatch.chdir(tmp_path)
+    recipe = load_recipe("tiny.yaml", [*start_from, "data.source=texts"])
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "recipe.yaml").write_text(yaml.safe_dump(as_sent(recipe)))
+    settings = recipe.settings()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    sent = load_recipe("recipe.yaml", [])
+    assert sent.run_folder == tmp_path / "runs" / "tiny" and sent.cluster.address == "auto"
+    assert sent.settings() == {**settings, "data": {**settings["data"], "source": str(tmp_path / "texts")}}
 
 
 @pytest.fixture(scope="module")

@@ -92,6 +92,7 @@ LAYOUTS = {  # the files beside tokenizer.json -> eos_id, eos_ids, what a chat o
         "d",
     ),
     "more stops": ({"tokenizer_config.json": EOS, "generation_config.json": {"eos_token_id": [4, 2]}}, 4, {4, 2}, None),
+    "more stops, elsewhere": ({"tokenizer_config.json": EOS, "config.json": {"eos_token_id": [4, 2]}}, 4, {4, 2}, None),
     "only ids": ({"generation_config.json": {"eos_token_id": [3, 2]}}, 3, {3, 2}, None),
     "only config": ({"tokenizer_config.json": {"eos_token": None}, "config.json": {"eos_token_id": 3}}, 3, {3}, None),
 }

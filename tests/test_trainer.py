@@ -6,11 +6,18 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from ranks import run_ranks
-from tiny import losses, prepare_tiny_data, tiny_model, tiny_training, train
+from tiny import losses, prepare_tiny_data, tiny_model, tiny_training, train, write_random_checkpoint
 
+from expertmesh.parallel.dispatchers import LocalDispatcher
+from expertmesh.parallel.groups import Groups
 from expertmesh.parallel.sizes import ParallelSizes
+from expertmesh.system.model.checkpoint import open_checkpoint
+from expertmesh.system.model.transformer import Transformer
 from expertmesh.system.train.config import TrainConfig
+from expertmesh.system.train.dataset import TokenDataset
+from expertmesh.system.train.loss import LanguageModelLoss
 from expertmesh.system.train.snapshot import checkpoints_of
 from expertmesh.system.train.trainer import learning_rate
 
@@ -68,6 +75,23 @@ def test_resuming_on_fewer_ranks_goes_on_with_the_same_losses(data, tmp_path):
     resumed_dir = new_run(data, tmp_path / "resumed")
     (resumed,) = run_ranks(train, 1, resumed_dir, ParallelSizes(), tiny_model(), config, halfway)
     assert losses(resumed) == pytest.approx(losses(whole)[2:], rel=SAME_LOSS)
+
+
+def test_a_run_that_begins_with_a_checkpoint(data, tmp_path):
+    """Its weights, a fresh optimizer, steps counted from 1; each rank reads its own experts."""
+    start = open_checkpoint(write_random_checkpoint(new_run(data, tmp_path / "start"), tiny_model()))
+    model = Transformer(tiny_model())
+    start.load(model)
+    tokens_BS1 = TokenDataset(tmp_path / "start" / "data").batch(0, 8, 32, 0)
+    with torch.inference_mode():
+        expected = LanguageModelLoss(model, LocalDispatcher(), Groups())(tokens_BS1).cross_entropy.item()
+    begun = []
+    for ranks, sizes in ((1, ParallelSizes()), (2, ParallelSizes(dp=2, ep=2))):
+        run_dir = new_run(data, tmp_path / f"{ranks}")
+        begun.append(run_ranks(train, ranks, run_dir, sizes, tiny_model(), tiny_training(steps=2), None, start)[0])
+    assert [record["step"] for record in begun[0] if record["kind"] == "step"] == [1, 2]
+    assert losses(begun[0])[0] == pytest.approx(expected, rel=SAME_LOSS)
+    assert losses(begun[1]) == pytest.approx(losses(begun[0]), rel=SAME_LOSS)
 
 
 def test_learning_rate_rises_to_its_peak_and_falls_to_its_minimum():

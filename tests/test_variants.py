@@ -1,7 +1,7 @@
 """Every architecture through the same three checks: one rank, expert parallel, served split.
 
-A row is a config of the same parts. Expert parallel must give the losses, the load and every gradient of one rank;
-serving in two pools must give the tokens of serving joined.
+Each shipped recipe is one; the rows below add what the recipes leave out. Expert parallel must give the losses, the
+load and every gradient of one rank; serving in two pools must give the tokens of serving joined.
 """
 
 from __future__ import annotations
@@ -21,20 +21,36 @@ from ranks import run_threads
 from test_link import answers
 from tiny import VOCAB_SIZE, prepare_tiny_data, write_random_checkpoint
 
+from expertmesh.launch.recipe import load_recipe, shipped_recipes
 from expertmesh.parallel.all_to_all import Traffic
 from expertmesh.parallel.dispatchers import AllToAllDispatcher, LocalDispatcher
 from expertmesh.parallel.groups import Groups
+from expertmesh.system.model.checkpoint import open_checkpoint
 from expertmesh.system.model.config import ModelConfig
+from expertmesh.system.model.context import TrainingStep
 from expertmesh.system.model.transformer import Transformer
 from expertmesh.system.model.weights import initialise, weights
 from expertmesh.system.serve.config import ServeConfig
 from expertmesh.system.serve.request import Request, Sampling
 from expertmesh.system.serve.workers import attention_engine, joined_engine, run_ffn_worker
-from expertmesh.system.train.loss import LanguageModelLoss
+from expertmesh.system.train.loss import BatchLoss, LanguageModelLoss
 
 PLAIN = {"zero_experts": 0, "copy_experts": 0, "constant_experts": 0, "gating_residual": False}
+MLPS = {
+    "moe": {**PLAIN, "expert": {"kind": "mlp", "hidden_size": 24}},
+    "model": {"dense_layers": [0], "dense": {"kind": "mlp", "hidden_size": 40, "activation": "relu"}},
+}
 GQA = {"heads": 4, "kv_heads": 2, "head_dim": 8}
 MLA = {"kind": "mla", "heads": 4, "kv_rank": 12, "nope_head_dim": 8, "rope_head_dim": 4, "value_head_dim": 6}
+MIXTURE = {"kind": "mixture", "experts": 4, "top_k": 4, "heads": 4, "kv_heads": 2, "head_dim": 8}
+GELU_GATE = {"hidden_size": 16, "activation": "gelu", "bias": True}
+BAM = {
+    "moe": {**PLAIN, "top_k": 1, "balance_loss": "switch", "z_loss_weight": 0.01},
+    "model": {"block": "parallel"},
+}
+STRUCTURED = {"kind": "structured", "hidden_size": 24}
+GSHARD = {**PLAIN, "balance_loss": "gshard"}
+TIGHT = {"factor": 0.75, "order": "random"}  # so small that every layer drops some slots
 SIGMOID = {**PLAIN, "gate_mode": "sigmoid", "selection_bias": True, "gate_scale": 2.5, "ffn_experts": 8}
 
 
@@ -52,35 +68,81 @@ class Variant:
 
 
 VARIANTS = [
-    Variant("MoE++, gates as in the paper"),
     Variant("MoE++, gates as released", moe={"gate_mode": "released"}),
     Variant("MoE++, many of each kind", moe={"zero_experts": 2, "copy_experts": 3, "constant_experts": 4, "top_k": 4}),
     Variant("MoE++, a dense layer between", model={"dense_layers": [1], "dense": {"hidden_size": 40}}),
-    Variant("Mixtral", moe={**PLAIN, "gate_mode": "mixtral"}, attention={**GQA, "sliding_window": 8}),
-    Variant("Qwen3-MoE", moe={**PLAIN, "gate_mode": "mixtral"}, attention={**GQA, "qk_norm": "head"}),
-    Variant("OLMoE", moe=PLAIN, attention={**GQA, "kv_heads": 4, "qk_norm": "width"}),
-    Variant(
-        "Qwen2-MoE",
-        moe={**PLAIN, "shared": {"hidden_size": 20, "mixing": "sigmoid"}},
-        attention={**GQA, "qkv_bias": True},
-    ),
-    Variant(
-        "DeepSeek-V3",
-        moe={**SIGMOID, "groups": {"count": 4, "chosen": 2}, "top_k": 3, "shared": {"hidden_size": 24}},
-        attention={**MLA, "query_rank": 16},
-        model={"dense_layers": [0], "dense": {"hidden_size": 40}},
-    ),
     Variant("sigmoid gate without groups, latent attention without query rank", moe=SIGMOID, attention=MLA),
+    Variant("GPT, dense and routed MLPs", **MLPS),
     Variant(
-        "Step-3",
-        moe={**PLAIN, "shared": {"hidden_size": 24}, "top_k": 3},
-        attention={"heads": 4, "kv_heads": 1, "head_dim": 8, "query_rank": 12},
-        model={"dense_layers": [0, 2], "dense": {"hidden_size": 40}},
+        "StructuredFFN, block-dense",
+        moe={"expert": {**STRUCTURED, "form": "block_dense", "rank": 8, "blocks": 2}},
     ),
-    Variant("Llama, dense", moe=PLAIN, model={"dense_layers": [0, 1, 2], "dense": {"hidden_size": 40}}),
+    Variant(
+        "StructuredFFN, guided",
+        moe={"expert": {**STRUCTURED, "form": "block_shuffle", "blocks": 2, "guided": True}},
+    ),
+    Variant("Spark, gate and up of the whole token", moe={"expert": {"kind": "spark", "hidden_size": 24, "kept": 4}}),
+    Variant("MoFME among zero-computation experts", moe={"expert": {"kind": "modulated", "adaptor_size": 20}}),
+    Variant(
+        "VersatileFFN in dense layers among the others",
+        model={"dense_layers": [0, 2], "dense": {"kind": "versatile", "hidden_size": 24, "slices": 6, "loops": 3}},
+    ),
+    Variant("gated attention, a gate for each number", attention={**GQA, "output_gate": "element"}),
+    Variant("stick-breaking attention", attention={**GQA, "rope_theta": None, "weighting": "stick_breaking"}),
+    Variant("BAM, shared keys and values", attention=MIXTURE, **BAM),
+    Variant(
+        "DeepSpeed-MoE, top-1 with random token selection",
+        moe={**GSHARD, "top_k": 1, "noise": "jitter", "capacity": TIGHT},
+        model={"dense_layers": [0], "dense": {"kind": "mlp", "hidden_size": 40}},
+    ),
+    Variant("DeepSpeed-MoE, top-1 by lot", moe={**GSHARD, "top_k": 1, "noise": "gumbel", "capacity": TIGHT}),
+    Variant(
+        "DeepSpeed-MoE, top-2",
+        moe={**GSHARD, "gate_mode": "mixtral", "noise": "gumbel_second", "capacity": {"factor": 0.75}},
+    ),
+    Variant("pyramid with zero-computation experts", moe={"ffn_experts": [2, 8, 4], "gating_residual": False}),
+    Variant(
+        "WideNet",
+        moe={
+            **PLAIN,
+            "expert": {"kind": "mlp", "hidden_size": 24},
+            "noise": "normal",
+            "balance_loss": "switch",
+            "capacity": {"factor": 0.75},
+        },
+        model={"share_layers": True, "norm": "layer"},
+    ),
+    Variant("MoE++, the released router", moe={"gate_mode": "released", "gate": {"hidden_size": 9}, "logits_norm": 1}),
+    Variant("MoE++, heterogeneous capacity", moe={"capacity": {"factor": 0.75}}),
+    Variant(
+        "mixture of depths, one router",
+        moe={"gating_residual": False, "capacity": TIGHT},
+        attention={**GQA, "sliding_window": 8},
+        model={"depth": {"layers": [0, 2], "kept": 0.4}},
+    ),
+    Variant(
+        "mixture of depths, a router for each layer",
+        moe={**PLAIN, "noise": "jitter"},
+        attention=MLA,
+        model={"depth": {"layers": [1, 2], "shared_router": False}, "dense_layers": [2], "dense": {"hidden_size": 40}},
+    ),
     Variant("tied embeddings, output bias", attention={**GQA, "output_bias": True}, model={"tie_embeddings": True}),
 ]
-EACH = pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: variant.name)
+
+
+class Shipped:
+    """A recipe's architecture, with the vocabulary of these tests."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def config(self) -> ModelConfig:
+        return load_recipe(self.name, []).model.model_copy(update={"vocab_size": VOCAB_SIZE})
+
+
+EACH = pytest.mark.parametrize(
+    "variant", [*map(Shipped, shipped_recipes()), *VARIANTS], ids=lambda variant: variant.name
+)
 
 
 def made(config: ModelConfig, rank: int = 0, size: int = 1) -> Transformer:
@@ -110,29 +172,43 @@ def test_parameters_are_counted(variant):
 
 @EACH
 def test_expert_parallel_equals_one_rank(variant):
+    """A step of training, with its noise, lots and dropped slots; then validation, which has none."""
     config = variant.config()
     tokens_BS1 = torch.randint(0, VOCAB_SIZE, (4, 17), generator=torch.Generator().manual_seed(2))
-    single = made(config)
-    loss = LanguageModelLoss(single, LocalDispatcher(), Groups())(tokens_BS1)
-    loss.total.backward()
-    expected = gradients(single)
 
-    def rank_main(group: dist.ProcessGroup) -> tuple[float, list[torch.Tensor], dict[str, torch.Tensor]]:
+    def both(loss: LanguageModelLoss, sequences: range) -> tuple[BatchLoss, BatchLoss]:
+        mine_BS1 = tokens_BS1[sequences.start : sequences.stop]
+        trained = loss(mine_BS1, TrainingStep(3, 10, 7, sequences, 16))
+        trained.total.backward()
+        with torch.no_grad():
+            return trained, loss(mine_BS1)
+
+    single = made(config)
+    whole = both(LanguageModelLoss(single, LocalDispatcher(), Groups()), range(4))
+    expected = gradients(single)
+    if config.moe.capacity and config.moe.capacity.factor < 1:
+        assert whole[0].dropped_L.all() and not whole[1].dropped_L.any()
+
+    def rank_main(group: dist.ProcessGroup) -> tuple[tuple[BatchLoss, BatchLoss], dict[str, torch.Tensor]]:
         model = made(config, group.rank(), group.size())
         groups = Groups(rank=group.rank(), data=group, expert=group)
-        mine_BS1 = tokens_BS1.chunk(group.size())[group.rank()]
-        part = LanguageModelLoss(model, AllToAllDispatcher(group, Traffic()), groups)(mine_BS1)
-        part.total.backward()
-        return part.total.item(), part.loads_N, gradients(model)
+        loss = LanguageModelLoss(model, AllToAllDispatcher(group, Traffic()), groups)
+        return both(loss, range(2 * group.rank(), 2 * group.rank() + 2)), gradients(model)
 
     ranks = run_threads(rank_main, 2)
-    assert sum(total for total, _, _ in ranks) / 2 == pytest.approx(loss.total.item(), rel=2e-6)
-    for _, loads_N, _ in ranks:
-        assert all(torch.equal(found, wanted) for found, wanted in zip(loads_N, loss.loads_N, strict=True))
+    for pass_, wanted in enumerate(whole):
+        parts = [losses[pass_] for losses, _ in ranks]
+        # Where validation sends unequal numbers of tokens through a layer, only cross entropy is a mean over ranks.
+        for name in ("cross_entropy",) if pass_ else ("total", "cross_entropy", "balance_L", "z_L", "entropy_L"):
+            mean = torch.stack([getattr(part, name) for part in parts]).mean(0)
+            assert_close(mean, getattr(wanted, name), what=name)
+        for part in parts:
+            assert torch.equal(part.dropped_L, wanted.dropped_L)
+            assert all(torch.equal(mine, all_) for mine, all_ in zip(part.loads_N, wanted.loads_N, strict=True))
     for name, gradient in expected.items():
         # A rank's loss is the mean of its half of the tokens; whoever holds a weight has part of its gradient.
-        parts = [found[name] for _, _, found in ranks if name in found]
-        assert_close(torch.stack(parts).sum(0) / 2, gradient, max_error=2e-4, rms_error=2e-5, what=name)
+        of_ranks = [found[name] for _, found in ranks if name in found]
+        assert_close(torch.stack(of_ranks).sum(0) / 2, gradient, max_error=2e-4, rms_error=2e-5, what=name)
 
 
 @pytest.fixture(scope="module")
@@ -145,7 +221,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @EACH
 def test_serving_split_says_what_joined_says(variant, tokenizer, tmp_path):
     shutil.copytree(tokenizer / "data" / "tokenizer", tmp_path / "data" / "tokenizer")
-    checkpoint = write_random_checkpoint(tmp_path, variant.config())
+    checkpoint = open_checkpoint(write_random_checkpoint(tmp_path, variant.config()))
     generator = torch.Generator().manual_seed(3)
     sampling = Sampling(max_tokens=16, temperature=0, ignore_eos=True)
     requests = [
@@ -165,7 +241,7 @@ def test_serving_split_says_what_joined_says(variant, tokenizer, tmp_path):
 
 
 def test_selection_bias_moves_towards_an_even_load():
-    config = VARIANTS[8].config()
+    config = Variant("sigmoid", moe=SIGMOID, model={"dense_layers": [0], "dense": {"hidden_size": 40}}).config()
     model = Transformer(config)
     initialise(model, seed=0, standard_deviation=0.02)
     model.balance([torch.tensor([9, 1, 4, 4, 4, 4, 4, 2]), torch.tensor([4] * 8)])

@@ -22,7 +22,7 @@ from expertmesh.system.train.loss import LanguageModelLoss
 
 CONFIG = tiny_model(vocab_size=16, hidden_size=16, layers=2)
 RATES = [3e-3, 1e-3, 5e-3, 2e-3]
-CLIPPING, DECAY, BETAS, BALANCE = 0.25, 0.1, (0.9, 0.95), 0.01
+CLIPPING, DECAY, BETAS = 0.25, 0.1, (0.9, 0.95)
 
 
 def batch(step: int) -> torch.Tensor:
@@ -56,7 +56,7 @@ class Reference:
         for group in self.adam.param_groups:
             group["lr"] = RATES[step]
         self.adam.zero_grad()
-        self.loss(batch(step)).total(BALANCE).backward()
+        self.loss(batch(step)).total.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.loss.parameters(), CLIPPING)
         self.adam.step()
         return norm.item()
@@ -67,12 +67,14 @@ class Reference:
 
 def zero_of(loss: LanguageModelLoss, stage: int) -> Zero:
     expert_parameters = [w.parameter for w in weights(loss.model) if w.is_expert and loss.groups.expert]
-    return Zero(loss, expert_parameters, stage=stage, gradient_clipping=CLIPPING, weight_decay=DECAY, betas=BETAS)
+    decayed = [w.parameter for w in weights(loss.model) if w.is_matrix]
+    settings = {"gradient_clipping": CLIPPING, "weight_decay": DECAY, "betas": BETAS}
+    return Zero(loss, expert_parameters, decayed, stage=stage, **settings)
 
 
 def make_step(zero: Zero, groups: Groups, step: int) -> float:
     mine = batch(step).tensor_split(groups.data_size)[groups.data_rank]
-    return zero.step(lambda module: module(mine).total(BALANCE), RATES[step])
+    return zero.step(lambda module: module(mine).total, RATES[step])
 
 
 def compare(loss: LanguageModelLoss, zero: Zero, reference: Reference, when: str) -> None:

@@ -15,7 +15,14 @@ from expertmesh.parallel.groups import build_groups
 from expertmesh.parallel.sizes import ParallelSizes
 from expertmesh.system.model.attend import CausalAttend
 from expertmesh.system.model.attention_config import AttentionConfig
-from expertmesh.system.model.checkpoint import INDEX, shard_name, write_config, write_index, write_tensors
+from expertmesh.system.model.checkpoint import (
+    INDEX,
+    Checkpoint,
+    shard_name,
+    write_config,
+    write_index,
+    write_tensors,
+)
 from expertmesh.system.model.config import ModelConfig
 from expertmesh.system.model.context import Context, TrainingStep
 from expertmesh.system.model.moe_config import MoEConfig
@@ -64,13 +71,19 @@ def prepare_tiny_data(run_dir: Path) -> None:
 
 
 def train(
-    run_dir: Path, sizes: ParallelSizes, model: ModelConfig, config: TrainConfig, resume_from: Path | None = None
+    run_dir: Path,
+    sizes: ParallelSizes,
+    model: ModelConfig,
+    config: TrainConfig,
+    resume_from: Path | None = None,
+    begin_with: Checkpoint | None = None,
 ) -> list[Record]:
     """One rank of a training run over the default process group; returns its records."""
     groups = build_groups(sizes)
     records: list[Record] = []
     settings = {"model": model.model_dump(mode="json")}
-    Trainer(model, config, run_dir, groups, Device("cpu", "gloo"), settings, resume_from).run(records.append)
+    trainer = Trainer(model, config, run_dir, groups, Device("cpu", "gloo"), settings, resume_from, begin_with)
+    trainer.run(records.append)
     return records
 
 

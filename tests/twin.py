@@ -77,9 +77,12 @@ def rms_norm(x_TD: torch.Tensor, scale_D: torch.Tensor, eps: float) -> torch.Ten
     return x_TD * (x_TD.pow(2).mean(-1, keepdim=True) + eps).rsqrt() * scale_D
 
 
-def attention(config: ModelConfig, w: Weights, prefix: str, x_SD: torch.Tensor) -> torch.Tensor:
-    """Causal attention of one sequence from position 0, one head and one position at a time."""
+def attention(
+    config: ModelConfig, w: Weights, prefix: str, x_SD: torch.Tensor, positions: list[int] | None = None
+) -> torch.Tensor:
+    """Causal attention of one sequence, one head and one token at a time. Positions run from 0 unless given."""
     att, d = config.attention, config.attention.head_dim
+    at = positions or list(range(len(x_SD)))
 
     def turned(vector_d: torch.Tensor, position: int) -> torch.Tensor:
         pairs = torch.complex(vector_d[: d // 2], vector_d[d // 2 :])
@@ -93,7 +96,8 @@ def attention(config: ModelConfig, w: Weights, prefix: str, x_SD: torch.Tensor) 
         heads = []
         for head in range(att.heads):
             shared = head // (att.heads // att.kv_heads)
-            scores = torch.stack([turned(q[s, head], s) @ turned(k[p, shared], p) for p in range(s + 1)]) / d**0.5
+            query = turned(q[s, head], at[s])
+            scores = torch.stack([query @ turned(k[p, shared], at[p]) for p in range(s + 1)]) / d**0.5
             heads.append(scores.softmax(-1) @ v[: s + 1, shared])
         rows.append(torch.cat(heads))
     return torch.stack(rows) @ w[f"{prefix}o_proj.weight"].T

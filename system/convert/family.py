@@ -14,6 +14,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from expertmesh.system.convert.feature import Feature, features
+from expertmesh.system.convert.layout import Piece, Shape, Shapes, Theirs
 from expertmesh.system.model.config import ModelConfig
 
 _ONLY = {"hidden_act": "silu"}
@@ -70,10 +71,25 @@ class Family:
     defaults: Mapping[str, Any] = field(default_factory=dict)  # of keys that older files leave out
     only: Mapping[str, Any] = field(default_factory=dict)  # keys with the one value that is computed here
     renames: tuple[tuple[str, str], ...] = ()  # patterns in our names and what the family has for them
+    stacked: str | None = None  # their tensors that hold one matrix of each expert, in a dimension of its own
+    entries: Callable[[str, ModelConfig], list[str]] | None = None  # names for our tensor's entries; []: it is whole
+    unused: Callable[[ModelConfig], Shapes] | None = None  # tensors that their code makes and never reads
     prediction_layers: bool = False  # may carry layers past the last, for predicting further tokens
+    text_key: str | None = None  # where the config of the language model lies, if it is a part of a larger model
+    other_parts: str | None = None  # the tensors of that larger model
+
+    def text_config(self, content: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The part of a `config.json` that is about the language model."""
+        if self.text_key is None:
+            return content
+        text = content.get(self.text_key)
+        if not isinstance(text, Mapping):
+            raise ValueError(f"no section {self.text_key!r}")
+        return {**content, **text}  # quantisation and token ids lie outside
 
     def to_model_config(self, content: Mapping[str, Any]) -> ModelConfig:
         """Raises ValueError with one line that names key, value and what is supported."""
+        content = self.text_config(content)
         hf = HFConfig(content, _DEFAULTS | dict(self.only) | dict(self.defaults))
         for key, supported in (_ONLY | dict(self.only)).items():
             if hf[key] != supported:
@@ -84,7 +100,7 @@ class Family:
                 vocab_size=hf["vocab_size"],
                 layers=hf.size("num_hidden_layers"),
                 hidden_size=hf.size("hidden_size"),
-                context_length=hf["max_position_embeddings"],
+                context_length=hf.first("max_position_embeddings", "max_position_embedding"),
                 norm_eps=hf["rms_norm_eps"],
                 initializer_range=hf["initializer_range"],
                 tie_embeddings=hf["tie_word_embeddings"],
@@ -127,6 +143,25 @@ class Family:
         for pattern, replacement in self.renames:
             name = re.sub(pattern, replacement, name)
         return name if name.startswith("lm_head.") else f"model.{name}"
+
+    def layout(self, config: ModelConfig, shapes: Shapes) -> list[Theirs]:
+        """The family's tensors for a model of `config`, whose own are `shapes`."""
+        pieces: dict[str, list[Piece]] = {}
+        for name, shape in shapes.items():
+            entries = self.entries(name, config) if self.entries else []
+            for entry, entry_name in enumerate(entries):
+                pieces.setdefault(self.hf_name(entry_name), []).append(Piece(name, shape[1:], entry))
+            if not entries:
+                pieces.setdefault(self.hf_name(name), []).append(Piece(name, shape))
+        made = [Theirs(name, self._together(name, parts), tuple(parts)) for name, parts in pieces.items()]
+        unused = self.unused(config) if self.unused else {}
+        return made + [Theirs(name, shape, ()) for name, shape in unused.items()]
+
+    def _together(self, name: str, pieces: list[Piece]) -> Shape:
+        shape = pieces[0].shape
+        if self.stacked and re.search(self.stacked, name):
+            return (len(pieces), *shape)
+        return shape if len(pieces) == 1 else (sum(piece.shape[0] for piece in pieces), *shape[1:])
 
 
 def _check_quantization(content: Mapping[str, Any]) -> None:

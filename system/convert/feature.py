@@ -7,7 +7,9 @@ from enum import StrEnum
 from expertmesh.system.model.attention_config import AttentionConfig, MLAConfig
 from expertmesh.system.model.config import ModelConfig
 from expertmesh.system.model.experts_config import SwiGLUConfig
+from expertmesh.system.model.moe_config import GateConfig
 
+RELEASED_GATE_WIDTH = 8  # of the released MoE++: numbers between a router's two layers, for each expert
 LATENT_NORM_EPS = 1e-6  # transformers gives the norms inside DeepSeek-V3's attention this one, whatever rms_norm_eps is
 
 
@@ -15,6 +17,7 @@ class Feature(StrEnum):
     """What sets an architecture apart, as an error names it."""
 
     ZERO_COMPUTATION = "zero-computation experts"
+    OTHER_ZERO_COMPUTATION = "zero-computation experts other than 2 constant, 1 copy and 1 zero one, of which top_k=2"
     GATING_RESIDUAL = "gating residuals"
     RELEASED_GATE = "gate_mode=released"
     PAPER_GATE = "gate_mode=paper"
@@ -22,9 +25,9 @@ class Feature(StrEnum):
     GATE_SCALE = "a gate_scale other than 1"
     SELECTION_BIAS = "a selection bias"
     GROUPS = "expert groups"
-    SHARED = "a shared expert without gate, as wide as whole routed ones"
+    SHARED = "a shared expert without gate"
     GATED_SHARED = "a shared expert with gate"
-    ODD_SHARED = "a shared expert without gate, not as wide as whole routed ones"
+    ODD_SHARED = "a shared expert that is not as wide as whole routed ones"
     EXPERTS = "routed experts"
     NO_EXPERTS = "dense layers only"
     FIRST_DENSE = "dense first layers"
@@ -38,6 +41,7 @@ class Feature(StrEnum):
     OUTPUT_BIAS = "a bias of the attention output alone"
     WINDOW = "a sliding window"
     QUERY_RANK = "queries made from a narrower vector"
+    QUERY_RANK_KEYS = "queries made from a narrower vector for several key heads"
     OUTPUT_GATE = "a gate on attention's answers"
     STICK_BREAKING = "stick-breaking attention"
     NO_POSITIONS = "attention without rotary positions"
@@ -45,6 +49,7 @@ class Feature(StrEnum):
     EXPERT_KIND = "feed-forward networks other than SwiGLU"
     PYRAMID = "layers with different numbers of experts"
     GATE_LAYERS = "a router of two layers"
+    OTHER_GATE_LAYERS = "a router of two layers that is not 8 times as wide as the experts, with tanh and no bias"
     LOGITS_NORM = "normalised router logits"
     SCALE_ADAPTER = "a scale adapter"
     MIXED_SHARED = "a shared expert that is averaged with the routed ones"
@@ -74,10 +79,14 @@ def _present(candidates: dict[Feature, bool]) -> set[Feature]:
 
 
 def _block_features(config: ModelConfig) -> set[Feature]:
-    networks = [config.moe.expert] * bool(config.moe_layers) + [config.dense] * bool(config.dense_layers)
+    kinds: set[str] = set()
+    if config.moe_layers:
+        kinds |= {network.kind for network in (config.moe.expert, config.moe.shared) if network}
+    if config.dense_layers and config.dense:
+        kinds.add(config.dense.kind)
     return _present(
         {
-            Feature.EXPERT_KIND: not all(isinstance(network, SwiGLUConfig) for network in networks),
+            Feature.EXPERT_KIND: not kinds <= {"swiglu"},
             Feature.PARALLEL: config.block == "parallel",
             Feature.SHARE_LAYERS: config.share_layers,
             Feature.DEPTH: config.depth is not None,
@@ -95,6 +104,7 @@ def _grouped_query_features(attention: AttentionConfig, hidden_size: int) -> set
             Feature.WINDOW: attention.sliding_window is not None,
             Feature.HEAD_DIM: attention.heads * attention.head_dim != hidden_size,
             Feature.QUERY_RANK: attention.query_rank is not None,
+            Feature.QUERY_RANK_KEYS: attention.query_rank is not None and attention.kv_heads > 1,
             Feature.OUTPUT_GATE: attention.output_gate != "none",
             Feature.STICK_BREAKING: attention.weighting == "stick_breaking",
             Feature.NO_POSITIONS: attention.rope_theta is None,
@@ -111,10 +121,13 @@ def _expert_features(config: ModelConfig) -> set[Feature]:
         and isinstance(moe.expert, SwiGLUConfig)
         and moe.shared.hidden_size % moe.expert.hidden_size == 0
     )
+    free = moe.constant_experts, moe.copy_experts, moe.zero_experts
+    released_gate = GateConfig(hidden_size=RELEASED_GATE_WIDTH * moe.num_experts)
     return _present(
         {
             Feature.EXPERTS: True,
-            Feature.ZERO_COMPUTATION: moe.zero_computation_experts > 0,
+            Feature.ZERO_COMPUTATION: any(free),
+            Feature.OTHER_ZERO_COMPUTATION: any(free) and (*free, moe.top_k) != (2, 1, 1, 2),
             Feature.GATING_RESIDUAL: moe.gating_residual and len(config.moe_layers) > 1,
             Feature.RELEASED_GATE: moe.gate_mode == "released",
             Feature.PAPER_GATE: moe.gate_mode == "paper",
@@ -124,12 +137,13 @@ def _expert_features(config: ModelConfig) -> set[Feature]:
             Feature.GROUPS: moe.groups is not None,
             Feature.GATED_SHARED: mixing == "sigmoid",
             Feature.MIXED_SHARED: mixing in ("softmax", "mean"),
-            Feature.SHARED: mixing == "sum" and whole_shared,
+            Feature.SHARED: mixing == "sum",
             Feature.ODD_SHARED: mixing == "sum" and not whole_shared,
             Feature.FIRST_DENSE: bool(dense) and first_dense,
             Feature.SOME_DENSE: bool(dense) and not first_dense,
             Feature.PYRAMID: bool(moe.pyramid),
             Feature.GATE_LAYERS: moe.gate is not None,
+            Feature.OTHER_GATE_LAYERS: moe.gate not in (None, released_gate),
             Feature.LOGITS_NORM: moe.logits_norm is not None,
             Feature.SCALE_ADAPTER: moe.scale_adapter,
         }

@@ -1,4 +1,4 @@
-"""Copies tensors from one safetensors checkpoint into another under other names, a piece at a time.
+"""Copies tensors, or runs of them, from one safetensors checkpoint into another, a piece at a time.
 
 A model that is converted rarely fits in memory, and its weights need not: the layout of a file follows from its shapes,
 so the header is written first and the bytes after it, as they are read.
@@ -29,6 +29,7 @@ from expertmesh.system.model.checkpoint import INDEX, CheckpointError, flush, re
 SHARD_BYTES = 2 * 10**9
 CHUNK_BYTES = 8 * 2**20
 FP8_BLOCK = 128  # rows and columns of a weight that share one factor
+TORCH_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # of weights
 DTYPE_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2, "F8_E4M3": 1, "U8": 1, "I8": 1}
 
 
@@ -39,26 +40,73 @@ class Stored(NamedTuple):
     start: int  # of its bytes in the file
     dtype: str  # as safetensors names it
     shape: tuple[int, ...]
+    pitch: int | None = None  # bytes from one row to the next in the file, where `columns` left out the rest of a row
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * DTYPE_BYTES[self.dtype]
+
+    def columns(self, count: int) -> Stored:
+        """The first `count` numbers of each row."""
+        *rows, width = self.shape
+        assert self.pitch is None and 0 < count <= width
+        return self._replace(shape=(*rows, count), pitch=width * DTYPE_BYTES[self.dtype])
+
+    def cut(self, first: int, shape: tuple[int, ...]) -> Stored:
+        """The elements from number `first` on, as a tensor of `shape`."""
+        assert self.pitch is None, "rows are cut before columns"
+        cut = self._replace(start=self.start + first * DTYPE_BYTES[self.dtype], shape=shape)
+        assert cut.start + cut.nbytes <= self.start + self.nbytes, "beyond the end"
+        return cut
+
+
+class Part(NamedTuple):
+    """Stored numbers that become a tensor, or a run of one."""
+
+    stored: Stored
+    scale: Stored | None = None  # the factors of an FP8 matrix's blocks; it is read as bfloat16
+
+    @property
+    def dtype(self) -> str:
+        return self.stored.dtype if self.scale is None else "BF16"
+
+    def cut(self, first: int, shape: tuple[int, ...]) -> Part:
+        """As `Stored.cut`. What is cut out of FP8 is whole rows of one matrix, from the first row of a block on."""
+        stored = self.stored.cut(first, shape)
+        if self.scale is None:
+            return Part(stored)
+        *_, rows, columns = self.stored.shape
+        matrix, row = divmod(first // columns, rows)
+        assert first % columns == 0 and shape[1:] == (columns,) and row + shape[0] <= rows, "no rows of one matrix"
+        if row % FP8_BLOCK:
+            raise CheckpointError(f"{stored.path}: blocks of {FP8_BLOCK} rows would be cut apart at row {row}")
+        *_, block_rows, block_columns = self.scale.shape
+        scale_first = (matrix * block_rows + row // FP8_BLOCK) * block_columns
+        return Part(stored, self.scale.cut(scale_first, block_grid(shape)))
+
+
+class Copy(NamedTuple):
+    """A tensor to be written: its parts one after the other, or zeros where there are none."""
+
+    name: str
+    dtype: str  # of all its parts
+    shape: tuple[int, ...]
+    parts: tuple[Part, ...]
 
     @property
     def nbytes(self) -> int:
         return math.prod(self.shape) * DTYPE_BYTES[self.dtype]
 
 
-class Copy(NamedTuple):
-    """A tensor to be written."""
+def copy_of(name: str, stored: Stored, scale: Stored | None = None) -> Copy:
+    """A copy of one whole tensor."""
+    part = Part(stored, scale)
+    return Copy(name, part.dtype, stored.shape, (part,))
 
-    name: str
-    source: Stored
-    scale: Stored | None = None  # the factors of an FP8 weight's blocks; it is written as bfloat16
 
-    @property
-    def dtype(self) -> str:
-        return self.source.dtype if self.scale is None else "BF16"
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.source.shape) * DTYPE_BYTES[self.dtype]
+def block_grid(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of the factors of FP8 matrices of `shape`: one for each block of rows and columns."""
+    return (*shape[:-2], *(math.ceil(size / FP8_BLOCK) for size in shape[-2:]))
 
 
 class Piece(NamedTuple):
@@ -156,7 +204,7 @@ def _write_shard(copies: list[Copy], path: Path) -> int:
     start = peak = 0
     for copy in copies:
         place = [start, start + copy.nbytes]
-        header[copy.name] = {"dtype": copy.dtype, "shape": list(copy.source.shape), "data_offsets": place}
+        header[copy.name] = {"dtype": copy.dtype, "shape": list(copy.shape), "data_offsets": place}
         start += copy.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
@@ -172,13 +220,29 @@ def _write_shard(copies: list[Copy], path: Path) -> int:
     return peak
 
 
+def read_tensor(copy: Copy) -> torch.Tensor:
+    """The tensor that `write_shards` would write."""
+    content = torch.empty(copy.nbytes, dtype=torch.uint8)
+    target, done = memoryview(content.numpy()), 0
+    for piece in _pieces(copy):
+        target[done : done + len(piece.content)] = piece.content
+        done += len(piece.content)
+    return content.view(TORCH_DTYPES[copy.dtype]).view(copy.shape)
+
+
 def _pieces(copy: Copy) -> Iterator[Piece]:
-    if copy.scale is None:
-        return _raw_pieces(copy.source, CHUNK_BYTES)
-    return _dequantised_pieces(copy.source, copy.scale)
+    if not copy.parts:
+        for done in range(0, copy.nbytes, CHUNK_BYTES):
+            zeros = bytes(min(CHUNK_BYTES, copy.nbytes - done))
+            yield Piece(memoryview(zeros), len(zeros))
+    for stored, scale in copy.parts:
+        yield from _raw_pieces(stored, CHUNK_BYTES) if scale is None else _dequantised_pieces(stored, scale)
 
 
 def _raw_pieces(stored: Stored, piece_bytes: int) -> Iterator[Piece]:
+    if stored.pitch is not None:
+        yield from _short_row_pieces(stored, stored.pitch, piece_bytes)
+        return
     buffer = bytearray(min(piece_bytes, stored.nbytes))
     with stored.path.open("rb", buffering=0) as file:
         file.seek(stored.start)
@@ -186,6 +250,20 @@ def _raw_pieces(stored: Stored, piece_bytes: int) -> Iterator[Piece]:
             part = memoryview(buffer)[: min(piece_bytes, stored.nbytes - done)]
             _fill(part, file, stored)
             yield Piece(part, len(buffer))
+
+
+def _short_row_pieces(stored: Stored, pitch: int, piece_bytes: int) -> Iterator[Piece]:
+    """Whole rows are read, some at a time, and their first numbers are handed on."""
+    rows, row_bytes = math.prod(stored.shape[:-1]), stored.shape[-1] * DTYPE_BYTES[stored.dtype]
+    at_once = max(1, piece_bytes // pitch)
+    buffer = bytearray(min(at_once, rows) * pitch)
+    with stored.path.open("rb", buffering=0) as file:
+        file.seek(stored.start)
+        for row in range(0, rows, at_once):
+            part = memoryview(buffer)[: min(at_once, rows - row) * pitch]
+            _fill(part, file, stored)
+            kept = torch.frombuffer(part, dtype=torch.uint8).view(-1, pitch)[:, :row_bytes].contiguous()
+            yield Piece(memoryview(kept.numpy()).cast("B"), len(buffer) + kept.nbytes)
 
 
 def _dequantised_pieces(stored: Stored, scale: Stored) -> Iterator[Piece]:

@@ -49,10 +49,9 @@ def attend_to(
     `seen_BC`: bool, which positions hold a key at all; None: all of them.
     """
     queries, keys = q_BHSd.shape[2], k_BGCd.shape[2]
-    sees_all = queries == 1 and (look.window is None or keys <= look.window) and seen_BC is None
-    plain = look.weighting == "softmax" and look.window is None and seen_BC is None and queries == keys
-    if plain or (sees_all and look.weighting == "softmax"):
-        return F.scaled_dot_product_attention(q_BHSd, k_BGCd, v_BGCe, is_causal=plain, enable_gqa=True)
+    nothing_hidden = seen_BC is None and (look.window is None or keys <= look.window)
+    if nothing_hidden and look.weighting == "softmax" and queries in (1, keys):  # the fused kernels, without a mask
+        return F.scaled_dot_product_attention(q_BHSd, k_BGCd, v_BGCe, is_causal=queries == keys, enable_gqa=True)
     visible = causal_mask(queries, keys, look.window, q_BHSd.device)
     if seen_BC is not None:
         visible = visible & seen_BC[:, None, None, :]

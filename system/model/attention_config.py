@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from expertmesh.parallel.recipe_section import RecipeSection, kind_or
+from expertmesh.system.model.moe_config import GateConfig
 
 Weighting = Literal["softmax", "stick_breaking"]
 Shape = tuple[int, int]
@@ -22,7 +23,18 @@ def _query_params(hidden_size: int, width: int, rank: int | None) -> int:
     return hidden_size * width if rank is None else rank * (hidden_size + 1 + width)
 
 
-class AttentionConfig(RecipeSection):
+class _Counted(RecipeSection):
+    """A kind of attention whose parameters can be counted."""
+
+    def num_params(self, hidden_size: int) -> int:
+        raise NotImplementedError
+
+    def num_active_params(self, hidden_size: int) -> int:
+        """Those that one token meets: all of them, but where attention has experts."""
+        return self.num_params(hidden_size)
+
+
+class AttentionConfig(_Counted):
     """Grouped-query attention.
 
     With `query_rank` and one key-value head it is multi-matrix factorization attention (Step-3, arXiv 2412.19255).
@@ -71,7 +83,7 @@ class AttentionConfig(RecipeSection):
         return self
 
 
-class MLAConfig(RecipeSection):
+class MLAConfig(_Counted):
     """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1): narrow vectors make keys and values."""
 
     kind: Literal["mla"]
@@ -100,7 +112,7 @@ class MLAConfig(RecipeSection):
         return queries + latent + expand + self.heads * self.value_head_dim * hidden_size
 
 
-class MixtureAttentionConfig(RecipeSection):
+class MixtureAttentionConfig(_Counted):
     """Experts that are attentions: each has its own queries and output; keys and values are shared, or its own.
 
     A token uses `top_k` of them, weighted by the router's probabilities, not renormalised: ModuleFormer's mixture of
@@ -117,7 +129,7 @@ class MixtureAttentionConfig(RecipeSection):
     kv_bias: bool = False
     rope_theta: float | None = Field(10_000.0, gt=0, description="base of the rotary positions; null: none")
     weighting: Weighting = Field("softmax", description="how a token weights what it sees")
-    gate_hidden_size: int | None = Field(None, ge=1, description="inner width of a router of two layers; null: one")
+    gate: GateConfig | None = Field(None, description="null: one matrix")
     balance_loss_weight: float = Field(0.0, ge=0, description="of the router's mutual-information loss")
 
     @property
@@ -134,10 +146,17 @@ class MixtureAttentionConfig(RecipeSection):
         return self.cached_heads, self.head_dim
 
     def num_params(self, hidden_size: int) -> int:
-        inner, kv = self.gate_hidden_size, self.cached_heads * self.head_dim
-        gate = self.experts * hidden_size if inner is None else inner * (hidden_size + 1 + self.experts)
-        own = 2 * self.experts * self.heads * self.head_dim * hidden_size
-        return gate + own + 2 * kv * (hidden_size + self.kv_bias)
+        kv = self.cached_heads * self.head_dim
+        gate = self.experts * hidden_size if self.gate is None else self.gate.num_params(hidden_size, self.experts)
+        return gate + self.experts * self._expert_params(hidden_size) + 2 * kv * (hidden_size + self.kv_bias)
+
+    def num_active_params(self, hidden_size: int) -> int:
+        unused = self.experts - self.top_k
+        return self.num_params(hidden_size) - unused * self._expert_params(hidden_size)
+
+    def _expert_params(self, hidden_size: int) -> int:
+        """Of the queries and outputs of one expert."""
+        return 2 * self.heads * self.head_dim * hidden_size
 
     @model_validator(mode="after")
     def _choices_are_possible(self) -> MixtureAttentionConfig:

@@ -7,13 +7,17 @@ from torch import nn
 
 from expertmesh.kernels.routing import Routing
 from expertmesh.system.model.attention import Attention
-from expertmesh.system.model.attention_config import AttentionConfig, MLAConfig
+from expertmesh.system.model.attention_config import AttentionConfig, MixtureAttentionConfig, MLAConfig
 from expertmesh.system.model.config import ModelConfig
 from expertmesh.system.model.context import Context, Decisions
 from expertmesh.system.model.dense import DenseMLP, DenseSwiGLU
-from expertmesh.system.model.experts_config import MLPConfig, SwiGLUConfig
+from expertmesh.system.model.depth import DepthRouted
+from expertmesh.system.model.experts_config import MLPConfig, SwiGLUConfig, VersatileConfig
+from expertmesh.system.model.gate import LinearGate
 from expertmesh.system.model.latent_attention import LatentAttention
+from expertmesh.system.model.mixture_attention import MixtureAttention
 from expertmesh.system.model.moe import MoE
+from expertmesh.system.model.versatile import VersatileFFN
 
 
 class Block(nn.Module):
@@ -33,8 +37,24 @@ class Block(nn.Module):
         """`previous`: what the MoE layer before decided."""
         y_TD, attentions = self.self_attn(self.input_layernorm(x_TD), context)
         x_TD = x_TD + y_TD
+        x_TD, experts = self.second_half(x_TD, previous, context)
+        return x_TD, Decisions(experts, attentions)
+
+    def second_half(
+        self, x_TD: torch.Tensor, previous: Routing | None, context: Context
+    ) -> tuple[torch.Tensor, Routing | None]:
+        """What becomes of the token after attention."""
         y_TD, experts = self.mlp(self.post_attention_layernorm(x_TD), previous, context)
-        return x_TD + y_TD, Decisions(experts, attentions)
+        return x_TD + y_TD, experts
+
+
+class VersatileBlock(Block):
+    """Its dense network norms and adds by itself, as often as it loops (versatile.py)."""
+
+    def second_half(
+        self, x_TD: torch.Tensor, previous: Routing | None, context: Context
+    ) -> tuple[torch.Tensor, Routing | None]:
+        return self.mlp(x_TD, self.post_attention_layernorm, context), None
 
 
 class ParallelBlock(nn.Module):
@@ -64,6 +84,8 @@ def build_attention(config: ModelConfig) -> nn.Module:
         return Attention(attention, width, eps)
     if isinstance(attention, MLAConfig):
         return LatentAttention(attention, width, eps)
+    if isinstance(attention, MixtureAttentionConfig):
+        return MixtureAttention(attention, width)
     raise AssertionError(f"no attention of kind {attention.kind}")
 
 
@@ -75,16 +97,31 @@ def build_feed_forward(config: ModelConfig, layer: int, shard: range) -> nn.Modu
         return DenseSwiGLU(dense, config.hidden_size)
     if isinstance(dense, MLPConfig):
         return DenseMLP(dense, config.hidden_size)
+    if isinstance(dense, VersatileConfig):
+        return VersatileFFN(dense, config.hidden_size)
     raise AssertionError(f"no dense network of {dense}")
+
+
+def block_shape(config: ModelConfig, layer: int) -> type[Block] | type[ParallelBlock]:
+    if config.block == "parallel":
+        return ParallelBlock
+    versatile = layer in config.dense_layers and isinstance(config.dense, VersatileConfig)
+    return VersatileBlock if versatile else Block
 
 
 def build_blocks(config: ModelConfig, shards: list[range]) -> nn.ModuleList:
     """The blocks of the model; `shards` are the FFN experts of each layer that are held here."""
     blocks: list[nn.Module] = []
-    shape = ParallelBlock if config.block == "parallel" else Block
+    depth, router = config.depth, None
     for layer, shard in enumerate(shards):
+        shape = block_shape(config, layer)
         if config.share_layers and blocks:  # WideNet (arXiv 2107.11817): all but the norms is that of the first
-            blocks.append(shape(config, blocks[0].self_attn, blocks[0].mlp))
+            block: nn.Module = shape(config, blocks[0].self_attn, blocks[0].mlp)
         else:
-            blocks.append(shape(config, build_attention(config), build_feed_forward(config, layer, shard)))
+            block = shape(config, build_attention(config), build_feed_forward(config, layer, shard))
+        if depth and layer in depth.layers:
+            if router is None or not depth.shared_router:
+                router = LinearGate(config.hidden_size, 2)
+            block = DepthRouted(depth, block, router)
+        blocks.append(block)
     return nn.ModuleList(blocks)

@@ -1,10 +1,19 @@
-"""From the config of an expert to the module that holds a shard of such experts."""
+"""From the config of an expert to the module that holds a shard of such experts, and to what frames them."""
 
 from __future__ import annotations
 
-from expertmesh.system.model.experts import MLPExperts, RoutedExperts, SwiGLUExperts
-from expertmesh.system.model.experts_config import MLPConfig, SwiGLUConfig
+from expertmesh.system.model.experts import ExpertFrame, MLPExperts, RoutedExperts, SwiGLUExperts
+from expertmesh.system.model.experts_config import (
+    MLPConfig,
+    ModulatedConfig,
+    SparkConfig,
+    StructuredConfig,
+    SwiGLUConfig,
+)
+from expertmesh.system.model.modulated_experts import ModulatedExperts, ModulatedFrame
 from expertmesh.system.model.moe_config import MoEConfig
+from expertmesh.system.model.spark_experts import SparkExperts
+from expertmesh.system.model.structured_experts import StructuredExperts
 
 
 def build_experts(config: MoEConfig, hidden_size: int, shard: range) -> RoutedExperts:
@@ -14,4 +23,17 @@ def build_experts(config: MoEConfig, hidden_size: int, shard: range) -> RoutedEx
         return SwiGLUExperts(expert, hidden_size, shard)
     if isinstance(expert, MLPConfig):
         return MLPExperts(expert, hidden_size, shard)
+    if isinstance(expert, StructuredConfig):
+        return StructuredExperts(expert, hidden_size, shard)
+    if isinstance(expert, SparkConfig):
+        return SparkExperts(expert, hidden_size, shard)
+    if isinstance(expert, ModulatedConfig):
+        return ModulatedExperts(hidden_size, shard)
     raise AssertionError(f"no experts of kind {expert.kind}")
+
+
+def build_frame(config: MoEConfig, hidden_size: int) -> ExpertFrame:
+    """What a layer of `config` has around dispatch and combine."""
+    if isinstance(config.expert, ModulatedConfig):
+        return ModulatedFrame(config.expert, hidden_size)
+    return ExpertFrame()

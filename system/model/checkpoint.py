@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import json
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -144,15 +146,47 @@ def fill(views: dict[str, torch.Tensor], index: Path, weight_map: dict[str, str]
         views[name].copy_(tensor)
 
 
-def check_checkpoint(folder: Path) -> ModelConfig:
-    """Look at everything that is needed to load `folder`, without loading it; return its architecture."""
+@dataclass(frozen=True)
+class Checkpoint(ABC):
+    """A checkpoint that was looked at: what is needed to load it is there. It may be sent to other processes.
+
+    Whose layout it has (ours here, Hugging Face's in system/convert/huggingface.py) its readers need not know.
+    """
+
+    folder: Path
+    config: ModelConfig
+    dtype: str  # as torch names it, of most of its bytes
+
+    @abstractmethod
+    def fill(self, views: dict[str, torch.Tensor]) -> None:
+        """Copy into each of `views` the tensor of its name. Raises CheckpointError."""
+
+    def load(self, module: nn.Module) -> None:
+        """Fill every parameter of `module`, a whole model or a part of one. Raises CheckpointError.
+
+        Numbers take the dtype of the parameter that they go to.
+        """
+        for weight in weights(module):
+            self.fill(weight.split(weight.parameter.detach()))
+
+
+@dataclass(frozen=True)
+class OwnCheckpoint(Checkpoint):
+    """One that was written here."""
+
+    weight_map: dict[str, str]  # which file holds which tensor
+
+    def fill(self, views: dict[str, torch.Tensor]) -> None:
+        fill(views, self.folder / INDEX, self.weight_map)
+
+
+def open_checkpoint(folder: Path) -> OwnCheckpoint:
+    """Look at everything that is needed to load `folder`, without loading it. Raises CheckpointError with one line."""
     config = read_config(folder)
-    read_index(folder / INDEX)
-    return config
+    dtype = read_json(folder / "config.json").get("torch_dtype", "float32")
+    return OwnCheckpoint(folder, config, dtype, read_index(folder / INDEX))
 
 
 def load_weights(module: nn.Module, folder: Path) -> None:
     """Fill every parameter of `module` (a whole model or a part of one) from the checkpoint in `folder`."""
-    weight_map = read_index(folder / INDEX)
-    for weight in weights(module):
-        fill(weight.split(weight.parameter.detach()), folder / INDEX, weight_map)
+    open_checkpoint(folder).load(module)

@@ -10,6 +10,7 @@ A model is one block repeated. What varies between architectures is which part s
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
@@ -24,11 +25,16 @@ from expertmesh.system.model.moe_config import MoEConfig
 class DepthConfig(RecipeSection):
     """Mixture of depths: in these layers a router sends some tokens through and the others past (gamma-MoD)."""
 
-    layers: tuple[int, ...]
+    layers: tuple[int, ...] = Field(min_length=1)
     kept: float = Field(0.5, gt=0, le=1, description="share of a training sequence's tokens that go through")
     threshold: float = Field(0.5, ge=0, le=1, description="while serving, a token goes through above this probability")
     shared_router: bool = Field(True, description="one router for all of these layers")
     loss_weight: float = Field(0.01, ge=0, description="of the loss that teaches the router whom it sent through")
+
+    def tokens(self, sequence_length: int) -> int:
+        """How many of a training sequence go through."""
+        # A hair less than the product, which floats may put above a whole number that it equals.
+        return math.ceil(self.kept * sequence_length - 1e-9)
 
 
 class ModelConfig(RecipeSection):
@@ -93,7 +99,9 @@ class ModelConfig(RecipeSection):
     def _params(self, all_experts: bool) -> int:
         assert self.vocab_size is not None, "the vocabulary is not known yet"
         width, sparse = self.hidden_size, self.moe_layers
-        attentions = [self.attention.num_params(width)] * self.layers
+        attention = self.attention
+        counted = attention.num_params(width) if all_experts else attention.num_active_params(width)
+        attentions = [counted] * self.layers
         experts = []
         for layer in sparse:
             moe = self.moe_of(layer)
@@ -119,6 +127,8 @@ class ModelConfig(RecipeSection):
             outside = [layer for layer in layers if not 0 <= layer < self.layers]
             if outside:
                 raise ValueError(f"{key}={list(layers)}: {outside[0]} is not one of {self.layers} layers")
+            if len(set(layers)) < len(layers):
+                raise ValueError(f"{key}={list(layers)} names a layer twice")
         if self.dense_layers and self.dense is None:
             raise ValueError(f"dense_layers={list(self.dense_layers)} need dense, such as dense.hidden_size=1024")
         if self.moe.pyramid and len(self.moe.pyramid) != len(self.moe_layers):
@@ -136,6 +146,10 @@ class ModelConfig(RecipeSection):
         if self.depth and residual:
             raise ValueError("depth goes with moe.gating_residual=false: a skipped token has no logits to pass on")
         experts, dense = self.moe.expert, self.dense
+        if self.moe_layers:
+            experts.check(self.hidden_size)
+        if dense is not None:
+            dense.check(self.hidden_size)
         if isinstance(experts, SwiGLUConfig) and isinstance(dense, SwiGLUConfig) and self.moe_layers:
             if experts.nested != dense.nested:
                 raise ValueError(

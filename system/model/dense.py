@@ -22,7 +22,11 @@ class SwiGLU(nn.Module):
         self.down_proj = nn.Linear(inner_size, hidden_size, bias=False)
 
     def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x_TD)) * self.up_proj(x_TD))
+        return self.down_proj(self.hidden(x_TD))
+
+    def hidden(self, x_TD: torch.Tensor) -> torch.Tensor:
+        """silu(gate(x)) * up(x), [T, F]."""
+        return F.silu(self.gate_proj(x_TD)) * self.up_proj(x_TD)
 
 
 class DenseSwiGLU(SwiGLU):
@@ -41,16 +45,26 @@ class DenseSwiGLU(SwiGLU):
         return F.linear(F.silu(gate_TF) * up_TF, self.down_proj.weight[:, :width]), None
 
 
-class DenseMLP(nn.Module):
-    """down(act(up(x))), in the same place."""
+class MLP(nn.Module):
+    """down(act(up(x))), no biases."""
+
+    def __init__(self, hidden_size: int, inner_size: int, activation: str) -> None:
+        super().__init__()
+        self.activation = activation
+        self.up_proj = nn.Linear(hidden_size, inner_size, bias=False)
+        self.down_proj = nn.Linear(inner_size, hidden_size, bias=False)
+
+    def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(activate(self.up_proj(x_TD), self.activation))
+
+
+class DenseMLP(MLP):
+    """Stands where a MoE layer could, like `DenseSwiGLU`."""
 
     def __init__(self, config: MLPConfig, hidden_size: int) -> None:
-        super().__init__()
-        self.activation = config.activation
-        self.up_proj = nn.Linear(hidden_size, config.hidden_size, bias=False)
-        self.down_proj = nn.Linear(config.hidden_size, hidden_size, bias=False)
+        super().__init__(hidden_size, config.hidden_size, config.activation)
 
-    def forward(
+    def forward(  # type: ignore[override]
         self, x_TD: torch.Tensor, previous: Routing | None, context: Context
     ) -> tuple[torch.Tensor, Routing | None]:
-        return self.down_proj(activate(self.up_proj(x_TD), self.activation)), None
+        return super().forward(x_TD), None

@@ -40,6 +40,22 @@ class RoutedExperts(nn.Module):
         """
         raise NotImplementedError
 
+    def settle(self, standard_deviation: float) -> None:
+        """After each weight was drawn by its name alone: make the weights of one expert fit each other."""
+
+
+class ExpertFrame(nn.Module):
+    """What a layer does to a token before its rows leave for the experts, and to the sum that comes back: nothing.
+
+    It stands where the token is: with the attention half, not with the experts.
+    """
+
+    def enter(self, x_TD: torch.Tensor) -> torch.Tensor:
+        return x_TD
+
+    def leave(self, y_TD: torch.Tensor) -> torch.Tensor:
+        return y_TD
+
 
 class SwiGLUExperts(RoutedExperts):
     """down(silu(gate x) * up x). A prefix of the hidden units is an expert too (MatFormer, arXiv 2310.07707)."""

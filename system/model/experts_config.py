@@ -17,7 +17,17 @@ from pydantic import Field, model_validator
 from expertmesh.parallel.recipe_section import RecipeSection, kind_or
 
 
-class SwiGLUConfig(RecipeSection):
+class NetworkConfig(RecipeSection):
+    """What every kind says about itself once the width of the model is known."""
+
+    def num_params(self, hidden_size: int) -> int:
+        raise NotImplementedError
+
+    def check(self, hidden_size: int) -> None:
+        """Raise ValueError where the network does not fit a model of that width."""
+
+
+class SwiGLUConfig(NetworkConfig):
     """down(silu(gate x) * up x) without biases (arXiv 2002.05202)."""
 
     kind: Literal["swiglu"] = "swiglu"
@@ -46,7 +56,7 @@ class SwiGLUConfig(RecipeSection):
         return self
 
 
-class MLPConfig(RecipeSection):
+class MLPConfig(NetworkConfig):
     """down(act(up x)) without biases."""
 
     kind: Literal["mlp"]
@@ -57,7 +67,7 @@ class MLPConfig(RecipeSection):
         return 2 * hidden_size * self.hidden_size
 
 
-class StructuredConfig(RecipeSection):
+class StructuredConfig(NetworkConfig):
     """A SwiGLU whose three matrices are products of two narrow or blocky ones (arXiv 2406.16450)."""
 
     kind: Literal["structured"]
@@ -67,19 +77,30 @@ class StructuredConfig(RecipeSection):
     blocks: int = Field(1, ge=1, description="blocks of a block-diagonal factor")
     guided: bool = Field(False, description="a dense twin helps through the first half of training, then is dropped")
 
+    @property
+    def inner_blocks(self) -> int:
+        """Blocks of the factor that is applied first."""
+        return self.blocks
+
+    @property
+    def outer_blocks(self) -> int:
+        return self.blocks if self.form == "block_shuffle" else 1
+
+    def between(self, inputs: int, outputs: int) -> int:
+        """Numbers between the two factors that stand for one [outputs, inputs] matrix."""
+        return min(inputs, outputs) if self.rank is None else self.rank
+
     def factor_params(self, inputs: int, outputs: int) -> int:
-        """Of the two factors that stand for one [outputs, inputs] matrix."""
-        if self.form == "block_shuffle":
-            inner = min(inputs, outputs)
-            return inputs * inner // self.blocks + inner * outputs // self.blocks
-        assert self.rank is not None
-        blocks = self.blocks if self.form == "block_dense" else 1
-        return inputs * self.rank // blocks + self.rank * outputs
+        return self.between(inputs, outputs) * (inputs // self.inner_blocks + outputs // self.outer_blocks)
 
     def num_params(self, hidden_size: int) -> int:
         factors = 2 * self.factor_params(hidden_size, self.hidden_size)
         factors += self.factor_params(self.hidden_size, hidden_size)
         return factors + self.guided * 3 * hidden_size * self.hidden_size
+
+    def check(self, hidden_size: int) -> None:
+        if hidden_size % self.blocks:
+            raise ValueError(f"blocks={self.blocks} does not divide model.hidden_size={hidden_size}")
 
     @model_validator(mode="after")
     def _form_has_its_sizes(self) -> StructuredConfig:
@@ -87,10 +108,13 @@ class StructuredConfig(RecipeSection):
             raise ValueError(f"rank={self.rank}: low_rank and block_dense need a rank, block_shuffle has none")
         if self.form == "low_rank" and self.blocks != 1:
             raise ValueError(f"blocks={self.blocks}: low_rank has no blocks")
+        for key, width in (("hidden_size", self.hidden_size), ("rank", self.rank)):
+            if width is not None and width % self.blocks:
+                raise ValueError(f"blocks={self.blocks} does not divide {key}={width}")
         return self
 
 
-class SparkConfig(RecipeSection):
+class SparkConfig(NetworkConfig):
     """gelu(top(gate a)) * up b, of which about `kept` units are not 0 (Spark Transformer, arXiv 2506.06644).
 
     The token's first `predictor_width` numbers are a, the rest b; without it both are the whole token (Gemma 3n).
@@ -106,6 +130,13 @@ class SparkConfig(RecipeSection):
         read = 2 * hidden_size if self.predictor_width is None else hidden_size
         return self.hidden_size * (read + hidden_size)
 
+    def check(self, hidden_size: int) -> None:
+        if self.predictor_width is not None and self.predictor_width >= hidden_size:
+            raise ValueError(
+                f"predictor_width={self.predictor_width} must be below model.hidden_size={hidden_size}: "
+                "the other numbers of the token are read by up"
+            )
+
     @model_validator(mode="after")
     def _some_are_kept(self) -> SparkConfig:
         if not self.kept < self.hidden_size:
@@ -113,7 +144,7 @@ class SparkConfig(RecipeSection):
         return self
 
 
-class ModulatedConfig(RecipeSection):
+class ModulatedConfig(NetworkConfig):
     """scale(h) * h + shift(h) of features h that all experts of a layer share, and an adaptor after (MoFME)."""
 
     kind: Literal["modulated"]
@@ -123,7 +154,7 @@ class ModulatedConfig(RecipeSection):
         return 2 * (hidden_size + 1) * hidden_size
 
 
-class VersatileConfig(RecipeSection):
+class VersatileConfig(NetworkConfig):
     """One SwiGLU used two ways: in slices of which a token picks some, and whole up to `loops` times (VersatileFFN)."""
 
     kind: Literal["versatile"]
@@ -132,10 +163,15 @@ class VersatileConfig(RecipeSection):
     top_k: int = Field(2, ge=1)
     loops: int = Field(4, ge=1)
     first_temperature: float = Field(5.0, gt=0, description="of the draw of a number of loops while training")
-    temperature_decay: float = Field(0.99984, gt=0, le=1, description="factor on it each step, down to 0.1")
+    temperature_decay: float = Field(0.99984, gt=0, le=1, description="factor on it each step")
+    last_temperature: float = Field(0.1, gt=0, description="it falls no lower")
 
     def num_params(self, hidden_size: int) -> int:
         return 3 * hidden_size * self.hidden_size + (self.slices + self.loops) * hidden_size
+
+    def temperature(self, step: int) -> float:
+        """While training step `step`, counted from 1."""
+        return max(self.first_temperature * self.temperature_decay ** (step - 1), self.last_temperature)
 
     @model_validator(mode="after")
     def _slices_are_equal(self) -> VersatileConfig:

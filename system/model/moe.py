@@ -7,22 +7,22 @@ from torch import nn
 
 from expertmesh.kernels.routing import Routing
 from expertmesh.parallel.dispatchers import ExpertLayer
-from expertmesh.system.model.build_experts import build_experts
+from expertmesh.system.model.build_experts import build_experts, build_frame
 from expertmesh.system.model.context import Context
 from expertmesh.system.model.experts import ZeroComputationExperts
 from expertmesh.system.model.moe_config import MoEConfig
 from expertmesh.system.model.router import Router
-from expertmesh.system.model.shared_expert import SharedExpert
+from expertmesh.system.model.shared_expert import build_mixing, build_shared_expert
 
 
 class MoE(nn.Module):
     """What a token goes through:
 
     1. route: the router picks top-k experts and their weights; later steps are functions of that decision
-    2. dispatch: a row for every choice of an FFN expert leaves for the rank that holds it
+    2. dispatch: a row for every choice of an FFN expert leaves for the rank that holds it (`frame` may change it first)
     3. zero-computation experts and the shared expert answer here, while the rows are on their way
     4. experts: this rank computes the rows it was sent, one grouped GEMM
-    5. combine: rows come back and are summed by weight
+    5. combine: rows come back and are summed by weight (`frame` may change the sum)
 
     `shard` is the range of FFN experts held here: all of them, a part (expert parallel), or none (an attention worker,
     whose dispatcher sends every row to the FFN pool).
@@ -35,15 +35,19 @@ class MoE(nn.Module):
         self.input_scale = config.top_k if config.gate_mode == "released" else 1
         self.gate = Router(config, hidden_size, follows_moe)
         self.zero_computation = ZeroComputationExperts(config, hidden_size)
+        self.frame = build_frame(config, hidden_size)
         self.experts = build_experts(config, hidden_size, shard)
-        self.shared_expert = SharedExpert(config.shared, hidden_size) if config.shared else None
+        self.shared_expert: nn.Module | None = None
+        if config.shared:
+            self.shared_expert = build_shared_expert(config.shared, hidden_size)
+            self.shared_expert_gate = build_mixing(config.shared.mixing, hidden_size)
 
     def forward(self, x_TD: torch.Tensor, previous: Routing | None, context: Context) -> tuple[torch.Tensor, Routing]:
         routing = self.gate(x_TD, previous, context)
         x_TD = x_TD * self.input_scale
-        rows_RD, counts_E, handle = context.dispatcher.dispatch(x_TD, routing, self.experts_of_layer)
+        rows_RD, counts_E, handle = context.dispatcher.dispatch(self.frame.enter(x_TD), routing, self.experts_of_layer)
         y_TD = self.zero_computation(x_TD, routing)
         shared_TD = self.shared_expert(x_TD) if self.shared_expert else None
         rows_RD = self.experts(rows_RD, counts_E, context)
-        y_TD = y_TD + context.dispatcher.combine(rows_RD, handle)
-        return self.shared_expert.mix(x_TD, shared_TD, y_TD) if self.shared_expert else y_TD, routing
+        y_TD = y_TD + self.frame.leave(context.dispatcher.combine(rows_RD, handle))
+        return self.shared_expert_gate(x_TD, y_TD, shared_TD) if self.shared_expert else y_TD, routing

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, NonNegativeInt, model_validator
 
-from expertmesh.parallel.recipe_section import RecipeSection
-from expertmesh.system.model.experts_config import AnyExpert, ModulatedConfig, SwiGLUConfig
+from expertmesh.parallel.recipe_section import RecipeSection, kind_or
+from expertmesh.system.model.experts_config import AnyExpert, MLPConfig, ModulatedConfig, SwiGLUConfig
 
 
 class GateConfig(RecipeSection):
@@ -42,19 +42,40 @@ class CapacityConfig(RecipeSection):
     )
 
 
-class SharedExpertConfig(RecipeSection):
-    """A SwiGLU expert that every token uses, beside the routed ones."""
+Mixing = Literal["sum", "sigmoid", "softmax", "mean"]
 
-    hidden_size: int = Field(ge=1)
-    mixing: Literal["sum", "sigmoid", "softmax", "mean"] = Field(
+
+class _Shared(RecipeSection):
+    """An expert that every token uses, beside the routed ones."""
+
+    mixing: Mixing = Field(
         "sum",
         description="how its answer joins the routed one: added; weighted by a sigmoid of the token (Qwen2-MoE); "
         "both weighted by a learned softmax (DeepSpeed's residual MoE); the mean of the two (AdaMoE)",
     )
 
+    def _mixing_params(self, hidden_size: int) -> int:
+        return {"sigmoid": hidden_size, "softmax": 2 * (hidden_size + 1)}.get(self.mixing, 0)
+
+
+class SharedExpertConfig(_Shared):
+    """A SwiGLU."""
+
+    kind: Literal["swiglu"] = "swiglu"
+    hidden_size: int = Field(ge=1)
+
     def num_params(self, hidden_size: int) -> int:
-        mixing = {"sigmoid": hidden_size, "softmax": 2 * (hidden_size + 1)}.get(self.mixing, 0)
-        return 3 * hidden_size * self.hidden_size + mixing
+        return 3 * hidden_size * self.hidden_size + self._mixing_params(hidden_size)
+
+
+class SharedMLPConfig(MLPConfig, _Shared):
+    """down(act(up x)), as DeepSpeed-MoE has it."""
+
+    def num_params(self, hidden_size: int) -> int:
+        return super().num_params(hidden_size) + self._mixing_params(hidden_size)
+
+
+AnyShared = Annotated[SharedExpertConfig | SharedMLPConfig, Field(discriminator="kind"), kind_or("swiglu")]
 
 
 class MoEConfig(RecipeSection):
@@ -64,12 +85,12 @@ class MoEConfig(RecipeSection):
     """
 
     ffn_experts: int = Field(8, ge=0, description="or a list: of each MoE layer (DeepSpeed's pyramid)")
-    pyramid: tuple[int, ...] = Field((), description="FFN experts of each MoE layer, where they differ")
+    pyramid: tuple[NonNegativeInt, ...] = Field((), description="FFN experts of each MoE layer, where they differ")
     expert: AnyExpert = SwiGLUConfig()
     zero_experts: int = Field(1, ge=0, description="experts that answer 0")
     copy_experts: int = Field(1, ge=0, description="experts that answer their input")
     constant_experts: int = Field(2, ge=0, description="experts that mix their input with a learned vector")
-    shared: SharedExpertConfig | None = None
+    shared: AnyShared | None = None
     top_k: int = Field(2, ge=1)
     gate: GateConfig | None = Field(None, description="null: one matrix")
     gate_mode: Literal["paper", "released", "mixtral", "sigmoid"] = "paper"
@@ -143,6 +164,8 @@ class MoEConfig(RecipeSection):
             raise ValueError(f"scale_adapter goes with gate_mode=paper, not {self.gate_mode}")
         if self.noise == "gumbel_second" and self.top_k < 2:
             raise ValueError(f"noise=gumbel_second leaves the first choice alone, so top_k={self.top_k} has none of it")
+        if self.logits_norm is not None and fewest < 2:
+            raise ValueError(f"logits_norm={self.logits_norm:g}: one expert's logit has no standard deviation")
         return self
 
     @model_validator(mode="after")

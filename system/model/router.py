@@ -4,29 +4,14 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from torch.nn import functional
 
 from expertmesh.kernels.capacity import capacities, serve_within
 from expertmesh.kernels.routing import TINY, ExpertGroups, Routing, route, route_sigmoid
 from expertmesh.system.model.context import Context, TrainingStep
-from expertmesh.system.model.moe_config import GateConfig, MoEConfig
+from expertmesh.system.model.gate import TwoLayerGate
+from expertmesh.system.model.moe_config import MoEConfig
 
 JITTER = 0.01  # DeepSpeed's multiplicative_jitter
-
-
-class TwoLayerGate(nn.Module):
-    """Logits by way of a narrow vector: the released MoE++ (tanh, no bias), ModuleFormer (gelu, bias)."""
-
-    def __init__(self, config: GateConfig, hidden_size: int, experts: int) -> None:
-        super().__init__()
-        self.activation = torch.tanh if config.activation == "tanh" else functional.gelu
-        self.inner = nn.Linear(hidden_size, config.hidden_size, bias=config.bias)
-        self.outer = nn.Linear(config.hidden_size, experts, bias=False)
-
-    def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
-        bias = None if self.inner.bias is None else self.inner.bias.float()
-        inner_TI = self.activation(functional.linear(x_TD.float(), self.inner.weight.float(), bias))
-        return inner_TI @ self.outer.weight.float().T
 
 
 class Router(nn.Module):
@@ -58,20 +43,19 @@ class Router(nn.Module):
 
     def forward(self, x_TD: torch.Tensor, previous: Routing | None, context: Context) -> Routing:
         config, training = self.config, context.training
-        if training and config.noise == "jitter":
-            x_TD = x_TD * (1 + JITTER * (2 * self._lots(context, x_TD.shape[1]) - 1)).type_as(x_TD)
-        logits_TN = self._logits(x_TD)
-        if self.gate_map is not None:
-            assert previous is not None, "a gating residual needs the logits of the layer before"
-            logits_TN = logits_TN + previous.logits_TN @ self.gate_map.float().T
+        logits_TN = self._logits(x_TD, previous, context)
+        scores_TN = logits_TN
+        if config.logits_norm is not None:  # an option of the released MoE++; the next layer reads the logits without
+            scores_TN = config.logits_norm * scores_TN / scores_TN.std(dim=1, keepdim=True)
         if training and config.noise == "normal":  # WideNet: a standard deviation of 1/N
             lots_TN = self._lots(context, config.num_experts)
-            logits_TN = logits_TN + torch.special.ndtri(lots_TN) / config.num_experts
+            scores_TN = scores_TN + torch.special.ndtri(lots_TN) / config.num_experts
         if config.gate_mode == "sigmoid":
-            routing = route_sigmoid(logits_TN, config.top_k, self.e_score_correction_bias, self.groups)
+            routing = route_sigmoid(scores_TN, config.top_k, self.e_score_correction_bias, self.groups)
         else:
-            ranking_TN = self._ranking(logits_TN, context)
-            routing = route(logits_TN, config.top_k, config.gate_mode, config.zero_experts, ranking_TN)
+            ranking_TN = self._ranking(scores_TN, context)
+            routing = route(scores_TN, config.top_k, config.gate_mode, config.zero_experts, ranking_TN)
+        routing = routing._replace(logits_TN=logits_TN)
         if self.scale_adapter is not None:  # AdaMoE (arXiv 2510.14300): who is chosen does not depend on it
             scales_TN = x_TD.float() @ self.scale_adapter.float().T
             routing = routing._replace(weights_TK=routing.weights_TK + scales_TN.gather(1, routing.experts_TK))
@@ -79,14 +63,19 @@ class Router(nn.Module):
             routing = self._within_capacity(routing, training, context)
         return routing._replace(weights_TK=routing.weights_TK * config.gate_scale)
 
-    def _logits(self, x_TD: torch.Tensor) -> torch.Tensor:
+    def _logits(self, x_TD: torch.Tensor, previous: Routing | None, context: Context) -> torch.Tensor:
+        """Complete logits, gating residual included."""
+        x_TD = x_TD.float()
+        if context.training and self.config.noise == "jitter":  # DeepSpeed: factors from 1 - JITTER to 1 + JITTER
+            x_TD = x_TD * (1 + JITTER * (2 * self._lots(context, x_TD.shape[1]) - 1))
         if self.layers is not None:
             logits_TN = self.layers(x_TD)
         else:
             assert self.weight is not None
-            logits_TN = x_TD.float() @ self.weight.float().T
-        if self.config.logits_norm is not None:  # an option of the released MoE++
-            logits_TN = self.config.logits_norm * logits_TN / logits_TN.std(dim=1, keepdim=True)
+            logits_TN = x_TD @ self.weight.float().T
+        if self.gate_map is not None:
+            assert previous is not None, "a gating residual needs the logits of the layer before"
+            logits_TN = logits_TN + previous.logits_TN @ self.gate_map.float().T
         return logits_TN
 
     def _lots(self, context: Context, width: int) -> torch.Tensor:

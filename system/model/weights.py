@@ -23,6 +23,7 @@ class Weight(NamedTuple):
 
     parameter: nn.Parameter
     is_expert: bool
+    is_matrix: bool  # or a stack of them; vectors, such as norms and biases, are not decayed
     split: Split  # a tensor shaped like the parameter -> views of it by shared name
 
 
@@ -36,9 +37,10 @@ def weights(model: nn.Module) -> Iterator[Weight]:
             told.add(id(parameter))
             full_name = f"{prefix}.{name}" if prefix else name
             if isinstance(module, RoutedExperts):
-                yield Weight(parameter, True, _expert_split(prefix, module.PARTS[name], module.shard))
+                split = _expert_split(prefix, module.PARTS[name], module.shard)
+                yield Weight(parameter, True, parameter.ndim > 2, split)
             else:
-                yield Weight(parameter, False, _whole(full_name))
+                yield Weight(parameter, False, parameter.ndim > 1, _whole(full_name))
 
 
 def _whole(name: str) -> Split:
@@ -61,7 +63,7 @@ def initialise(model: nn.Module, seed: int, standard_deviation: float) -> None:
     """Fill every weight from (seed, name) alone, so that all layouts start from the same model.
 
     Norms 1, biases 0; constant experts' vectors N(0, 1) as the released MoE++ code has them; all else
-    N(0, standard_deviation^2).
+    N(0, standard_deviation^2), until experts whose weights hang together settle them.
     """
     for weight in weights(model):
         for name, view in weight.split(weight.parameter).items():
@@ -72,3 +74,6 @@ def initialise(model: nn.Module, seed: int, standard_deviation: float) -> None:
             generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
             spread = 1.0 if name.endswith("zero_computation.constant") else standard_deviation
             view.copy_(torch.randn(view.shape, generator=generator) * spread)
+    for module in model.modules():
+        if isinstance(module, RoutedExperts):
+            module.settle(standard_deviation)

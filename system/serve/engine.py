@@ -52,7 +52,7 @@ class Engine:
     ) -> None:
         self.model, self.eos_ids, self.device = model, frozenset(eos_ids), device
         self.micro_batches, self.compute = micro_batches, compute
-        self.cache = KVCache(model.config, slots, device)
+        self.cache = KVCache(model.config, slots, device, model.embed_tokens.weight.dtype)
         self._free_slots = list(range(slots))
         self._waiting: deque[Request] = deque()
         self._running: list[_Running] = []

@@ -21,10 +21,10 @@ class Span(NamedTuple):
 class KVCache:
     """Room for `slots` requests of up to `context_length` tokens each."""
 
-    def __init__(self, config: ModelConfig, slots: int, device: str) -> None:
+    def __init__(self, config: ModelConfig, slots: int, device: str, dtype: torch.dtype = torch.float32) -> None:
         def strips(shape: tuple[int, int]) -> torch.Tensor:
             heads, width = shape
-            return torch.zeros(config.layers, slots, heads, config.context_length, width, device=device)
+            return torch.zeros(config.layers, slots, heads, config.context_length, width, device=device, dtype=dtype)
 
         self.keys_LXGCd = strips(config.attention.key_shape)  # X slots, C positions
         self.values_LXGCe = strips(config.attention.value_shape)

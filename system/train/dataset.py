@@ -28,7 +28,7 @@ import torch
 from expertmesh.system.tokenizer import Tokenizer
 from expertmesh.system.train.corpus import documents, fingerprint, source_files
 
-FORMAT = 1  # raise when the same settings would give other files
+FORMAT = 2  # raise when the same settings would give other files
 PIECE_CHARACTERS = 1 << 20
 
 
@@ -36,7 +36,7 @@ PIECE_CHARACTERS = 1 << 20
 class TokenMeta:
     """What meta.json says of a prepared folder."""
 
-    digest: str  # of the settings and of the source's files: equal digests, equal tokens
+    digest: str  # of the settings, the source's files and a given tokenizer: equal digests, equal tokens
     dtype: str  # numpy name of one token on disk
     vocab_size: int
     train_tokens: int
@@ -67,18 +67,14 @@ def prepare_tokens(
     """
     if not 0 < validation_share < 1:
         raise ValueError(f"validation_share is {validation_share}; it must lie above 0 and below 1, such as 0.05")
-    tokenizer_files = [] if tokenizer_source is None else _tokenizer_files(Path(tokenizer_source))
-    inputs = [fingerprint(source_files(source)), fingerprint(tokenizer_files)]
-    settings = [FORMAT, source, tokenizer_source, vocab_size, max_bytes, validation_share, *inputs]
+    given = None if tokenizer_source is None else Tokenizer.load(tokenizer_source)
+    inputs = [fingerprint(source_files(source)), given and given.fingerprint]
+    settings = [FORMAT, source, None if given else vocab_size, max_bytes, validation_share, *inputs]
     digest = hashlib.blake2b(json.dumps(settings).encode(), digest_size=16).hexdigest()
     if _is_prepared(folder, digest):
         return
     corpus = _Corpus(source, max_bytes, validation_share)
-    if tokenizer_source is None:
-        tokenizer = Tokenizer.train(corpus.texts(held_out=False), vocab_size)
-    else:
-        tokenizer = Tokenizer.load(tokenizer_source)
-
+    tokenizer = given or Tokenizer.train(corpus.texts(held_out=False), vocab_size)
     building = folder / "building"
     shutil.rmtree(building, ignore_errors=True)
     building.mkdir(parents=True)
@@ -210,13 +206,6 @@ class _Corpus:
     def _is_held_out(self, text: str) -> bool:
         number = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
         return number < self._share * 2**64
-
-
-def _tokenizer_files(path: Path) -> list[Path]:
-    # A checkpoint's folder holds much else that may change.
-    if path.is_dir():
-        return sorted(path.glob("tokenizer*"))
-    return [path] if path.exists() else []  # Tokenizer.load says what is missing
 
 
 @dataclass(frozen=True)

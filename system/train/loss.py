@@ -25,13 +25,16 @@ from expertmesh.system.model.transformer import Transformer
 
 
 class BatchLoss(NamedTuple):
-    """Losses of this rank's part of the batch, sums over layers and not yet weighted; counts of the whole batch."""
+    """Losses of this rank's part of the batch, those of layers not yet weighted; counts are of the whole batch.
+
+    L: the layers that have experts.
+    """
 
     total: torch.Tensor  # what is minimised: cross entropy and the others by their weights
     cross_entropy: torch.Tensor  # mean over this rank's tokens, nats
-    balance: torch.Tensor
-    z: torch.Tensor
-    loads_N: list[torch.Tensor]  # int64 slots that chose each expert, of each layer with experts
+    balance_L: torch.Tensor
+    z_L: torch.Tensor
+    loads_N: list[torch.Tensor]  # int64 slots that chose each expert, of each layer
     dropped_L: torch.Tensor  # int64 slots that a full expert dropped
     entropy_L: torch.Tensor  # mean over this rank's tokens of the router's entropy, nats; no gradient
 
@@ -73,20 +76,21 @@ class LanguageModelLoss(nn.Module):
         layers = [config.moe_of(layer) for layer in config.moe_layers]
         routings = [decided.experts for decided in decisions if decided.experts is not None]
         counts = self._count(routings, layers, device)
-        balance = z = cross_entropy.new_zeros(())
-        for routing, moe, counted in zip(routings, layers, counts, strict=True):
-            balance = balance + self._balance(routing, moe, counted)
-            z = z + z_loss(routing.logits_TN)
-        weighted = config.moe.balance_loss_weight * balance + config.moe.z_loss_weight * z
-        entropies = [_entropy(routing.probabilities_TN.detach()) for routing in routings]
+
+        def stacked(values: list[torch.Tensor]) -> torch.Tensor:
+            return torch.stack(values) if values else cross_entropy.new_zeros(0)
+
+        balance_L = stacked([self._balance(*layer) for layer in zip(routings, layers, counts, strict=True)])
+        z_L = stacked([z_loss(routing.logits_TN) for routing in routings])
+        weighted = config.moe.balance_loss_weight * balance_L.sum() + config.moe.z_loss_weight * z_L.sum()
         return BatchLoss(
             total=cross_entropy + weighted + self._beside_experts(decisions),
             cross_entropy=cross_entropy,
-            balance=balance,
-            z=z,
+            balance_L=balance_L,
+            z_L=z_L,
             loads_N=[counted.load_N for counted in counts],
-            dropped_L=torch.stack([counted.dropped for counted in counts]) if counts else positions_T.new_zeros(0),
-            entropy_L=torch.stack(entropies) if entropies else cross_entropy.new_zeros(0),
+            dropped_L=stacked([counted.dropped for counted in counts]),
+            entropy_L=stacked([_entropy(routing.probabilities_TN.detach()) for routing in routings]),
         )
 
     def _count(self, routings: list[Routing], layers: list[MoEConfig], device: torch.device) -> list[_Counts]:
@@ -133,9 +137,10 @@ class LanguageModelLoss(nn.Module):
         for decided in decisions:
             if decided.attentions is not None:
                 assert isinstance(attention, MixtureAttentionConfig)
-                probabilities_TN = decided.attentions.probabilities_TN
-                information = mutual_information_loss(probabilities_TN, self._mean_over_ranks(probabilities_TN))
-                total = total + attention.balance_loss_weight * information
+                if attention.balance_loss_weight:
+                    probabilities_TN = decided.attentions.probabilities_TN
+                    information = mutual_information_loss(probabilities_TN, self._mean_over_ranks(probabilities_TN))
+                    total = total + attention.balance_loss_weight * information
             if decided.depth is not None:
                 assert depth is not None
                 total = total + depth.loss_weight * _depth_loss(decided.depth)

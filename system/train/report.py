@@ -37,6 +37,7 @@ class Run:
     start: Record
     steps: list[Record]
     load_LN: list[list[int]]  # of the last step: a long run has logged more counts than fit in memory
+    layers: list[Record]  # of the last step: see `LayerSummary`
     validations: list[Record]
     events: list[Record]
     result: Record | None  # None: unfinished
@@ -123,7 +124,7 @@ def _page(run: Run, name: str) -> dict[str, Any]:
     steps, start, result = run.steps, run.start, run.result or {}
     last = steps[-1] if steps else {}
     names = start["expert_names"]
-    rows, largest = heat_map(run.load_LN, names)
+    rows, largest = heat_map(run.load_LN, names, [summary["layer"] for summary in run.layers])
     unigram = result.get("unigram_loss", start.get("unigram_loss"))
     happened = [event for event in run.events if event.get("what") != "saved"]
     speeds = [step["tokens_per_second"] for step in steps]
@@ -159,6 +160,8 @@ def _page(run: Run, name: str) -> dict[str, Any]:
         "groups": expert_groups(names),
         "rows": rows,
         "largest": largest,
+        "layers": run.layers,
+        "most_entropy": math.log(max(len(names), 1)),
         "even": 1 / max(len(names), 1),
         "labelled": len(names) <= MOST_LABELLED_EXPERTS,
         "events": run.events,
@@ -177,6 +180,7 @@ def read_run(run_dir: Path) -> Run:
     start: Record = {}
     steps: dict[int, Record] = {}
     load_LN: list[list[int]] = []
+    layers: list[Record] = []
     validations: dict[int, Record] = {}
     events: list[Record] = []
     with path.open("rb") as file:
@@ -190,6 +194,7 @@ def read_run(run_dir: Path) -> Run:
                     while log and next(reversed(log)) >= step:
                         log.popitem()
                 load_LN = record.pop("load_LN")
+                layers = record.pop("layers")
                 steps[step] = record | {"imbalance": imbalance(load_LN, _ffn_experts(start))}
             elif kind == "validation":
                 validations[step] = record
@@ -199,7 +204,7 @@ def read_run(run_dir: Path) -> Run:
         raise ValueError(f'{path} has no "start" record yet; wait for the first step')
     result = run_dir / "result.json"
     final = _parse(result.read_bytes()) if result.is_file() else {}
-    return Run(start, list(steps.values()), load_LN, list(validations.values()), events, final or None)
+    return Run(start, list(steps.values()), load_LN, layers, list(validations.values()), events, final or None)
 
 
 def _ffn_experts(start: Record) -> int:
@@ -311,8 +316,10 @@ def expert_groups(names: Sequence[str]) -> list[tuple[str, int]]:
     return [("FFN" if kind == "ffn" else kind, len(list(group))) for kind, group in groupby(kinds)]
 
 
-def heat_map(load_LN: Sequence[Sequence[int]], names: Sequence[str]) -> tuple[list[list[Cell]], float]:
-    """Return cells [L][N], and the share (0 to 1) that the strongest colour stands for.
+def heat_map(
+    load_LN: Sequence[Sequence[int]], names: Sequence[str], layers: Sequence[int]
+) -> tuple[list[list[Cell]], float]:
+    """Return cells [L][N], and the share (0 to 1) that the strongest colour stands for. `layers`: their numbers.
 
     That is at least twice an even share, so that an even load shows as calm middle tones.
     """
@@ -320,7 +327,7 @@ def heat_map(load_LN: Sequence[Sequence[int]], names: Sequence[str]) -> tuple[li
     largest = max([2 / max(len(names), 1), *(share for shares_N in shares_LN for share in shares_N)])
     starts = set(accumulate(size for _, size in expert_groups(names)[:-1]))
     rows = []
-    for layer, (load_N, shares_N) in enumerate(zip(load_LN, shares_LN, strict=True)):
+    for layer, load_N, shares_N in zip(layers, load_LN, shares_LN, strict=True):
         row = []
         for expert, (name, count, share) in enumerate(zip(names, load_N, shares_N, strict=True)):
             title = f"layer {layer}, {name.replace('ffn', 'FFN')}: {count:,} slots, {share:.2%}"

@@ -8,6 +8,8 @@ from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
+from expertmesh.system.train.layer_summary import LayerSummary
+
 SCALARS = (
     "loss",
     "balance_loss",
@@ -20,6 +22,8 @@ SCALARS = (
     "dispatch_bytes",
     "dispatch_bytes_saved",
 )
+
+LAYER_SCALARS = tuple(name for name in LayerSummary._fields if name != "layer")
 
 
 class RunLog:
@@ -46,10 +50,8 @@ class RunLog:
         if record["kind"] == "step":
             for name in SCALARS:
                 self._tensorboard.add_scalar(f"train/{name}", record[name], record["step"])
-            for layer, load_N in enumerate(record["load_LN"]):
-                mean = sum(load_N) / len(load_N)
-                self._tensorboard.add_scalar(f"load_max_over_mean/layer_{layer}", max(load_N) / mean, record["step"])
-            for layer, entropy in enumerate(record["router_entropy_L"]):
-                self._tensorboard.add_scalar(f"router_entropy/layer_{layer}", entropy, record["step"])
+            for summary in record["layers"]:
+                for name in LAYER_SCALARS:
+                    self._tensorboard.add_scalar(f"{name}/layer_{summary['layer']}", summary[name], record["step"])
         elif record["kind"] == "validation":
             self._tensorboard.add_scalar("validation/loss", record["loss"], record["step"])

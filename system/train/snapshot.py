@@ -24,9 +24,9 @@ from expertmesh.parallel.zero import AdamState, Zero
 from expertmesh.system.model.checkpoint import (
     INDEX,
     CheckpointError,
-    check_checkpoint,
     fill,
     flush,
+    open_checkpoint,
     read_index,
     read_json,
     shard_name,
@@ -117,7 +117,7 @@ def save(
 
 def read_state(folder: Path) -> RunState:
     """Where the run that wrote the checkpoint in `folder` stood; the checkpoint's files are looked at too."""
-    check_checkpoint(folder)
+    open_checkpoint(folder)
     read_index(folder / "training" / OPTIMIZER_INDEX)
     path = folder / "training" / "state.json"
     content = read_json(path)

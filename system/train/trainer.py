@@ -16,13 +16,14 @@ from expertmesh.parallel.all_to_all import Traffic
 from expertmesh.parallel.dispatchers import AllToAllDispatcher, Dispatcher, LocalDispatcher
 from expertmesh.parallel.groups import Groups
 from expertmesh.parallel.zero import Zero
-from expertmesh.system.model.checkpoint import load_weights
+from expertmesh.system.model.checkpoint import Checkpoint, load_weights
 from expertmesh.system.model.config import ModelConfig
 from expertmesh.system.model.context import TrainingStep
 from expertmesh.system.model.transformer import Transformer
 from expertmesh.system.model.weights import initialise, weights
 from expertmesh.system.train.config import TrainConfig
 from expertmesh.system.train.dataset import TokenDataset
+from expertmesh.system.train.layer_summary import summarise
 from expertmesh.system.train.loss import BatchLoss, LanguageModelLoss
 from expertmesh.system.train.snapshot import RunState, load_optimizer, read_state, save
 
@@ -55,7 +56,9 @@ class Trainer:
         device: Device,
         settings: dict[str, Any],
         resume_from: Path | None,
+        begin_with: Checkpoint | None = None,
     ) -> None:
+        """`begin_with`: where the weights of step 0 come from; None: drawn from the seed."""
         self.config, self.run_dir, self.groups, self.device, self.settings = config, run_dir, groups, device, settings
         self.dataset = TokenDataset(run_dir / "data")
         self.traffic = Traffic()
@@ -66,15 +69,18 @@ class Trainer:
             self.model = Transformer(model_config, groups.expert_rank, groups.expert_size)
             self.loss = LanguageModelLoss(self.model, dispatcher, groups)
         self.state = RunState(step=0, settings=settings)
-        if resume_from is None:
-            initialise(self.model, config.seed, model_config.initializer_range)
-        else:
+        if resume_from is not None:
             self.state = read_state(resume_from)
             load_weights(self.model, resume_from)
+        elif begin_with is not None:
+            begin_with.load(self.model)
+        else:
+            initialise(self.model, config.seed, model_config.initializer_range)
 
         self.zero = Zero(
             self.loss,
             [weight.parameter for weight in weights(self.model) if weight.is_expert and groups.expert is not None],
+            [weight.parameter for weight in weights(self.model) if weight.is_matrix],
             stage=config.zero_stage,
             gradient_clipping=config.gradient_clipping,
             weight_decay=config.weight_decay,
@@ -122,11 +128,20 @@ class Trainer:
         batch = losses[0]
         self.model.balance(batch.loads_N)
         share = 1 / self.groups.data_size
-        means = (batch.cross_entropy, batch.balance, batch.z, *batch.entropy_L)
-        sent, saved, cross_entropy, balance, z, *entropy_L = self._sum_over_ranks(
-            *self.traffic.take(), *(mean.item() * share for mean in means)
+        layers = len(batch.loads_N)
+        means = torch.cat([batch.balance_L.detach(), batch.z_L.detach(), batch.entropy_L]) * share
+        sent, saved, cross_entropy, *of_layers = self._sum_over_ranks(
+            *self.traffic.take(), batch.cross_entropy.item() * share, *means.tolist()
         )
-        moe, load_LN = self.model.config.moe, self.model.config.side_by_side(batch.loads_N)
+        balance_L, z_L, entropy_L = (of_layers[i * layers : (i + 1) * layers] for i in range(3))
+        model = self.model.config
+        summaries = [
+            summarise(layer, model.moe_of(layer), *figures)
+            for layer, *figures in zip(
+                model.moe_layers, batch.loads_N, batch.dropped_L.tolist(), entropy_L, balance_L, z_L, strict=True
+            )
+        ]
+        moe, load_LN = model.moe, model.side_by_side(batch.loads_N)
         slots = int(load_LN.sum())
         ffn_share = float(load_LN[:, : moe.ffn_experts].sum()) / slots if slots else 0.0
         seconds = time.perf_counter() - began
@@ -134,14 +149,13 @@ class Trainer:
             "kind": "step",
             "step": step,
             "loss": cross_entropy,
-            "balance_loss": balance,
-            "z_loss": z,
-            "router_entropy_L": entropy_L,
+            "balance_loss": sum(balance_L),
+            "z_loss": sum(z_L),
             "learning_rate": rate,
             "grad_norm": grad_norm,
             "tokens_per_second": config.batch_size * config.sequence_length / seconds,
             "load_LN": load_LN.tolist(),
-            "dropped_L": batch.dropped_L.tolist(),
+            "layers": [summary._asdict() for summary in summaries],
             "ffn_experts_per_token": moe.top_k * ffn_share,
             "zero_computation_share": 1 - ffn_share,
             "dispatch_bytes": int(sent),
