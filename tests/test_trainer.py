@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 import torch
 from ranks import run_ranks
 from tiny import losses, prepare_tiny_data, tiny_model, tiny_training, train, write_random_checkpoint
 
+from expertmesh.kernels.device import Device
 from expertmesh.parallel.dispatchers import LocalDispatcher
-from expertmesh.parallel.groups import Groups
+from expertmesh.parallel.groups import Groups, build_groups
 from expertmesh.parallel.sizes import ParallelSizes
 from expertmesh.system.model.checkpoint import open_checkpoint
 from expertmesh.system.model.transformer import Transformer
@@ -19,7 +21,7 @@ from expertmesh.system.train.config import TrainConfig
 from expertmesh.system.train.dataset import TokenDataset
 from expertmesh.system.train.loss import LanguageModelLoss
 from expertmesh.system.train.snapshot import checkpoints_of
-from expertmesh.system.train.trainer import learning_rate
+from expertmesh.system.train.trainer import Record, Trainer, learning_rate
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +34,25 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def new_run(data: Path, run_dir: Path) -> Path:
     shutil.copytree(data, run_dir / "data")
     return run_dir
+
+
+def _experts_used(data: Path, folder: Path, taus: list[float]) -> list[float]:
+    """FFN experts a token at the end of a short run with each tau, on one rank."""
+    groups, used = build_groups(ParallelSizes()), []
+    for tau in taus:
+        model = tiny_model(moe={"tau": tau, "balance_loss_weight": 0.1})
+        config = tiny_training(steps=40, learning_rate=3e-3, validate_every=40, checkpoint_every=40)
+        records: list[Record] = []
+        run_dir = new_run(data, folder / str(tau))
+        Trainer(model, config, run_dir, groups, Device("cpu", "gloo"), {}, None).run(records.append)
+        used.append(fmean([record["ffn_experts_per_token"] for record in records if record["kind"] == "step"][-10:]))
+    return used
+
+
+def test_lowering_tau_lowers_the_ffn_experts_of_a_token(data, tmp_path):
+    """MoE++ (arXiv 2410.07348, table 3): tau buys speed with quality. Real runs, with a loss heavy enough to show."""
+    (used,) = run_ranks(_experts_used, 1, data, tmp_path, [0.1, 0.25, 0.5, 0.75, 1.0])
+    assert used == sorted(used) and used[-1] - used[0] > 0.3, used
 
 
 # Float32 sums in another order: about 1e-7 a step, growing with the steps.

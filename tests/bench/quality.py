@@ -15,12 +15,11 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
-import torch
 import torch.distributed as dist
 
 from expertmesh.kernels.device import Device
 from expertmesh.launch.recipe import load_recipe
-from expertmesh.parallel.groups import build_groups
+from expertmesh.parallel.groups import Groups, build_groups
 from expertmesh.parallel.sizes import ParallelSizes
 from expertmesh.system.train.dataset import TokenDataset, prepare_tokens
 from expertmesh.system.train.trainer import Record, Trainer
@@ -35,15 +34,14 @@ class Outcome(NamedTuple):
     ffn_experts_per_token: float  # mean over layers and the last quarter of the steps
 
 
-def train(folder: Path, data: Path, steps: int, seed: int, moe: list[str]) -> Outcome:
-    """One run in this process; the default process group has one rank."""
+def train(folder: Path, data: Path, groups: Groups, steps: int, seed: int, moe: list[str]) -> Outcome:
+    """One run in this process; `groups` of one rank."""
     changes = [f"train.steps={steps}", f"train.seed={seed}", f"train.validate_every={steps}"]
     recipe = load_recipe("quickstart", [*changes, "parallel.dp=1", "parallel.ep=1", *(f"model.moe.{m}" for m in moe)])
     shutil.copytree(data, folder / "data")
     model = recipe.model.model_copy(update={"vocab_size": TokenDataset(folder / "data").vocab_size})
     records: list[Record] = []
     settings: dict[str, Any] = {}
-    groups = build_groups(ParallelSizes())
     Trainer(model, recipe.train, folder, groups, Device("cpu", "gloo"), settings, None).run(records.append)
     losses = [record["loss"] for record in records if record["kind"] == "validation"]
     used = [record["ffn_experts_per_token"] for record in records if record["kind"] == "step"]
@@ -57,14 +55,14 @@ def main() -> None:
     options.add_argument("--taus", type=float, nargs="+", default=[0.1, 0.25, 0.5, 0.75, 1.0])
     asked = options.parse_args()
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    torch.manual_seed(0)
+    groups = build_groups(ParallelSizes())
     with tempfile.TemporaryDirectory() as scratch:
         data, recipe = Path(scratch, "data"), load_recipe("quickstart", [])
         given = recipe.data
         prepare_tokens(given.source, given.tokenizer, given.vocab_size, given.max_bytes, given.validation_share, data)
 
         def run(name: str, seed: int, moe: list[str]) -> Outcome:
-            outcome = train(Path(scratch, f"{name}-{seed}"), data, asked.steps, seed, moe)
+            outcome = train(Path(scratch, f"{name}-{seed}"), data, groups, asked.steps, seed, moe)
             print(
                 f"{name:16} seed {seed}   held-out {outcome.held_out_loss:.4f}   "
                 f"FFN experts a token {outcome.ffn_experts_per_token:.3f}",
