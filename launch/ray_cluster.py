@@ -37,6 +37,29 @@ OBJECT_STORE_BYTES = 128 * 2**20  # of an own cluster: no tensor ever goes throu
 _FOLDER = "expertmesh-ray-"
 
 
+def _start(folder: str, cpus: int) -> None:
+    """Start a Ray of our own. It gives itself 30 s, which a machine that is busy may need twice."""
+    for last in (False, True):
+        try:
+            with _own_signals():
+                ray.init(
+                    address="local",
+                    _temp_dir=folder,
+                    _node_ip_address="127.0.0.1",
+                    num_cpus=cpus,
+                    object_store_memory=OBJECT_STORE_BYTES,
+                    include_dashboard=False,
+                    log_to_driver=False,
+                    logging_level=logging.CRITICAL,
+                )
+            return
+        except Exception as error:  # Ray raises no narrower one where its processes do not come up in time
+            ray.shutdown()
+            if last or isinstance(error, ValueError):
+                reason = " ".join(str(error).split())[:200]
+                raise RuntimeError(f"Ray did not start on this machine: {reason}") from error
+
+
 class WorkerFailed(RuntimeError):
     """A worker of a pool raised or died, or could not be placed; the message is one line that names it."""
 
@@ -76,17 +99,7 @@ def cluster(address: str | None, cpus: int) -> Iterator[str]:
     _sweep_folders()
     folder = tempfile.mkdtemp(prefix=f"{_FOLDER}{os.getpid()}-")  # short: unix sockets allow about 107 bytes
     try:
-        with _own_signals():
-            ray.init(
-                address="local",
-                _temp_dir=folder,
-                _node_ip_address="127.0.0.1",
-                num_cpus=cpus,
-                object_store_memory=OBJECT_STORE_BYTES,
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level=logging.CRITICAL,
-            )
+        _start(folder, cpus)
         try:
             yield "127.0.0.1"
         finally:
