@@ -20,9 +20,9 @@ class MoE(nn.Module):
 
     1. route: the router picks top-k experts and their weights; later steps are functions of that decision
     2. dispatch: a row for every choice of an FFN expert leaves for the rank that holds it
-    3. zero-computation experts and the shared expert answer here, while the rows are on their way
+    3. the shared expert answers here, while the rows are on their way
     4. experts: this rank computes the rows it was sent, one grouped GEMM
-    5. combine: rows come back and are summed by weight
+    5. combine: rows come back and are summed by weight, and zero-computation experts answer here in the same pass
 
     `shard` is the range of FFN experts held here: all of them, a part (expert parallel), or none (an attention worker,
     whose dispatcher sends every row to the FFN pool).
@@ -41,9 +41,8 @@ class MoE(nn.Module):
     def forward(self, x_TD: torch.Tensor, previous: Routing | None, context: Context) -> tuple[torch.Tensor, Routing]:
         routing = self.gate(x_TD, previous, context)
         x_TD = x_TD * self.input_scale
-        rows_RD, counts_E, handle = context.dispatcher.dispatch(x_TD, routing, self.experts_of_layer)
-        y_TD = self.zero_computation(x_TD, routing)
+        rows, handle = context.dispatcher.dispatch(x_TD, routing, self.experts_of_layer)
         shared_TD = self.shared_expert(x_TD) if self.shared_expert else None
-        rows_RD = self.experts(rows_RD, counts_E, context)
-        y_TD = y_TD + context.dispatcher.combine(rows_RD, handle)
+        answers_RD = self.experts(rows, context)
+        y_TD = context.dispatcher.combine(answers_RD, handle, self.zero_computation(x_TD, routing))
         return self.shared_expert.mix(x_TD, shared_TD, y_TD) if self.shared_expert else y_TD, routing
