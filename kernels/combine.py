@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from expertmesh.kernels.combine_triton import combine_triton
+from expertmesh.kernels.device import by_triton
 from expertmesh.kernels.zero_computation import ZeroComputation, zero_computation_ref
 
 
@@ -93,7 +94,7 @@ def combine_rows(
         [T, D] in the rows' dtype, accumulated in float32 (float64 for float64); differentiable in rows and weights, and
         in the tokens and parameters of `zero`.
     """
-    if rows_RD.is_cuda:
+    if by_triton(rows_RD):
         return combine_triton(rows_RD, slots_R, weights_TK, weigh, zero)
     y_TD = _CombineRows.apply(rows_RD, slots_R, weights_TK, weigh)
     return y_TD if zero is None else y_TD + zero.answer(weights_TK)
