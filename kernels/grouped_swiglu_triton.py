@@ -215,12 +215,12 @@ def _hidden_kernel(
 def swiglu_tile(rows: int, experts: int, itemsize: int, chip: Chip, accumulators: int) -> Tile:
     """The tile of `_up_kernel` (2 accumulators) or `_hidden_kernel` (1, and an epilogue that needs registers too).
 
-    As tall as the plain product's, which takes the same table. 8 warps at full height: 4 do not hold two accumulators,
-    nor one and the epilogue (340 bytes a thread in memory).
+    As tall as the plain product's. 8 warps at full height: 4 do not hold two accumulators, nor one and the epilogue
+    (340 bytes a thread in memory); two accumulators take them from half the height on.
     """
     tile = choose_tile(rows, experts, 128, itemsize, chip, wide=False)
     columns = 64 if accumulators == 2 and chip.name == "sm_80" else 128  # mma.sync needs operands in registers too
-    return tile._replace(columns=columns, warps=8 if tile.rows == 128 else 4)
+    return tile._replace(columns=columns, warps=8 if tile.rows * accumulators >= 128 else 4)
 
 
 class Up(NamedTuple):

@@ -83,7 +83,7 @@ def _sums_kernel(
     tl.store(scalars_ptr + b * 2, tl.sum(lse * lse, 0))
     tl.store(scalars_ptr + b * 2 + 1, tl.sum(tl.sum(p * tl.log(tl.maximum(p, SMALLEST)), 1), 0))
     counts = tl.zeros((BLOCK_N,), dtype=tl.int32)
-    for k in tl.static_range(K):
+    for k in range(K):
         expert = tl.load(chosen_ptr + t.to(tl.int64) * K + k, mask=t < T, other=-1)
         counts += tl.sum((expert[:, None] == n[None, :]).to(tl.int32), 0)
         if k == 0:

@@ -47,7 +47,7 @@ def _open_groups(ranking, n, N, GROUPS: tl.constexpr, OPEN: tl.constexpr):
     size = N // GROUPS
     group = n // size
     sums = tl.zeros_like(ranking)
-    for g in tl.static_range(GROUPS):
+    for g in range(GROUPS):
         here = (group == g)[None, :]
         mine = tl.where(here, ranking, float("-inf"))
         best, at = tl.max(mine, 1, return_indices=True, return_indices_tie_break_left=True)
@@ -55,7 +55,7 @@ def _open_groups(ranking, n, N, GROUPS: tl.constexpr, OPEN: tl.constexpr):
         sums = tl.where(here, (best + second)[:, None], sums)
     sums = tl.where((n < N)[None, :], sums, float("-inf"))
     is_open = tl.zeros_like(ranking) > 0
-    for _ in tl.static_range(OPEN):
+    for _ in range(OPEN):
         _, at = tl.max(
             tl.where(is_open, float("-inf"), sums), 1, return_indices=True, return_indices_tie_break_left=True
         )
@@ -109,7 +109,7 @@ def _route_kernel(
     chosen = tl.zeros((BLOCK_T, BLOCK_K), dtype=tl.int32)
     values = tl.zeros((BLOCK_T, BLOCK_K), dtype=tl.float32)  # score or logit of each choice
     value_of = z if MODE == CHOSEN else s
-    for i in tl.static_range(K):
+    for i in range(K):
         _, best = tl.max(left, 1, return_indices=True, return_indices_tie_break_left=True)
         taken = n[None, :] == best[:, None]
         value = tl.sum(tl.where(taken, value_of, 0.0), 1)
@@ -166,7 +166,7 @@ def _route_backward_kernel(
     chosen_w = tl.zeros_like(z)
     if WEIGHTS:
         weighted = tl.zeros((BLOCK_T,), dtype=tl.float32)
-        for k in tl.static_range(K):
+        for k in range(K):
             slot = t.to(tl.int64) * K + k
             expert = tl.load(experts_ptr + slot, mask=t < T, other=0)
             w = tl.load(weights_ptr + slot, mask=t < T, other=0.0)
@@ -185,7 +185,7 @@ def _route_backward_kernel(
             dz += chosen_w * (at_chosen - weighted[:, None])
         if MODE == SIGMOID:
             is_chosen = tl.zeros_like(z) > 1
-            for k in tl.static_range(K):
+            for k in range(K):
                 expert = tl.load(experts_ptr + t.to(tl.int64) * K + k, mask=t < T, other=0)
                 is_chosen = is_chosen | (n[None, :] == expert[:, None])
             chosen_total = tl.sum(tl.where(is_chosen, s, 0.0), 1) + TINY
@@ -206,9 +206,9 @@ class Rule(NamedTuple):
 
 
 def logits_tile(experts: int) -> Tile:
-    """Tokens and experts of a program: some 4096 numbers, 32 a thread."""
+    """Tokens and experts of a program: 2048 numbers, 16 a thread; with 32 the sigmoid's backward lacks registers."""
     columns = triton.next_power_of_2(max(experts, 2))
-    return Tile(max(1, min(64, 4096 // columns)), columns, 1, 4, 3)
+    return Tile(max(1, min(64, 2048 // columns)), columns, 1, 4, 3)
 
 
 class _Route(torch.autograd.Function):
