@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -56,6 +57,14 @@ class Judgement(NamedTuple):
     load_bytes: int
     store_bytes: int
 
+    def line(self) -> str:
+        """For people: what a kernel takes, and where it has an inner loop, what a step of it costs."""
+        taken = f"{self.registers} registers, {self.shared_bytes / 1024:.0f} KiB shared, {self.spill_bytes} B spilled"
+        step = f"{self.instructions_per_step} instructions a step" if self.instructions_per_step is not None else ""
+        step += f", issue share {self.issue_share:.2f}" if self.issue_share is not None else ""
+        step += ", TMA" if self.tma else ""
+        return f"{self.target:7}{self.kernel}: {self.tile}; {taken}" + (f"; {step}" if step else "")
+
 
 def shipped(chip: Chip) -> list[Build]:
     """Every kernel with every tile that it has on this chip."""
@@ -63,16 +72,19 @@ def shipped(chip: Chip) -> list[Build]:
 
 
 def judge_all(target: str, only: str = "") -> Iterator[Judgement]:
-    """Judge the shipped kernels whose names hold `only`, for a chip by name.
+    """Judge the kernels shipped for a chip, one after the other; `only` those whose "name, tile" a pattern is found in.
 
     Raises:
-        ValueError: for a chip that nothing is shipped for.
+        ValueError: for a chip that nothing is shipped for, or a pattern that is none.
     """
     if target not in CHIPS:
         raise ValueError(f"--target {target}: kernels are shipped for {', '.join(CHIPS)}")
-    for build in shipped(CHIPS[target]):
-        if only in build.name:
-            yield judge(build, CHIPS[target])
+    try:
+        pattern = re.compile(only)
+    except re.error as error:
+        raise ValueError(f"--only {only}: {error}") from None
+    chosen = [build for build in shipped(CHIPS[target]) if pattern.search(f"{build.name}, {build.tile}")]
+    return (judge(build, CHIPS[target]) for build in chosen)
 
 
 def judge(build: Build, chip: Chip) -> Judgement:

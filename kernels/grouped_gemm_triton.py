@@ -258,8 +258,10 @@ def outer_tile(itemsize: int, chip: Chip, gathered: bool) -> Tile:
 def shipped(chip: Chip) -> list[Build]:
     """The kernels as bfloat16 models whose sizes are multiples of the tiles run them."""
     builds = []
-    for height in (16, 64, 128):
-        tile = choose_tile(height, 1, 4096, 2, chip)
+    for height, columns in ((16, 4096), (64, 4096), (128, 128), (128, 4096)):
+        tile = choose_tile(height, 1, columns, 2, chip)
+        if columns == 128 and tile == choose_tile(height, 1, 4096, 2, chip):  # as wide as it gets on this chip
+            continue
         for transposed in (False, True):
             block = (tile.depth, tile.columns) if transposed else (tile.columns, tile.depth)
             arguments = {

@@ -2,8 +2,8 @@
 
 NVIDIA: `cuobjdump` gives registers and stack, `nvdisasm` the instructions, both shipped with Triton. The inner loop is
 the innermost natural loop (by dominators) that does tensor-core work; a step is its shortest pass that does all of it,
-since an epilogue or a tail behind a branch is not part of every step. AMD: the assembly's own comments, and its backward
-branches.
+since an epilogue or a tail behind a branch is not part of every step. AMD: the comments in the assembly, and its
+backward branches.
 
 What is not seen: cache hits, bank conflicts, clocks, waves. The numbers rank variants of a kernel and catch a lost
 vector width or a spill; they are not a speed.

@@ -305,6 +305,27 @@ def show_conversion(done: Conversion, as_json: bool) -> None:
 
 
 @app.command()
+def kernels(
+    target: Annotated[list[str] | None, typer.Option(help="sm_80, sm_90, sm_100, gfx942; any number of them")] = None,
+    only: Annotated[str, typer.Option(help='kernels whose "name, tile" this pattern is found in')] = "",
+    as_json: JsonOption = False,
+) -> None:
+    """Compile the Triton kernels for GPUs that need not be here, and say what came out."""
+    with failures():
+        with wrong_input():
+            from expertmesh.kernels.ahead_of_time import judge_all
+
+            runs = [judge_all(name, only) for name in target or ["sm_90"]]
+        judgements = []
+        for judgement in (judgement for run in runs for judgement in run):
+            judgements.append(judgement)
+            if not as_json:
+                typer.echo(judgement.line())
+    if as_json:
+        typer.echo(json.dumps([judgement._asdict() for judgement in judgements]))
+
+
+@app.command()
 def doctor(as_json: JsonOption = False) -> None:
     """Say what this machine can and cannot do, and what to install."""
     from expertmesh.launch.doctor import examine
