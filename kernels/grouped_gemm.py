@@ -22,6 +22,8 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from expertmesh.kernels import grouped_gemm_triton
+from expertmesh.kernels.device import by_triton
+from expertmesh.kernels.ops import operation
 
 
 class Products(NamedTuple):
@@ -75,7 +77,33 @@ SEGMENTS = Products(_multiply_segments, _outer_segments)
 
 def products_for(rows: torch.Tensor) -> Products:
     """The products that run where `rows` lie: Triton on CUDA, one torch.mm per expert elsewhere."""
-    return TRITON if rows.is_cuda else SEGMENTS
+    return TRITON if by_triton(rows) else SEGMENTS
+
+
+def _fake_multiply(rows_RK: torch.Tensor, weights_ENK: torch.Tensor, counts_E: torch.Tensor) -> torch.Tensor:
+    return rows_RK.new_empty(rows_RK.shape[0], weights_ENK.shape[1])
+
+
+@operation("multiply(Tensor rows, Tensor weights, Tensor counts) -> Tensor", _fake_multiply)
+def _multiply(rows_RK: torch.Tensor, weights_ENK: torch.Tensor, counts_E: torch.Tensor) -> torch.Tensor:
+    return products_for(rows_RK).multiply(rows_RK, weights_ENK, counts_E)
+
+
+def _fake_outer(
+    left_RN: torch.Tensor, right: torch.Tensor, counts_E: torch.Tensor, index_R: torch.Tensor | None = None
+) -> torch.Tensor:
+    return left_RN.new_empty(counts_E.shape[0], left_RN.shape[1], right.shape[1])
+
+
+@operation("outer(Tensor left, Tensor right, Tensor counts, Tensor? index=None) -> Tensor", _fake_outer)
+def _outer(
+    left_RN: torch.Tensor, right: torch.Tensor, counts_E: torch.Tensor, index_R: torch.Tensor | None = None
+) -> torch.Tensor:
+    return products_for(left_RN).outer(left_RN, right, counts_E, index_R)
+
+
+PRODUCTS = Products(_multiply, _outer)
+"""By device, as operations of torch."""
 
 
 class _GroupedGemm(torch.autograd.Function):
@@ -128,7 +156,7 @@ def grouped_gemm(rows_RK: torch.Tensor, weights_ENK: torch.Tensor, counts_E: tor
         ValueError: if shapes or dtypes do not fit, or, on the CPU, the counts do not add up to R (on a GPU that would
             cost a wait for the device, and the rows left over stay unwritten).
     """
-    return _apply(rows_RK, weights_ENK, counts_E, products_for(rows_RK))
+    return _apply(rows_RK, weights_ENK, counts_E, PRODUCTS)
 
 
 def grouped_gemm_triton(rows_RK: torch.Tensor, weights_ENK: torch.Tensor, counts_E: torch.Tensor) -> torch.Tensor:

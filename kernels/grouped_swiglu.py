@@ -22,19 +22,20 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from expertmesh.kernels import grouped_swiglu_triton
-from expertmesh.kernels.grouped_gemm import SEGMENTS, TRITON, Products, check_groups, grouped_gemm_ref
+from expertmesh.kernels.device import by_triton
+from expertmesh.kernels.grouped_gemm import PRODUCTS, SEGMENTS, check_groups, grouped_gemm_ref
 from expertmesh.kernels.grouped_swiglu_triton import Hidden, Up
+from expertmesh.kernels.ops import operation
 from expertmesh.kernels.rows import sum_rows
 
 
 class Steps(NamedTuple):
-    """What a device does: the two steps at the hidden units, and the plain products around them."""
+    """What a device does at the hidden units; the plain products around it are the grouped GEMM's."""
 
     up: Callable[..., Up]
     """(source_XD, index_R, counts_E, gate_up_EGD, weights_R, saved) -> h where `saved`, and a."""
     hidden: Callable[..., Hidden]
     """(grad_RD, h_RG, counts_E, down_EDF, weights_R, kept) -> gradient of h, a where `kept`, gradient of weights."""
-    products: Products
 
 
 def _activate(h_RG: torch.Tensor) -> torch.Tensor:
@@ -82,34 +83,69 @@ def _hidden_segments(
     return Hidden(grad_h_RG, a_RF, grad_weights)
 
 
-BY_SEGMENTS = Steps(_up_segments, _hidden_segments, SEGMENTS)
-BY_TRITON = Steps(grouped_swiglu_triton.up, grouped_swiglu_triton.hidden, TRITON)
+BY_SEGMENTS = Steps(_up_segments, _hidden_segments)
+BY_TRITON = Steps(grouped_swiglu_triton.up, grouped_swiglu_triton.hidden)
 
 
 def steps_for(rows: torch.Tensor) -> Steps:
     """The steps that run where `rows` lie: Triton on CUDA, one torch.mm per expert elsewhere."""
-    return BY_TRITON if rows.is_cuda else BY_SEGMENTS
+    return BY_TRITON if by_triton(rows) else BY_SEGMENTS
+
+
+def _fake_up(source_XD, index_R, counts_E, gate_up_EGD, weights_R, saved):
+    R, G = len(source_XD if index_R is None else index_R), gate_up_EGD.shape[1]
+    return source_XD.new_empty(R if saved else 0, G), source_XD.new_empty(R, G // 2)
+
+
+@operation(
+    "swiglu_up(Tensor source, Tensor? index, Tensor counts, Tensor gate_up, Tensor? weights, bool saved)"
+    " -> (Tensor, Tensor)",
+    _fake_up,
+)
+def _up(source_XD, index_R, counts_E, gate_up_EGD, weights_R, saved):
+    h_RG, a_RF = steps_for(source_XD).up(source_XD, index_R, counts_E, gate_up_EGD, weights_R, saved)
+    return source_XD.new_empty(0, gate_up_EGD.shape[1]) if h_RG is None else h_RG, a_RF
+
+
+def _fake_hidden(grad_RD, h_RG, counts_E, down_EDF, weights_R, kept):
+    R, G = h_RG.shape
+    grad_weights = h_RG.new_empty(0) if weights_R is None else torch.empty_like(weights_R)
+    return torch.empty_like(h_RG), h_RG.new_empty(R if kept else 0, G // 2), grad_weights
+
+
+@operation(
+    "swiglu_hidden(Tensor grad, Tensor h, Tensor counts, Tensor down, Tensor? weights, bool kept)"
+    " -> (Tensor, Tensor, Tensor)",
+    _fake_hidden,
+)
+def _hidden(grad_RD, h_RG, counts_E, down_EDF, weights_R, kept):
+    grad_h_RG, a_RF, grad_weights = steps_for(h_RG).hidden(grad_RD, h_RG, counts_E, down_EDF, weights_R, kept)
+    return (
+        grad_h_RG,
+        h_RG.new_empty(0, down_EDF.shape[2]) if a_RF is None or not kept else a_RF,
+        h_RG.new_empty(0) if grad_weights is None else grad_weights,
+    )
 
 
 class _GroupedSwiGLU(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, source_XD, index_R, counts_E, gate_up_EGD, down_EDF, weights_R, steps):
+    def forward(ctx, source_XD, index_R, counts_E, gate_up_EGD, down_EDF, weights_R):
         saved = any(ctx.needs_input_grad)
-        h_RG, a_RF = steps.up(source_XD, index_R, counts_E, gate_up_EGD, weights_R, saved)
+        h_RG, a_RF = _up(source_XD, index_R, counts_E, gate_up_EGD, weights_R, saved)
         if saved:
             source = source_XD if ctx.needs_input_grad[3] else None
             ctx.save_for_backward(source, index_R, counts_E, gate_up_EGD, down_EDF, weights_R, h_RG)
-            ctx.steps, ctx.sources = steps, len(source_XD)
-        return steps.products.multiply(a_RF, down_EDF, counts_E)
+            ctx.sources = len(source_XD)
+        return PRODUCTS.multiply(a_RF, down_EDF, counts_E)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_RD):
         source_XD, index_R, counts_E, gate_up_EGD, down_EDF, weights_R, h_RG = ctx.saved_tensors
-        multiply, outer = ctx.steps.products
-        needs_source, _, _, needs_gate_up, needs_down, needs_weights, _ = ctx.needs_input_grad
+        multiply, outer = PRODUCTS
+        needs_source, _, _, needs_gate_up, needs_down, needs_weights = ctx.needs_input_grad
         grad_source = grad_gate_up = grad_down = None
-        grad_h_RG, a_RF, grad_weights = ctx.steps.hidden(grad_RD, h_RG, counts_E, down_EDF, weights_R, needs_down)
+        grad_h_RG, a_RF, grad_weights = _hidden(grad_RD, h_RG, counts_E, down_EDF, weights_R, needs_down)
         if needs_down:
             grad_down = outer(grad_RD, a_RF, counts_E)
         if needs_gate_up:
@@ -118,7 +154,7 @@ class _GroupedSwiGLU(torch.autograd.Function):
             grad_source = multiply(grad_h_RG, gate_up_EGD.transpose(1, 2), counts_E)
             if index_R is not None:
                 grad_source = sum_rows(grad_source, index_R, ctx.sources)
-        return grad_source, None, None, grad_gate_up, grad_down, grad_weights if needs_weights else None, None
+        return grad_source, None, None, grad_gate_up, grad_down, grad_weights if needs_weights else None
 
 
 def _check(source_XD: torch.Tensor, counts_E: torch.Tensor, gate_up_EGD: torch.Tensor, down_EDF: torch.Tensor) -> None:
@@ -155,7 +191,7 @@ def grouped_swiglu(
         ValueError: if shapes or dtypes do not fit, or, on the CPU, the counts do not add up to R.
     """
     _check(source_XD, counts_E, gate_up_EGD, down_EDF)
-    return _GroupedSwiGLU.apply(source_XD, index_R, counts_E, gate_up_EGD, down_EDF, weights_R, steps_for(source_XD))
+    return _GroupedSwiGLU.apply(source_XD, index_R, counts_E, gate_up_EGD, down_EDF, weights_R)
 
 
 def grouped_swiglu_ref(

@@ -20,6 +20,8 @@ import triton.language as tl
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from expertmesh.kernels.device import by_triton
+from expertmesh.kernels.ops import operation
 from expertmesh.kernels.tiles import Build, Chip, Tile
 
 
@@ -99,6 +101,11 @@ def _sum_rows_bags(rows_RD: torch.Tensor, index_R: torch.Tensor, sources: int) -
     return functional.embedding_bag(order, rows_RD.to(wide), offsets[:-1], mode="sum").to(rows_RD.dtype)
 
 
+def _fake_sum_rows(rows_RD: torch.Tensor, index_R: torch.Tensor, sources: int) -> torch.Tensor:
+    return rows_RD.new_empty(sources, rows_RD.shape[1])
+
+
+@operation("sum_rows(Tensor rows, Tensor index, SymInt sources) -> Tensor", _fake_sum_rows)
 def sum_rows(rows_RD: torch.Tensor, index_R: torch.Tensor, sources: int) -> torch.Tensor:
     """[X, D] in the rows' dtype: for each source the sum of its rows in float32 (float64 for float64); 0 for none.
 
@@ -107,7 +114,7 @@ def sum_rows(rows_RD: torch.Tensor, index_R: torch.Tensor, sources: int) -> torc
         index_R: [R] int64 in [0, X), in any order.
         sources: X.
     """
-    return (sum_rows_triton if rows_RD.is_cuda else _sum_rows_bags)(rows_RD, index_R, sources)
+    return (sum_rows_triton if by_triton(rows_RD) else _sum_rows_bags)(rows_RD, index_R, sources)
 
 
 class _GatherRows(torch.autograd.Function):

@@ -8,9 +8,9 @@ import pytest
 import torch
 from numerics import assert_close
 
-from expertmesh.kernels import grouped_gemm_triton, grouped_swiglu_triton, tiles
+from expertmesh.kernels import grouped_gemm, grouped_gemm_triton, grouped_swiglu_triton, rows, tiles
 from expertmesh.kernels import grouped_swiglu as module
-from expertmesh.kernels.grouped_swiglu import BY_SEGMENTS, BY_TRITON, grouped_swiglu, grouped_swiglu_ref
+from expertmesh.kernels.grouped_swiglu import grouped_swiglu, grouped_swiglu_ref
 
 
 class Case(NamedTuple):
@@ -59,12 +59,17 @@ def output_and_gradients(function, inputs, index_R, counts_E, grad_RD):
     return out_RD, *torch.autograd.grad(out_RD, inputs, grad_RD)
 
 
-@pytest.fixture(params=[BY_SEGMENTS, BY_TRITON], ids=["segments", "triton"])
+def compute(monkeypatch, triton: bool) -> None:
+    for used in (module, grouped_gemm, rows):
+        monkeypatch.setattr(used, "by_triton", lambda tensor: triton)
+
+
+@pytest.fixture(params=[False, True], ids=["segments", "triton"])
 def steps(request, monkeypatch):
     """The way it is computed; fresh memory is NaN, so that a number nobody wrote shows."""
-    monkeypatch.setattr(module, "steps_for", lambda rows: request.param)
+    compute(monkeypatch, request.param)
     torch.use_deterministic_algorithms(True)
-    yield request.param
+    yield
     torch.use_deterministic_algorithms(False)
 
 
@@ -104,7 +109,7 @@ TILED = [
 
 @pytest.mark.parametrize(("chip", "case", "dtype"), TILED, ids=[f"{case.reason}" for _, case, _ in TILED])
 def test_tiles(chip, case, dtype, monkeypatch):
-    monkeypatch.setattr(module, "steps_for", lambda rows: BY_TRITON)
+    compute(monkeypatch, triton=True)
     for user in (grouped_swiglu_triton, grouped_gemm_triton):
         monkeypatch.setattr(user, "chip_of", lambda tensor: tiles.CHIPS[chip])
     check(case, dtype, weighted=True)
