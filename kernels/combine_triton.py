@@ -17,13 +17,12 @@ Legend: T tokens, K slots a token, R rows, D width, E FFN experts, C constant ex
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 from torch.autograd.function import once_differentiable
 
+from expertmesh.kernels.ops import operation
 from expertmesh.kernels.tiles import Build, Chip, Tile
 from expertmesh.kernels.zero_computation import ZeroComputation
 
@@ -156,67 +155,90 @@ def _token_tile(width: int) -> Tile:
     return Tile(1, columns, 1, max(1, min(16, columns // 512)), 3)
 
 
-class _Plan(NamedTuple):
-    """What does not carry a gradient."""
+def _options(row_of_slot_TK, x_TD, constant_CD, width: int, ffn: int, copies: int, weigh: bool) -> dict[str, int]:
+    """The kernels' sizes."""
+    tile = _token_tile(width)
+    return {
+        **{"D": width, "E": ffn, "C": 0 if constant_CD is None else len(constant_CD), "COPIES": copies},
+        **{"K": row_of_slot_TK.shape[1], "BLOCK_D": tile.columns, "WEIGH": weigh, "ZERO": x_TD is not None},
+        "num_warps": tile.warps,
+    }
 
-    row_of_slot_TK: torch.Tensor
-    weigh: bool
-    experts_TK: torch.Tensor | None = None  # None: no zero-computation experts
-    ffn_experts: int = 0
-    copy_experts: int = 0
 
-    def options(self, width: int, constants: int) -> dict[str, int | bool]:
-        """The kernels' sizes."""
-        tile = _token_tile(width)
-        return {
-            **{"D": width, "E": self.ffn_experts, "C": constants, "COPIES": self.copy_experts},
-            **{"K": self.row_of_slot_TK.shape[1], "BLOCK_D": tile.columns},
-            **{"WEIGH": self.weigh, "ZERO": self.experts_TK is not None, "num_warps": tile.warps},
-        }
+def _fake_combine(rows_RD, row_of_slot_TK, weights_TK, x_TD, experts_TK, mix_C2D, constant_CD, ffn, copies, weigh):
+    return rows_RD.new_empty(weights_TK.shape[0], rows_RD.shape[1])
+
+
+@operation(
+    "combine(Tensor rows, Tensor row_of_slot, Tensor weights, Tensor? x, Tensor? experts, Tensor? mix,"
+    " Tensor? constant, int ffn, int copies, bool weigh) -> Tensor",
+    _fake_combine,
+)
+def _combine(rows_RD, row_of_slot_TK, weights_TK, x_TD, experts_TK, mix_C2D, constant_CD, ffn, copies, weigh):
+    tokens, D = len(weights_TK), rows_RD.shape[1]
+    out_TD = rows_RD.new_empty(tokens, D)
+    if tokens:
+        _combine_kernel[(tokens,)](
+            *(rows_RD, row_of_slot_TK, weights_TK, x_TD, experts_TK, mix_C2D, constant_CD, out_TD),
+            **_options(row_of_slot_TK, x_TD, constant_CD, D, ffn, copies, weigh),
+        )
+    return out_TD
+
+
+def _fake_combine_backward(
+    grad_TD, rows, R, row_of_slot_TK, weights_TK, x_TD, experts_TK, mix_C2D, constant_CD, ffn, copies, weigh
+):  # fmt: skip
+    (T, D), C = grad_TD.shape, 0 if constant_CD is None else constant_CD.shape[0]
+    zero = (T if x_TD is not None else 0, D), (T if x_TD is not None else 0, C, 2)
+    return (
+        *(grad_TD.new_empty(R, D), torch.empty_like(weights_TK), grad_TD.new_empty(zero[0])),
+        weights_TK.new_empty(zero[1]),
+    )
+
+
+@operation(
+    "combine_backward(Tensor grad, Tensor? rows, SymInt R, Tensor row_of_slot, Tensor weights, Tensor? x,"
+    " Tensor? experts, Tensor? mix, Tensor? constant, int ffn, int copies, bool weigh)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    _fake_combine_backward,
+)
+def _combine_backward(grad_TD, rows_RD, R, row_of_slot_TK, weights_TK, x_TD, *rest):
+    experts_TK, mix_C2D, constant_CD, ffn, copies, weigh = rest
+    outputs = _fake_combine_backward(grad_TD, rows_RD, R, row_of_slot_TK, weights_TK, x_TD, *rest)
+    if len(grad_TD):
+        # Without the rows their part of the weights' gradient is not asked for: any rows do.
+        values = outputs[0] if rows_RD is None else rows_RD
+        _combine_backward_kernel[(len(grad_TD),)](
+            *(grad_TD, values, row_of_slot_TK, weights_TK, x_TD, experts_TK, mix_C2D, constant_CD, *outputs),
+            **_options(row_of_slot_TK, x_TD, constant_CD, grad_TD.shape[1], ffn, copies, weigh),
+        )
+    return outputs
 
 
 class _Combine(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, rows_RD, weights_TK, x_TD, mix_C2D, constant_CD, plan):
-        tokens, D = len(weights_TK), rows_RD.shape[1]
-        out_TD = rows_RD.new_empty(tokens, D)
-        if tokens:
-            options = plan.options(D, 0 if constant_CD is None else len(constant_CD))
-            _combine_kernel[(tokens,)](
-                *(rows_RD, plan.row_of_slot_TK, weights_TK, x_TD, plan.experts_TK, mix_C2D, constant_CD, out_TD),
-                **options,
-            )
+    def forward(ctx, rows_RD, weights_TK, x_TD, mix_C2D, constant_CD, row_of_slot_TK, experts_TK, ffn, copies, weigh):
         # The rows are needed for the weights' gradient only, and they are the largest tensor here.
-        kept_RD = rows_RD if plan.weigh and ctx.needs_input_grad[1] else None
-        ctx.save_for_backward(kept_RD, weights_TK, x_TD, mix_C2D, constant_CD)
-        ctx.plan, ctx.rows = plan, len(rows_RD)
-        return out_TD
+        kept_RD = rows_RD if weigh and ctx.needs_input_grad[1] else None
+        ctx.save_for_backward(kept_RD, row_of_slot_TK, weights_TK, x_TD, experts_TK, mix_C2D, constant_CD)
+        ctx.rows, ctx.rest = len(rows_RD), (ffn, copies, weigh)
+        return _combine(rows_RD, row_of_slot_TK, weights_TK, x_TD, experts_TK, mix_C2D, constant_CD, *ctx.rest)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_TD):
-        rows_RD, weights_TK, x_TD, mix_C2D, constant_CD = ctx.saved_tensors
-        (tokens, D), plan = grad_TD.shape, ctx.plan
+        rows_RD, row_of_slot_TK, weights_TK, x_TD, *rest = ctx.saved_tensors
         grad_TD = grad_TD.contiguous()
-        grad_rows, grad_weights = grad_TD.new_empty(ctx.rows, D), torch.empty_like(weights_TK)
-        grad_x = grad_mix = grad_constant = shares_TC2 = None
-        if x_TD is not None:
-            grad_x = torch.empty_like(grad_TD)
-            shares_TC2 = weights_TK.new_empty(tokens, len(constant_CD), 2)
-        if tokens:
-            # Without the rows their part of the weights' gradient is not asked for: any rows do.
-            values = grad_rows if rows_RD is None else rows_RD
-            _combine_backward_kernel[(tokens,)](
-                *(grad_TD, values, plan.row_of_slot_TK, weights_TK, x_TD, plan.experts_TK, mix_C2D, constant_CD),
-                *(grad_rows, grad_weights, grad_x, shares_TC2),
-                **plan.options(D, 0 if constant_CD is None else len(constant_CD)),
-            )
-        if shares_TC2 is not None:
-            # Rounded like the tokens that they multiply; sums over tokens are accumulated in float32.
-            q_CT, replaced_CT = shares_TC2.to(grad_TD.dtype).permute(2, 1, 0)
-            grad_first_CD = q_CT @ x_TD
-            grad_mix, grad_constant = torch.stack([grad_first_CD, -grad_first_CD], dim=1), replaced_CT @ grad_TD
-        return grad_rows, grad_weights, grad_x, grad_mix, grad_constant, None
+        grad_rows, grad_weights, grad_x, shares_TC2 = _combine_backward(
+            grad_TD, rows_RD, ctx.rows, row_of_slot_TK, weights_TK, x_TD, *rest, *ctx.rest
+        )
+        if x_TD is None:
+            return grad_rows, grad_weights, *[None] * 8
+        # Rounded like the tokens that they multiply; sums over tokens are accumulated in float32.
+        q_CT, replaced_CT = shares_TC2.to(grad_TD.dtype).permute(2, 1, 0)
+        grad_first_CD = q_CT @ x_TD
+        grad_mix, grad_constant = torch.stack([grad_first_CD, -grad_first_CD], dim=1), replaced_CT @ grad_TD
+        return grad_rows, grad_weights, grad_x, grad_mix, grad_constant, *[None] * 5
 
 
 def combine_triton(
@@ -231,10 +253,10 @@ def combine_triton(
     row_of_slot_TK.view(-1)[slots_R] = torch.arange(len(slots_R), device=slots_R.device)
     rows_RD, weights_TK = rows_RD.contiguous(), weights_TK.contiguous()
     if zero is None:
-        return _Combine.apply(rows_RD, weights_TK, None, None, None, _Plan(row_of_slot_TK, weigh))
-    plan = _Plan(row_of_slot_TK, weigh, zero.experts_TK.contiguous(), zero.ffn_experts, zero.copy_experts)
-    tensors = (t.contiguous() for t in (zero.x_TD, zero.mix_C2D, zero.constant_CD))
-    return _Combine.apply(rows_RD, weights_TK, *tensors, plan)
+        return _Combine.apply(rows_RD, weights_TK, None, None, None, row_of_slot_TK, None, 0, 0, weigh)
+    x_TD, mix_C2D, constant_CD = (t.contiguous() for t in (zero.x_TD, zero.mix_C2D, zero.constant_CD))
+    rest = zero.experts_TK.contiguous(), zero.ffn_experts, zero.copy_experts, weigh
+    return _Combine.apply(rows_RD, weights_TK, x_TD, mix_C2D, constant_CD, row_of_slot_TK, *rest)
 
 
 def shipped(chip: Chip) -> list[Build]:

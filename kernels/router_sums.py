@@ -28,6 +28,7 @@ import triton.language as tl
 from torch.autograd.function import once_differentiable
 
 from expertmesh.kernels.device import by_triton
+from expertmesh.kernels.ops import operation
 from expertmesh.kernels.routing import TINY
 from expertmesh.kernels.routing_triton import logits_tile, scores
 from expertmesh.kernels.tiles import Build, Chip
@@ -122,45 +123,63 @@ def _sums_backward_kernel(
     tl.store(grad_ptr + at, dz, mask=inside)
 
 
+def _fake_sums(logits_TN, chosen_TK, sigmoid):
+    tiles, N = triton.cdiv(logits_TN.shape[0], logits_tile(logits_TN.shape[1]).rows), logits_TN.shape[1]
+    counts_B2N = logits_TN.new_empty(tiles, 2, N, dtype=torch.int32)
+    return logits_TN.new_empty(tiles, N), logits_TN.new_empty(tiles, 2), counts_B2N
+
+
+@operation("router_sums(Tensor logits, Tensor chosen, bool sigmoid) -> (Tensor, Tensor, Tensor)", _fake_sums)
+def _sums(logits_TN, chosen_TK, sigmoid):
+    """The parts of each tile of tokens: of the probabilities, of z and information, of all and of first choices."""
+    (T, N), tile = logits_TN.shape, logits_tile(logits_TN.shape[1])
+    outputs = _fake_sums(logits_TN, chosen_TK, sigmoid)
+    if T:
+        _sums_kernel[(len(outputs[0]),)](
+            *(logits_TN, chosen_TK, *outputs, T, N),
+            K=chosen_TK.shape[1],
+            BLOCK_T=tile.rows,
+            BLOCK_N=tile.columns,
+            SIGMOID=sigmoid,
+            num_warps=tile.warps,
+        )
+    return outputs
+
+
+@operation(
+    "router_sums_backward(Tensor logits, Tensor grad_probabilities, Tensor grad_scalars, bool sigmoid) -> Tensor",
+    lambda logits_TN, *_: torch.empty_like(logits_TN),
+)
+def _sums_backward(logits_TN, grad_probabilities_N, grad_scalars_2, sigmoid):
+    (T, N), tile = logits_TN.shape, logits_tile(logits_TN.shape[1])
+    grad_TN = torch.empty_like(logits_TN)
+    if T:
+        _sums_backward_kernel[(triton.cdiv(T, tile.rows),)](
+            *(logits_TN, grad_probabilities_N, grad_scalars_2, grad_TN, T, N),
+            BLOCK_T=tile.rows,
+            BLOCK_N=tile.columns,
+            SIGMOID=sigmoid,
+            num_warps=tile.warps,
+        )
+    return grad_TN
+
+
 class _RouterSums(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits_TN, chosen_TK, sigmoid):
-        (T, N), tile = logits_TN.shape, logits_tile(logits_TN.shape[1])
-        tiles = triton.cdiv(T, tile.rows)
-        probabilities_BN = logits_TN.new_empty(tiles, N)
-        scalars_B2 = logits_TN.new_empty(tiles, 2)
-        counts_B2N = torch.empty(tiles, 2, N, dtype=torch.int32, device=logits_TN.device)
-        if T:
-            _sums_kernel[(tiles,)](
-                *(logits_TN, chosen_TK, probabilities_BN, scalars_B2, counts_B2N, T, N),
-                K=chosen_TK.shape[1],
-                BLOCK_T=tile.rows,
-                BLOCK_N=tile.columns,
-                SIGMOID=sigmoid,
-                num_warps=tile.warps,
-            )
+        probabilities_BN, scalars_B2, counts_B2N = _sums(logits_TN, chosen_TK, sigmoid)
         z, information = scalars_B2.sum(0).unbind()
-        counts_N, firsts_N = counts_B2N.sum(0).unbind()
+        counts_N, firsts_N = (counts.clone() for counts in counts_B2N.sum(0).unbind())
         ctx.mark_non_differentiable(counts_N, firsts_N)
         ctx.save_for_backward(logits_TN)
         ctx.sigmoid = sigmoid
-        return probabilities_BN.sum(0), z.clone(), information.clone(), counts_N.clone(), firsts_N.clone()
+        return probabilities_BN.sum(0), z.clone(), information.clone(), counts_N, firsts_N
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_probabilities_N, grad_z, grad_information, *_):
-        (logits_TN,) = ctx.saved_tensors
-        (T, N), tile = logits_TN.shape, logits_tile(logits_TN.shape[1])
-        grad_TN = torch.empty_like(logits_TN)
-        if T:
-            _sums_backward_kernel[(triton.cdiv(T, tile.rows),)](
-                *(logits_TN, grad_probabilities_N.contiguous(), torch.stack([grad_z, grad_information]), grad_TN, T, N),
-                BLOCK_T=tile.rows,
-                BLOCK_N=tile.columns,
-                SIGMOID=ctx.sigmoid,
-                num_warps=tile.warps,
-            )
-        return grad_TN, None, None
+        grads = grad_probabilities_N.contiguous(), torch.stack([grad_z, grad_information])
+        return _sums_backward(*ctx.saved_tensors, *grads, ctx.sigmoid), None, None
 
 
 def router_sums(logits_TN: torch.Tensor, chosen_TK: torch.Tensor, sigmoid: bool = False) -> RouterSums:

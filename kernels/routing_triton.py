@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch.autograd.function import once_differentiable
 
+from expertmesh.kernels.ops import operation
 from expertmesh.kernels.tiles import Build, Chip, Tile
 
 TINY = tl.constexpr(1e-20)  # keeps a sum of sigmoid scores that all rounded to 0 from dividing
@@ -211,54 +212,76 @@ def logits_tile(experts: int) -> Tile:
     return Tile(max(1, min(64, 2048 // columns)), columns, 1, 4, 3)
 
 
+def _fake_route(logits_TN, ranking_TN, bias_N, top_k, mode, zero_experts, groups, open_groups):
+    T = logits_TN.shape[0]
+    experts_TK = logits_TN.new_empty(T, top_k, dtype=torch.int64)
+    return experts_TK, logits_TN.new_empty(T, top_k), torch.empty_like(logits_TN)
+
+
+@operation(
+    "route(Tensor logits, Tensor? ranking, Tensor? bias, int top_k, int mode, int zero_experts, int groups,"
+    " int open_groups) -> (Tensor, Tensor, Tensor)",
+    _fake_route,
+)
+def _route(logits_TN, ranking_TN, bias_N, top_k, mode, zero_experts, groups, open_groups):
+    (T, N), tile = logits_TN.shape, logits_tile(logits_TN.shape[1])
+    outputs = _fake_route(logits_TN, ranking_TN, bias_N, top_k, mode, zero_experts, groups, open_groups)
+    if T:
+        _route_kernel[(triton.cdiv(T, tile.rows),)](
+            *(logits_TN, ranking_TN, bias_N, *outputs, T, N, zero_experts),
+            K=top_k,
+            BLOCK_K=triton.next_power_of_2(top_k),
+            BLOCK_T=tile.rows,
+            BLOCK_N=tile.columns,
+            MODE=mode,
+            RANKED=ranking_TN is not None,
+            BIASED=bias_N is not None,
+            GROUPS=groups,
+            OPEN=open_groups,
+            num_warps=tile.warps,
+        )
+    return outputs
+
+
+@operation(
+    "route_backward(Tensor logits, Tensor experts, Tensor weights, Tensor? grad_weights, Tensor? grad_shares, int mode)"
+    " -> Tensor",
+    lambda logits_TN, *_: torch.empty_like(logits_TN),
+)
+def _route_backward(logits_TN, experts_TK, weights_TK, grad_weights_TK, grad_shares_TN, mode):
+    (T, N), tile = logits_TN.shape, logits_tile(logits_TN.shape[1])
+    grad_TN = torch.empty_like(logits_TN)
+    if T:
+        _route_backward_kernel[(triton.cdiv(T, tile.rows),)](
+            *(logits_TN, experts_TK, weights_TK, grad_weights_TK, grad_shares_TN, grad_TN, T, N),
+            K=experts_TK.shape[1],
+            BLOCK_T=tile.rows,
+            BLOCK_N=tile.columns,
+            MODE=mode,
+            WEIGHTS=grad_weights_TK is not None,
+            SHARES=grad_shares_TN is not None,
+            num_warps=tile.warps,
+        )
+    return grad_TN
+
+
 class _Route(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits_TN, ranking_TN, bias_N, rule):
-        T, N = logits_TN.shape
-        experts_TK = logits_TN.new_empty(T, rule.top_k, dtype=torch.int64)
-        weights_TK, shares_TN = logits_TN.new_empty(T, rule.top_k), torch.empty_like(logits_TN)
-        tile = logits_tile(N)
-        if T:
-            _route_kernel[(triton.cdiv(T, tile.rows),)](
-                *(logits_TN, ranking_TN, bias_N, experts_TK, weights_TK, shares_TN, T, N, rule.zero_experts),
-                K=rule.top_k,
-                BLOCK_K=triton.next_power_of_2(rule.top_k),
-                BLOCK_T=tile.rows,
-                BLOCK_N=tile.columns,
-                MODE=rule.mode,
-                RANKED=ranking_TN is not None,
-                BIASED=bias_N is not None,
-                GROUPS=rule.groups,
-                OPEN=rule.open_groups,
-                num_warps=tile.warps,
-            )
+        experts_TK, weights_TK, shares_TN = _route(logits_TN, ranking_TN, bias_N, *rule)
         ctx.mark_non_differentiable(experts_TK)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(logits_TN, experts_TK, weights_TK)
-        ctx.rule = rule
+        ctx.mode = rule.mode
         return experts_TK, weights_TK, shares_TN
 
     @staticmethod
     @once_differentiable
     def backward(ctx, _, grad_weights_TK, grad_shares_TN):
-        logits_TN, experts_TK, weights_TK = ctx.saved_tensors
         if grad_weights_TK is None and grad_shares_TN is None:
             return None, None, None, None
-        (T, N), tile = logits_TN.shape, logits_tile(logits_TN.shape[1])
-        grad_TN = torch.empty_like(logits_TN)
         grads = [None if g is None else g.contiguous() for g in (grad_weights_TK, grad_shares_TN)]
-        if T:
-            _route_backward_kernel[(triton.cdiv(T, tile.rows),)](
-                *(logits_TN, experts_TK, weights_TK, *grads, grad_TN, T, N),
-                K=ctx.rule.top_k,
-                BLOCK_T=tile.rows,
-                BLOCK_N=tile.columns,
-                MODE=ctx.rule.mode,
-                WEIGHTS=grad_weights_TK is not None,
-                SHARES=grad_shares_TN is not None,
-                num_warps=tile.warps,
-            )
-        return grad_TN, None, None, None
+        return _route_backward(*ctx.saved_tensors, *grads, ctx.mode), None, None, None
 
 
 def route_triton(
@@ -309,6 +332,11 @@ def _slot_places_kernel(
 SLOTS_TILE = Tile(64, 64, 1, 4, 3)
 
 
+def _fake_sort_slots(experts_TK: torch.Tensor, ffn_experts: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return experts_TK.new_empty(experts_TK.numel()), experts_TK.new_empty(ffn_experts)
+
+
+@operation("sort_slots(Tensor experts, int ffn_experts) -> (Tensor, Tensor)", _fake_sort_slots)
 def sort_slots_triton(experts_TK: torch.Tensor, ffn_experts: int) -> tuple[torch.Tensor, torch.Tensor]:
     """(slots, counts_E): the stable counting sort of `sort_slots`, and as many numbers more as there are other slots.
 
@@ -323,7 +351,7 @@ def sort_slots_triton(experts_TK: torch.Tensor, ffn_experts: int) -> tuple[torch
             *(flat, counts_BE, S, E), BLOCK_S=SLOTS_TILE.rows, BLOCK_E=SLOTS_TILE.columns, num_warps=SLOTS_TILE.warps
         )
     ends_BE = counts_BE.cumsum(0)
-    counts_E = ends_BE[-1] if tiles else counts_BE.new_zeros(E, dtype=torch.int64)
+    counts_E = ends_BE[-1].clone() if tiles else counts_BE.new_zeros(E, dtype=torch.int64)
     firsts_BE = ends_BE - counts_BE + (counts_E.cumsum(0) - counts_E)
     if S and E:
         _slot_places_kernel[(tiles,)](
