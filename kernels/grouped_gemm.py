@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch.autograd.function import once_differentiable
 
-from expertmesh.kernels import grouped_gemm_triton
+from expertmesh.kernels import grouped_gemm_triton as kernels
 from expertmesh.kernels.device import by_triton
 from expertmesh.kernels.ops import operation
 
@@ -71,7 +71,7 @@ def _outer_segments(
     return out_ENK
 
 
-TRITON = Products(grouped_gemm_triton.multiply, grouped_gemm_triton.outer)
+TRITON = Products(kernels.multiply, kernels.outer)
 SEGMENTS = Products(_multiply_segments, _outer_segments)
 
 

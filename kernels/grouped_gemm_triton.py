@@ -10,6 +10,8 @@ Legend: R rows, E experts, K inner width, N output width.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -264,7 +266,7 @@ def shipped(chip: Chip) -> list[Build]:
             continue
         for transposed in (False, True):
             block = (tile.depth, tile.columns) if transposed else (tile.columns, tile.depth)
-            arguments = {
+            arguments: dict[str, Any] = {
                 "rows": descriptor_type("bf16", tile.rows, tile.depth) if chip.descriptors else "*bf16:16",
                 "weights": descriptor_type("bf16", 1, *block) if chip.descriptors else "*bf16:16",
                 "table_ptr": "*i32:16",
@@ -281,7 +283,7 @@ def shipped(chip: Chip) -> list[Build]:
     for gathered in (False, True):
         tile = outer_tile(2, chip, gathered)
         descriptors = chip.descriptors
-        arguments = {
+        operands: dict[str, Any] = {
             "left": descriptor_type("bf16", tile.depth, tile.rows) if descriptors else None,
             "right": descriptor_type("bf16", tile.depth, tile.columns) if descriptors and not gathered else None,
             **dict.fromkeys(("left_ptr", "right_ptr", "out_ptr"), "*bf16:16"),
@@ -291,5 +293,5 @@ def shipped(chip: Chip) -> list[Build]:
             **{"BLOCK_R": tile.depth, "BLOCK_N": tile.rows, "BLOCK_K": tile.columns},
             **{"DESCRIPTORS": descriptors, "GATHERED": gathered, "EVEN": True, "WIDEN": False},
         }
-        builds.append(Build("outer gathered" if gathered else "outer", outer_kernel, arguments, tile))
+        builds.append(Build("outer gathered" if gathered else "outer", outer_kernel, operands, tile))
     return builds

@@ -68,10 +68,10 @@ def _hidden_segments(
     kept: bool,
 ) -> Hidden:
     grad_a_RF = SEGMENTS.multiply(grad_RD, down_EDF.transpose(1, 2), counts_E)
-    grad_weights = a_RF = None
-    if kept or weights_R is not None:
-        a_RF = _activate(h_RG)
+    grad_weights = None
+    a_RF = _activate(h_RG) if kept or weights_R is not None else None
     if weights_R is not None:
+        assert a_RF is not None
         grad_weights = (a_RF.to(weights_R.dtype) * grad_a_RF).sum(1)
         a_RF.mul_(weights_R[:, None])
         grad_a_RF.mul_(weights_R[:, None])

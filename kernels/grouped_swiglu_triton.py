@@ -17,7 +17,7 @@ Legend: X source rows, R rows sorted by expert, E experts, D model width, F hidd
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -323,7 +323,13 @@ def hidden(
 def shipped(chip: Chip) -> list[Build]:
     """The kernels as bfloat16 models whose sizes are multiples of the tiles run them."""
     bf16, builds = "*bf16:16", []
-    common = {"weights_ptr": "*fp32:16", "table_ptr": "*i32:16", "h_ptr": bf16, "a_ptr": bf16, "tiles": "i32"}
+    common: dict[str, Any] = {
+        "weights_ptr": "*fp32:16",
+        "table_ptr": "*i32:16",
+        "h_ptr": bf16,
+        "a_ptr": bf16,
+        "tiles": "i32",
+    }
     common |= {"F": "i32:16", "D": "i32:16", "DESCRIPTORS": chip.descriptors, "WEIGHTED": True, "EVEN": True}
     for height in (16, 64, 128):
         tile = swiglu_tile(height, 1, 2, chip, accumulators=2)

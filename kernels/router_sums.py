@@ -20,7 +20,7 @@ Legend: T tokens, N experts of every kind, K experts a token, B tiles of tokens.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -216,7 +216,7 @@ def shipped(chip: Chip) -> list[Build]:
     """The kernels at 64 experts and two choices a token."""
     tile = logits_tile(64)
     names = ("logits_ptr", "probabilities_ptr", "scalars_ptr", "grad_probabilities_ptr", "grad_scalars_ptr", "grad_ptr")
-    everything = dict.fromkeys(names, "*fp32:16") | {"chosen_ptr": "*i64:16", "counts_ptr": "*i32:16"}
+    everything: dict[str, Any] = dict.fromkeys(names, "*fp32:16") | {"chosen_ptr": "*i64:16", "counts_ptr": "*i32:16"}
     everything |= {
         "T": "i32:16",
         "N": "i32:16",
