@@ -29,11 +29,15 @@ from expertmesh.kernels import (
     router_sums,
     routing_triton,
     rows,
+    slot_order_triton,
 )
 from expertmesh.kernels.machine_code import read_amd, read_nvidia
 from expertmesh.kernels.tiles import CHIPS, Build, Chip
 
-FAMILIES = (grouped_gemm_triton, grouped_swiglu_triton, rows, combine_triton, routing_triton, router_sums)
+FAMILIES = (
+    *(grouped_gemm_triton, grouped_swiglu_triton, rows, combine_triton),
+    *(routing_triton, slot_order_triton, router_sums),
+)
 MACS_PER_CLOCK = {"sm_80": 1024, "sm_90": 2048, "sm_100": 4096}  # bfloat16, dense, of a multiprocessor
 ISSUE_SLOTS_PER_CLOCK = 4
 REGISTERS, THREADS = 65536, 2048  # of a multiprocessor

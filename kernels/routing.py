@@ -20,7 +20,8 @@ from typing import Literal, NamedTuple, get_args
 import torch
 
 from expertmesh.kernels.device import by_triton
-from expertmesh.kernels.routing_triton import CHOSEN, PAPER, SIGMOID, Rule, route_triton, sort_slots_triton
+from expertmesh.kernels.routing_triton import CHOSEN, PAPER, SIGMOID, Rule, route_triton
+from expertmesh.kernels.slot_order_triton import sort_slots_triton
 
 GateMode = Literal["paper", "released", "mixtral"]
 TINY = 1e-20  # keeps a sum of sigmoid scores that all rounded to 0 from dividing

@@ -75,9 +75,17 @@ def poisoned():
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.mark.parametrize("with_zero", [False, True], ids=["rows only", "zero-computation"])
-@pytest.mark.parametrize("weigh", [True, False], ids=["weigh", "weighted before"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "weigh", "with_zero"),
+    [
+        (torch.float32, True, False),
+        (torch.float32, False, False),
+        (torch.float32, True, True),
+        (torch.float32, False, True),
+        (torch.bfloat16, True, True),
+    ],
+    ids=["rows", "rows weighted before", "and zero-computation", "both", "in bfloat16"],
+)
 @WAYS
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.reason)
 def test_output_and_gradients(case, combine, dtype, weigh, with_zero, poisoned):
