@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import re
-from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import triton
@@ -75,8 +76,8 @@ def shipped(chip: Chip) -> list[Build]:
     return [build for family in FAMILIES for build in family.shipped(chip)]
 
 
-def judge_all(target: str, only: str = "") -> Iterator[Judgement]:
-    """Judge the kernels shipped for a chip, one after the other; `only` those whose "name, tile" a pattern is found in.
+def judge_all(target: str, only: str = "") -> list[Judgement]:
+    """Judge the kernels shipped for a chip, on all cores; `only` those whose "name, tile" a pattern is found in.
 
     Raises:
         ValueError: for a chip that nothing is shipped for, or a pattern that is none.
@@ -88,7 +89,9 @@ def judge_all(target: str, only: str = "") -> Iterator[Judgement]:
     except re.error as error:
         raise ValueError(f"--only {only}: {error}") from None
     chosen = [build for build in shipped(CHIPS[target]) if pattern.search(f"{build.name}, {build.tile}")]
-    return (judge(build, CHIPS[target]) for build in chosen)
+    # Most of the time is the assembler's, a process of its own. Where that refuses, Triton prints all it was given.
+    with contextlib.redirect_stdout(io.StringIO()), ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(lambda build: judge(build, CHIPS[target]), chosen))
 
 
 def judge(build: Build, chip: Chip) -> Judgement:
@@ -145,5 +148,4 @@ def _compile(build: Build, chip: Chip) -> triton.compiler.CompiledKernel:
     amd = chip.name.startswith("gfx")
     target = GPUTarget("hip", chip.name, 64) if amd else GPUTarget("cuda", int(chip.name[3:]), 32)
     options = {"num_warps": build.tile.warps, "num_stages": build.tile.stages, "enable_fp_fusion": True}
-    with contextlib.redirect_stdout(io.StringIO()):  # where the assembler refuses, Triton prints all it was given
-        return triton.compile(ASTSource(build.kernel, signature, constants, attributes), target=target, options=options)
+    return triton.compile(ASTSource(build.kernel, signature, constants, attributes), target=target, options=options)

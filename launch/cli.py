@@ -317,14 +317,12 @@ def kernels(
         with wrong_input():
             from expertmesh.kernels.ahead_of_time import judge_all
 
-            runs = [judge_all(name, only) for name in target or ["sm_90"]]
-        judgements = []
-        for judgement in (judgement for run in runs for judgement in run):
-            judgements.append(judgement)
-            if not as_json:
-                typer.echo(judgement.line())
+            judgements = [judgement for name in target or ["sm_90"] for judgement in judge_all(name, only)]
     if as_json:
         typer.echo(json.dumps([judgement._asdict() for judgement in judgements]))
+        return
+    for judgement in judgements:
+        typer.echo(judgement.line())
 
 
 @bench.command("moe")
