@@ -1,4 +1,4 @@
-"""Between tokens and rows: copy each token into the rows of its experts, and sum the experts' rows back into tokens.
+"""From the experts' rows back to tokens: each token gets the weighted sum of its own, and of what it did not send away.
 
 A row serves one slot t*K+k (`slots_R`, see `routing.sort_slots`), so its token is slot // K. Slots of zero-computation
 experts have no row, so a token has from 0 to K of them:
@@ -6,7 +6,8 @@ experts have no row, so a token has from 0 to K of them:
     slots_R = [1, 2, 5, 4, 0]    K = 2        by slot: token 0 has rows 4 and 0, token 1 row 1, token 2 rows 3 and 2
 
 Summing into tokens is done by gathering, never by scattering: each token adds its own rows in order of k, which needs
-no atomics and gives the same bits on every run. `embedding_bag` is that gather, for ragged bags, on both CPU and GPU.
+no atomics and gives the same bits on every run. On CUDA that is a Triton kernel (combine_triton.py), which answers for
+the zero-computation experts too; elsewhere `embedding_bag`, a gather for ragged bags.
 
 Legend: T tokens, D model width, K slots per token, R rows.
 """
@@ -16,6 +17,10 @@ from __future__ import annotations
 import torch
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
+
+from expertmesh.kernels.combine_triton import combine_triton
+from expertmesh.kernels.device import by_triton
+from expertmesh.kernels.zero_computation import ZeroComputation, zero_computation_ref
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -41,34 +46,24 @@ def _sum_into_tokens(
     return summed_TD.to(rows_RD.dtype)
 
 
-class _GatherRows(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x_TD, slots_R, top_k):
-        ctx.save_for_backward(slots_R)
-        ctx.tokens, ctx.top_k = x_TD.shape[0], top_k
-        return x_TD.index_select(0, slots_R // top_k)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_RD):
-        (slots_R,) = ctx.saved_tensors
-        return _sum_into_tokens(grad_RD, slots_R, None, ctx.tokens, ctx.top_k), None, None
-
-
 class _CombineRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, rows_RD, slots_R, weights_TK):
+    def forward(ctx, rows_RD, slots_R, weights_TK, weigh):
         # The rows are needed for the weights' gradient only, and they are the largest tensor here.
-        ctx.save_for_backward(rows_RD if ctx.needs_input_grad[2] else None, slots_R, weights_TK)
-        ctx.rows_dtype = rows_RD.dtype
-        return _sum_into_tokens(rows_RD, slots_R, weights_TK.flatten()[slots_R], *weights_TK.shape)
+        ctx.save_for_backward(rows_RD if weigh and ctx.needs_input_grad[2] else None, slots_R, weights_TK)
+        ctx.rows_dtype, ctx.weigh = rows_RD.dtype, weigh
+        weights_R = weights_TK.flatten()[slots_R] if weigh else None
+        return _sum_into_tokens(rows_RD, slots_R, weights_R, *weights_TK.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_TD):
         rows_RD, slots_R, weights_TK = ctx.saved_tensors
+        grad_RD = grad_TD.index_select(0, slots_R // weights_TK.shape[1])
+        if not ctx.weigh:
+            return grad_RD, None, None, None
         wide = _wide(ctx.rows_dtype)
-        grad_RD = grad_TD.index_select(0, slots_R // weights_TK.shape[1]).to(wide)
+        grad_RD = grad_RD.to(wide)
         grad_rows = grad_weights = None
         if ctx.needs_input_grad[2]:
             dots_R = (grad_RD * rows_RD).sum(dim=-1).to(weights_TK.dtype)
@@ -76,47 +71,48 @@ class _CombineRows(torch.autograd.Function):
             grad_weights = torch.zeros_like(weights_TK).flatten().index_copy_(0, slots_R, dots_R).view_as(weights_TK)
         if ctx.needs_input_grad[0]:
             grad_rows = (grad_RD * weights_TK.flatten()[slots_R, None].to(wide)).to(ctx.rows_dtype)
-        return grad_rows, None, grad_weights
+        return grad_rows, None, grad_weights, None
 
 
-def gather_rows(x_TD: torch.Tensor, slots_R: torch.Tensor, top_k: int) -> torch.Tensor:
-    """Copy tokens into rows: rows[r] = x[slots[r] // top_k]; differentiable in x, summed in float32 in a fixed order.
-
-    Args:
-        x_TD: [T, D] tokens, any float dtype.
-        slots_R: [R] int64 distinct slots in [0, T * top_k).
-        top_k: K, slots per token.
-
-    Returns:
-        [R, D] in x's dtype.
-    """
-    return _GatherRows.apply(x_TD, slots_R, top_k)
-
-
-def gather_rows_ref(x_TD: torch.Tensor, slots_R: torch.Tensor, top_k: int) -> torch.Tensor:
-    """The definition of `gather_rows`, by plain autograd."""
-    return torch.cat([x_TD[:0], *(x_TD[slot // top_k][None] for slot in slots_R.tolist())])
-
-
-def combine_rows(rows_RD: torch.Tensor, slots_R: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:
-    """Weight the rows and add them up per token: y[t] = sum over the rows r of token t of weights[slot of r] * rows[r].
+def combine_rows(
+    rows_RD: torch.Tensor,
+    slots_R: torch.Tensor,
+    weights_TK: torch.Tensor,
+    weigh: bool = True,
+    zero: ZeroComputation | None = None,
+) -> torch.Tensor:
+    """Add the rows up per token: y[t] = sum over the rows r of token t of weights[slot of r] * rows[r].
 
     Args:
         rows_RD: [R, D] expert outputs, any float dtype.
         slots_R: [R] int64 distinct slots in [0, T * K), in any order.
-        weights_TK: [T, K] float32 gate weights; those of slots without a row are not used and get gradient 0.
+        weights_TK: [T, K] float32 gate weights; those of slots without a row get gradient 0, unless `zero` uses them.
+        weigh: False where the rows have been multiplied with their weights already.
+        zero: adds what the zero-computation experts of these tokens answer; on CUDA in the same kernel.
 
     Returns:
-        [T, D] in the rows' dtype, accumulated in float32 (float64 for float64); differentiable in rows and weights.
+        [T, D] in the rows' dtype, accumulated in float32 (float64 for float64); differentiable in rows and weights, and
+        in the tokens and parameters of `zero`.
     """
-    return _CombineRows.apply(rows_RD, slots_R, weights_TK)
+    if by_triton(rows_RD):
+        return combine_triton(rows_RD, slots_R, weights_TK, weigh, zero)
+    y_TD = _CombineRows.apply(rows_RD, slots_R, weights_TK, weigh)
+    return y_TD if zero is None else y_TD + zero.answer(weights_TK)
 
 
-def combine_rows_ref(rows_RD: torch.Tensor, slots_R: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:
+def combine_rows_ref(
+    rows_RD: torch.Tensor,
+    slots_R: torch.Tensor,
+    weights_TK: torch.Tensor,
+    weigh: bool = True,
+    zero: ZeroComputation | None = None,
+) -> torch.Tensor:
     """The definition of `combine_rows`, by plain autograd in the rows' dtype."""
     tokens, top_k = weights_TK.shape
     y_TD = rows_RD.new_zeros(tokens, rows_RD.shape[1])
     for row_D, slot in zip(rows_RD, slots_R.tolist(), strict=True):
-        weight = weights_TK[slot // top_k, slot % top_k].to(rows_RD.dtype)
+        weight = weights_TK[slot // top_k, slot % top_k].to(rows_RD.dtype) if weigh else 1
         y_TD = y_TD.index_add(0, slots_R.new_tensor([slot // top_k]), (weight * row_D)[None])
+    if zero is not None:
+        y_TD = y_TD + zero_computation_ref(zero.x_TD, zero.experts_TK, weights_TK, *zero[2:])
     return y_TD

@@ -7,6 +7,11 @@ from dataclasses import dataclass
 import torch
 
 
+def by_triton(tensor: torch.Tensor) -> bool:
+    """Whether the kernels that have a Triton form run it on this tensor; tests say yes, in Triton's interpreter."""
+    return tensor.is_cuda
+
+
 @dataclass(frozen=True)
 class Device:
     """A torch device name and the collective backend that carries its tensors."""

@@ -19,6 +19,10 @@ from typing import Literal, NamedTuple, get_args
 
 import torch
 
+from expertmesh.kernels.device import by_triton
+from expertmesh.kernels.routing_triton import CHOSEN, PAPER, SIGMOID, Rule, route_triton
+from expertmesh.kernels.slot_order_triton import sort_slots_triton
+
 GateMode = Literal["paper", "released", "mixtral"]
 TINY = 1e-20  # keeps a sum of sigmoid scores that all rounded to 0 from dividing
 
@@ -89,6 +93,12 @@ def route(
         raise ValueError(f"gate_mode is {gate_mode!r}; it must be one of {', '.join(get_args(GateMode))}")
 
     logits_TN = logits_TN.float()
+    if by_triton(logits_TN):
+        rule = Rule(top_k, PAPER.value if gate_mode == "paper" else CHOSEN.value)
+        if gate_mode == "released":
+            rule = rule._replace(zero_experts=zero_experts)
+        experts_TK, weights_TK, probabilities_TN = route_triton(logits_TN, rule, ranking_TN)
+        return Routing(experts_TK, weights_TK, logits_TN, probabilities_TN, experts_TK)
     probabilities_TN = logits_TN.softmax(dim=-1)
     # torch.topk promises no order among equals, and CPU and GPU differ; a stable sort has only one answer.
     ranking_TN = logits_TN if ranking_TN is None else ranking_TN
@@ -131,6 +141,12 @@ def route_sigmoid(
     in order of expert id, lowest first.
     """
     logits_TN = logits_TN.float()
+    if by_triton(logits_TN):
+        rule = Rule(top_k, SIGMOID.value)
+        if groups is not None:
+            rule = rule._replace(groups=groups.count, open_groups=groups.chosen)
+        experts_TK, weights_TK, shares_TN = route_triton(logits_TN, rule, bias_N=selection_bias_N)
+        return Routing(experts_TK, weights_TK, logits_TN, shares_TN, experts_TK)
     scores_TN = logits_TN.sigmoid()
     ranking_TN = scores_TN.detach()
     if selection_bias_N is not None:
@@ -176,6 +192,9 @@ def sort_slots(experts_TK: torch.Tensor, ffn_experts: int) -> SlotOrder:
 
     On a GPU this waits for the device once: R is the shape of the result.
     """
+    if by_triton(experts_TK):
+        slots, counts_E = sort_slots_triton(experts_TK, ffn_experts)
+        return SlotOrder(slots[: int(counts_E.sum())], counts_E)
     flat = experts_TK.flatten().clamp(max=ffn_experts)
     counts_E = expert_counts(flat, ffn_experts + 1)[:ffn_experts]
     order = flat.argsort(stable=True)

@@ -15,7 +15,24 @@ Legend: T tokens, D model width, K experts per token, C constant experts.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
+
+
+class ZeroComputation(NamedTuple):
+    """What the zero-computation experts of a layer need to answer; see `zero_computation` for each."""
+
+    x_TD: torch.Tensor
+    experts_TK: torch.Tensor
+    ffn_experts: int
+    mix_C2D: torch.Tensor
+    constant_CD: torch.Tensor
+    copy_experts: int
+
+    def answer(self, weights_TK: torch.Tensor) -> torch.Tensor:
+        """[T, D] by themselves."""
+        return zero_computation(self.x_TD, self.experts_TK, weights_TK, *self[2:])
 
 
 def zero_computation(

@@ -51,6 +51,8 @@ convert = typer.Typer(
     no_args_is_help=True,
 )
 app.add_typer(convert, name="convert")
+bench = typer.Typer(help="Time parts of this project beside those of others.", no_args_is_help=True)
+app.add_typer(bench, name="bench")
 OutArgument = Annotated[Path, typer.Argument(metavar="OUT", help="the folder to write; new, or empty")]
 
 
@@ -336,6 +338,56 @@ def recipes(as_json: JsonOption = False) -> None:
         return
     for name, about in known.items():
         typer.echo(f"{name:24}{about}")
+
+
+@app.command()
+def kernels(
+    target: Annotated[list[str] | None, typer.Option(help="sm_80, sm_90, sm_100, gfx942; any number of them")] = None,
+    only: Annotated[str, typer.Option(help='kernels whose "name, tile" this pattern is found in')] = "",
+    as_json: JsonOption = False,
+) -> None:
+    """Compile the Triton kernels for GPUs that need not be here, and say what came out."""
+    with failures():
+        with wrong_input():
+            from expertmesh.kernels.ahead_of_time import judge_all
+
+            judgements = [judgement for name in target or ["sm_90"] for judgement in judge_all(name, only)]
+    if as_json:
+        typer.echo(json.dumps([judgement._asdict() for judgement in judgements]))
+        return
+    for judgement in judgements:
+        typer.echo(judgement.line())
+
+
+@bench.command("moe")
+def bench_moe(
+    quick: Annotated[bool, typer.Option("--quick", help="one layer at a decode and a prefill size")] = False,
+    tokens: Annotated[str | None, typer.Option(help="batch sizes, such as 1,32,2048")] = None,
+    experts: Annotated[str | None, typer.Option(help="such as 8,16,64")] = None,
+    top_k: Annotated[str | None, typer.Option(help="such as 1,2,8")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, or both")] = None,
+    hidden_size: Annotated[int | None, typer.Option(help="width of the model; none: 512")] = None,
+    ffn_size: Annotated[int | None, typer.Option(help="width of an expert; none: 1024")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Our MoE layer beside transformers, DeepSpeed, Megatron-Core and plain torch, as ratios. All sizes take hours."""
+    with wrong_input():
+        from expertmesh.launch.bench.cases import change_grid
+
+        grid = change_grid(quick, tokens, experts, top_k, dtype, hidden_size, ffn_size)
+    from rich.console import Console
+
+    from expertmesh.launch.bench import moe
+    from expertmesh.launch.bench.table import table
+
+    console, rows = Console(), []
+    with failures():
+        for of_table in moe.bench_moe(grid, lambda line: typer.echo(line, err=True)):
+            rows += of_table
+            if not as_json:
+                console.print(table(of_table))
+    if as_json:
+        typer.echo(json.dumps(rows))
 
 
 @app.command()

@@ -17,7 +17,7 @@ BARS = " ▁▂▃▄▅▆▇█"
 def sparkline(load_LN: list[list[int]]) -> str:
     """Load per expert, summed over layers, as one character each; the tallest is the busiest expert."""
     load_N = [sum(layer) for layer in zip(*load_LN, strict=True)]
-    top = max(load_N) or 1
+    top = max(load_N, default=0) or 1  # a dense model has no layer with experts
     return "".join(BARS[round(load / top * (len(BARS) - 1))] for load in load_N)
 
 

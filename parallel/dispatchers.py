@@ -1,9 +1,11 @@
 """Where the rows of routed experts go: the one thing that differs between training, joined serving and split serving.
 
 A dispatcher takes the tokens of this rank and what the router decided, and hands back the rows that the experts *here*
-must compute, sorted by expert; afterwards it takes those rows and gives every token the weighted sum of its own.
+must compute, sorted by expert; afterwards it takes their answers and gives every token the weighted sum of its own.
 
-    x_TD, routing  --dispatch-->  rows_RD, counts_E, handle  --experts-->  rows_RD  --combine-->  y_TD
+    x_TD, routing  --dispatch-->  rows, handle  --experts-->  answers_RD  --combine-->  y_TD
+
+`Rows` says where each row lies, so that no dispatcher makes a sorted copy for the experts.
 
 `LocalDispatcher` is one rank with every expert, and the reference: any other must give what it gives.
 """
@@ -15,8 +17,10 @@ from typing import Any, NamedTuple, Protocol
 import torch
 import torch.distributed as dist
 
-from expertmesh.kernels.combine import combine_rows, gather_rows
+from expertmesh.kernels.combine import combine_rows
 from expertmesh.kernels.routing import Routing, SlotOrder, sort_slots
+from expertmesh.kernels.rows import Rows, gather_rows
+from expertmesh.kernels.zero_computation import ZeroComputation
 from expertmesh.parallel.all_to_all import Traffic, all_to_all, remote_share
 
 
@@ -30,8 +34,7 @@ class ExpertLayer(NamedTuple):
 class Dispatched(NamedTuple):
     """What the experts of this rank have to compute."""
 
-    rows_RD: torch.Tensor  # sorted by expert
-    counts_E: torch.Tensor  # int64, rows of each expert held here
+    rows: Rows
     handle: Any  # what `combine` of the same dispatcher needs
 
 
@@ -42,14 +45,18 @@ class Dispatcher(Protocol):
         """Rows for the experts here. Slots of zero-computation experts get no row anywhere."""
         ...
 
-    def combine(self, rows_RD: torch.Tensor, handle: Any) -> torch.Tensor:
-        """y_TD: for each token of this rank, the sum of its rows weighted by the router."""
+    def combine(self, answers_RD: torch.Tensor, handle: Any, zero: ZeroComputation | None = None) -> torch.Tensor:
+        """y_TD: for each token of this rank, the sum of its rows' answers weighted by the router.
+
+        `zero`: the zero-computation experts of these tokens, whose answers are added.
+        """
         ...
 
 
 class LocalHandle(NamedTuple):
     order: SlotOrder
     weights_TK: torch.Tensor
+    weigh: bool  # the answers come without their weights
 
 
 class LocalDispatcher:
@@ -57,11 +64,21 @@ class LocalDispatcher:
 
     def dispatch(self, x_TD: torch.Tensor, routing: Routing, layer: ExpertLayer) -> Dispatched:
         order = sort_slots(routing.experts_TK, layer.num_experts)
-        rows_RD = gather_rows(x_TD, order.slots_R, routing.weights_TK.shape[1])
-        return Dispatched(rows_RD, order.counts_E, LocalHandle(order, routing.weights_TK))
+        index_R = order.slots_R // routing.weights_TK.shape[1]
+        rows = Rows(x_TD, index_R, order.counts_E, routing.weights_TK.flatten()[order.slots_R])
+        return Dispatched(rows, LocalHandle(order, routing.weights_TK, weigh=False))
 
-    def combine(self, rows_RD: torch.Tensor, handle: LocalHandle) -> torch.Tensor:
-        return combine_rows(rows_RD, handle.order.slots_R, handle.weights_TK)
+    def combine(
+        self, answers_RD: torch.Tensor, handle: LocalHandle, zero: ZeroComputation | None = None
+    ) -> torch.Tensor:
+        return combine_rows(answers_RD, handle.order.slots_R, handle.weights_TK, handle.weigh, zero)
+
+
+def rows_to_send(x_TD: torch.Tensor, routing: Routing, layer: ExpertLayer) -> tuple[torch.Tensor, LocalHandle]:
+    """A row for each slot of a routed expert, by expert, to be sent away; the weights stay here."""
+    order = sort_slots(routing.experts_TK, layer.num_experts)
+    rows_RD = gather_rows(x_TD, order.slots_R // routing.weights_TK.shape[1])
+    return rows_RD, LocalHandle(order, routing.weights_TK, weigh=True)
 
 
 class AllToAllHandle(NamedTuple):
@@ -80,9 +97,9 @@ class AllToAllDispatcher:
 
     def dispatch(self, x_TD: torch.Tensor, routing: Routing, layer: ExpertLayer) -> Dispatched:
         ranks = self.group.size()
-        rows_RD, counts_E, local = self._local.dispatch(x_TD, routing, layer)
+        rows_RD, local = rows_to_send(x_TD, routing, layer)
 
-        sent_SE = counts_E.view(ranks, layer.num_experts // ranks)  # [destination, its experts]
+        sent_SE = local.order.counts_E.view(ranks, layer.num_experts // ranks)  # [destination, its experts]
         arriving_SE = torch.empty_like(sent_SE)  # [source, experts here]
         dist.all_to_all_single(arriving_SE, sent_SE, group=self.group)
         send_splits, receive_splits = sent_SE.sum(1).tolist(), arriving_SE.sum(1).tolist()
@@ -91,14 +108,16 @@ class AllToAllDispatcher:
         rows_RD = all_to_all(rows_RD, send_splits, receive_splits, self.group, self.traffic)
         by_expert_R = _expert_order(arriving_SE)
         handle = AllToAllHandle(local, send_splits, receive_splits, by_expert_R)
-        return Dispatched(rows_RD.index_select(0, by_expert_R), arriving_SE.sum(0), handle)
+        return Dispatched(Rows(rows_RD, by_expert_R, arriving_SE.sum(0)), handle)
 
-    def combine(self, rows_RD: torch.Tensor, handle: AllToAllHandle) -> torch.Tensor:
+    def combine(
+        self, answers_RD: torch.Tensor, handle: AllToAllHandle, zero: ZeroComputation | None = None
+    ) -> torch.Tensor:
         as_arrived_R = torch.empty_like(handle.by_expert_R)
         as_arrived_R[handle.by_expert_R] = torch.arange(len(as_arrived_R), device=as_arrived_R.device)
-        rows_RD = rows_RD.index_select(0, as_arrived_R)
-        rows_RD = all_to_all(rows_RD, handle.receive_splits, handle.send_splits, self.group, self.traffic)
-        return self._local.combine(rows_RD, handle.local)
+        answers_RD = answers_RD.index_select(0, as_arrived_R)
+        answers_RD = all_to_all(answers_RD, handle.receive_splits, handle.send_splits, self.group, self.traffic)
+        return self._local.combine(answers_RD, handle.local, zero)
 
     def _count_saved(self, x_TD: torch.Tensor, routing: Routing, send_splits: list[int]) -> None:
         kept_slots = routing.experts_TK.numel() - routing.dropped_slots - sum(send_splits)

@@ -24,8 +24,10 @@ import torch
 import torch.distributed as dist
 
 from expertmesh.kernels.routing import Routing
+from expertmesh.kernels.rows import Rows
+from expertmesh.kernels.zero_computation import ZeroComputation
 from expertmesh.parallel.all_to_all import Traffic
-from expertmesh.parallel.dispatchers import Dispatched, ExpertLayer, LocalDispatcher, LocalHandle
+from expertmesh.parallel.dispatchers import Dispatched, ExpertLayer, LocalDispatcher, LocalHandle, rows_to_send
 from expertmesh.parallel.placement import largest_shard, shard_sizes
 
 HEADER, ROWS, REPLY = 0, 1, 2
@@ -83,7 +85,8 @@ class LinkDispatcher:
         self._local = LocalDispatcher()
 
     def dispatch(self, x_TD: torch.Tensor, routing: Routing, layer: ExpertLayer) -> Dispatched:
-        rows_RD, counts_E, local = self._local.dispatch(x_TD, routing, layer)
+        rows_RD, local = rows_to_send(x_TD, routing, layer)
+        counts_E = local.order.counts_E
         sizes = shard_sizes(layer.num_experts, len(self.links))
         rows_of_worker = [int(counts.sum()) for counts in counts_E.split(sizes)]
         sent: list[list[Sent]] = []
@@ -100,9 +103,11 @@ class LinkDispatcher:
         self.traffic.sent += len(rows_RD) * row_bytes
         self.traffic.saved += (routing.experts_TK.numel() - routing.dropped_slots - len(rows_RD)) * row_bytes
         # No expert is here, so the layer goes on with no rows until the answer comes.
-        return Dispatched(rows_RD[:0], counts_E[:0], LinkHandle(local, rows_of_worker, sent, rows_RD[:0]))
+        return Dispatched(Rows(rows_RD[:0], None, counts_E[:0]), LinkHandle(local, rows_of_worker, sent, rows_RD[:0]))
 
-    def combine(self, rows_RD: torch.Tensor, handle: LinkHandle) -> torch.Tensor:
+    def combine(
+        self, answers_RD: torch.Tensor, handle: LinkHandle, zero: ZeroComputation | None = None
+    ) -> torch.Tensor:
         like, host = handle.like_RD, "cpu"
         answers = [torch.empty(rows, like.shape[1], dtype=like.dtype, device=host) for rows in handle.rows_of_worker]
         waits = [[message.work for message in messages] for messages in handle.sent]
@@ -118,7 +123,7 @@ class LinkDispatcher:
                         work.wait()
         finally:
             self.compute.acquire()
-        return self._local.combine(torch.cat(answers).to(like.device), handle.local)
+        return self._local.combine(torch.cat(answers).to(like.device), handle.local, zero)
 
 
 def answer_link(

@@ -8,6 +8,7 @@ import torch
 from numerics import assert_close
 from twin import Weights, shared_gradients, shared_weights
 
+from expertmesh.kernels.rows import Rows
 from expertmesh.system.model.context import Context
 from expertmesh.system.model.experts import RoutedExperts
 
@@ -29,7 +30,7 @@ def assert_equals_twin(
     generator = torch.Generator().manual_seed(sum(counts))
     rows_RD, grad_RD = (torch.randn(sum(counts), width, generator=generator) for _ in range(2))
     rows_RD.requires_grad_()
-    y_RD = experts(rows_RD, torch.tensor(counts), context)
+    y_RD = experts(Rows(rows_RD, None, torch.tensor(counts)), context)
     (y_RD * grad_RD).sum().backward()
 
     wide_RD, w = rows_RD.detach().double().requires_grad_(), shared_weights(experts)

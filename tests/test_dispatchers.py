@@ -85,8 +85,9 @@ def layer(
     gate_up: torch.Tensor,
     down: torch.Tensor,
 ) -> torch.Tensor:
-    rows_RD, counts_E, handle = dispatcher.dispatch(x_TD, routing, ExpertLayer(0, experts))
-    return dispatcher.combine(grouped_swiglu(rows_RD, counts_E, gate_up, down), handle)
+    rows, handle = dispatcher.dispatch(x_TD, routing, ExpertLayer(0, experts))
+    answers_RD = grouped_swiglu(rows.source_XD, rows.index_R, rows.counts_E, gate_up, down, rows.weights_R)
+    return dispatcher.combine(answers_RD, handle)
 
 
 def bytes_by_hand(chosen: list[list[int]], owner_of_token: list[int], ranks: int, me: int, experts: int):
@@ -153,13 +154,13 @@ def test_all_to_all_equals_local(case, world):
 def test_local_equals_a_loop_over_tokens(case):
     batch, experts = batch_for(case, 4), case.ffn_experts
     routing = route(batch.logits_TN, case.top_k, "paper")
-    rows_RD, counts_E, handle = LocalDispatcher().dispatch(batch.x_TD, routing, ExpertLayer(0, experts))
-    expert_of_row = torch.arange(experts).repeat_interleave(counts_E)
-    y_TD = LocalDispatcher().combine(rows_RD * (1 + expert_of_row[:, None]), handle)
+    rows, handle = LocalDispatcher().dispatch(batch.x_TD, routing, ExpertLayer(0, experts))
+    expert_of_row = torch.arange(experts).repeat_interleave(rows.counts_E)
+    y_TD = LocalDispatcher().combine(rows.weighted(rows.gathered() * (1 + expert_of_row[:, None])), handle)
     for x_D, y_D, chosen, weights in zip(batch.x_TD, y_TD, routing.experts_TK, routing.weights_TK, strict=True):
         factor = sum(w.double() * (1 + e) for e, w in zip(chosen, weights, strict=True) if e < experts)
         assert_close(y_D, factor * x_D)
-    assert len(rows_RD) == int((routing.experts_TK < experts).sum())
+    assert int(rows.counts_E.sum()) == int((routing.experts_TK < experts).sum())
 
 
 def with_dropped(batch: Batch, experts: int) -> Routing:
@@ -178,8 +179,8 @@ def test_dropped_slots_have_no_row_and_save_nothing(world):
     case = CASES[1]
     batch, experts = batch_for(case, world), case.ffn_experts
     routing = with_dropped(batch, experts)
-    rows_RD, counts_E, _ = LocalDispatcher().dispatch(batch.x_TD, routing, ExpertLayer(0, experts))
-    assert len(rows_RD) == int(counts_E.sum()) == int((routing.experts_TK < experts).sum())
+    rows, _ = LocalDispatcher().dispatch(batch.x_TD, routing, ExpertLayer(0, experts))
+    assert len(rows.index_R) == int(rows.counts_E.sum()) == int((routing.experts_TK < experts).sum())
     assert 0 < routing.dropped_slots < routing.chosen_TK.numel()
 
     y_TD = layer(LocalDispatcher(), batch.x_TD, routing, experts, batch.gate_up, batch.down)

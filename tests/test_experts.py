@@ -13,6 +13,7 @@ from tiny import context_of, training_step
 from twin import Weights, expert, shared_weights
 
 from expertmesh.kernels.routing import Routing
+from expertmesh.kernels.rows import Rows
 from expertmesh.parallel.placement import expert_shard, shard_sizes
 from expertmesh.system.model.build_experts import build_experts
 from expertmesh.system.model.experts import RoutedExperts, ZeroComputationExperts
@@ -44,7 +45,7 @@ def test_shards_together_answer_as_the_whole(kind):
     counts_E = torch.tensor([2, 0, 3, 1, 4])
     rows_RD = torch.randn(10, WIDTH, generator=torch.Generator().manual_seed(0))
     whole, context = made(kind, 5), context_of(10, training=training_step(10, step=2))
-    expected_RD = whole(rows_RD, counts_E, context)
+    expected_RD = whole(Rows(rows_RD, None, counts_E), context)
     for size in (2, 3, 7):  # 7: two ranks hold nothing and answer no rows
         answers = []
         sizes = shard_sizes(5, size)
@@ -55,7 +56,7 @@ def test_shards_together_answer_as_the_whole(kind):
             initialise(shard, 1, 0.5)
             for name, parameter in shard.named_parameters():
                 assert torch.equal(parameter, whole.get_parameter(name)[held.start : held.stop]), name
-            answers.append(shard(mine, counts, context))
+            answers.append(shard(Rows(mine, None, counts), context))
         assert_close(torch.cat(answers), expected_RD, what=f"{size} shards")
 
 
@@ -88,9 +89,9 @@ def test_nested_equals_the_equation(share, units, counts, reason):
 def test_nested_at_full_width_is_plain_bit_for_bit():
     nested, plain = made(NESTED), made({"hidden_size": 8})
     rows_RD, counts_E = torch.randn(9, WIDTH), torch.tensor([4, 0, 3, 2])
-    expected_RD = plain(rows_RD, counts_E, context_of(9))
-    assert torch.equal(nested(rows_RD, counts_E, context_of(9)), expected_RD)
-    assert torch.equal(nested(rows_RD, counts_E), expected_RD), "a worker of the FFN pool uses all of it"
+    expected_RD = plain(Rows(rows_RD, None, counts_E), context_of(9))
+    assert torch.equal(nested(Rows(rows_RD, None, counts_E), context_of(9)), expected_RD)
+    assert torch.equal(nested(Rows(rows_RD, None, counts_E)), expected_RD), "a worker of the FFN pool uses all of it"
 
 
 def test_nested_is_the_smaller_network_of_its_first_units():
@@ -99,13 +100,14 @@ def test_nested_is_the_smaller_network_of_its_first_units():
     small.gate_up.data.copy_(torch.cat([gate_EFD[:, :2], up_EFD[:, :2]], dim=1))
     small.down.data.copy_(nested.down.detach()[:, :, :2])
     rows_RD, counts_E = torch.randn(9, WIDTH), torch.tensor([4, 0, 3, 2])
-    found_RD = nested(rows_RD, counts_E, context_of(9, width=0.25))
-    assert torch.equal(found_RD, small(rows_RD, counts_E, context_of(9)))
+    found_RD = nested(Rows(rows_RD, None, counts_E), context_of(9, width=0.25))
+    assert torch.equal(found_RD, small(Rows(rows_RD, None, counts_E), context_of(9)))
 
 
 def test_units_beyond_the_width_get_a_gradient_of_exactly_zero():
     nested = made(NESTED)
-    nested(torch.randn(9, WIDTH), torch.tensor([4, 1, 2, 2]), context_of(9, width=0.5)).sum().backward()
+    rows = Rows(torch.randn(9, WIDTH), None, torch.tensor([4, 1, 2, 2]))
+    nested(rows, context_of(9, width=0.5)).sum().backward()
     gate_EFD, up_EFD = nested.gate_up.grad.chunk(2, dim=1)
     for unit_first in (gate_EFD, up_EFD, nested.down.grad.transpose(1, 2)):
         assert not unit_first[:, 4:].any()
@@ -113,10 +115,10 @@ def test_units_beyond_the_width_get_a_gradient_of_exactly_zero():
 
 
 def test_gradient_of_summed_losses_is_the_sum_of_gradients():
-    rows_RD, counts_E = torch.randn(9, WIDTH), torch.tensor([4, 0, 3, 2])
+    rows = Rows(torch.randn(9, WIDTH), None, torch.tensor([4, 0, 3, 2]))
 
     def losses(nested: RoutedExperts) -> list[torch.Tensor]:
-        return [nested(rows_RD, counts_E, context_of(9, width=share)).square().sum() for share in (0.25, 0.5, 1)]
+        return [nested(rows, context_of(9, width=share)).square().sum() for share in (0.25, 0.5, 1)]
 
     together, apart = made(NESTED), made(NESTED)
     sum(losses(together)).backward()
@@ -126,6 +128,17 @@ def test_gradient_of_summed_losses_is_the_sum_of_gradients():
         assert_close(parameter.grad, apart.get_parameter(name).grad, what=name)
 
 
+@pytest.mark.parametrize("expert", [{"hidden_size": 4}, {"kind": "mlp", "hidden_size": 4}], ids=["swiglu", "mlp"])
+def test_rows_are_read_where_they_lie_and_answers_weighted(expert):
+    experts = build_experts(MoEConfig(ffn_experts=2, expert=expert, top_k=1), WIDTH, range(2))
+    initialise(experts, 1, 0.5)
+    generator = torch.Generator().manual_seed(0)
+    source_XD, weights_R = torch.randn(3, WIDTH, generator=generator), torch.rand(4, generator=generator)
+    index_R, counts_E = torch.tensor([2, 0, 2, 1]), torch.tensor([1, 3])
+    expected_RD = weights_R[:, None] * experts(Rows(source_XD[index_R], None, counts_E))
+    assert_close(experts(Rows(source_XD, index_R, counts_E, weights_R)), expected_RD)
+
+
 @pytest.mark.parametrize("id_and_name", list(enumerate(CONFIG.expert_names)), ids=lambda pair: pair[1])
 def test_each_id_is_the_kind_its_name_says(id_and_name):
     i, name = id_and_name
@@ -133,7 +146,7 @@ def test_each_id_is_the_kind_its_name_says(id_and_name):
     initialise(experts, 1, 0.5)
     x_TD = torch.randn(3, WIDTH, generator=torch.Generator().manual_seed(0))
     chosen_TK, one_TK = torch.full((3, 1), i), torch.ones(3, 1)
-    y_TD = experts(x_TD, Routing(chosen_TK, one_TK, one_TK, one_TK, chosen_TK))
+    y_TD = experts(x_TD, Routing(chosen_TK, one_TK, one_TK, one_TK, chosen_TK)).answer(one_TK)
     kind, number = name.split()
     if kind == "constant":
         a = (x_TD @ experts.mix[int(number)].T).softmax(-1)

@@ -9,7 +9,9 @@ import torch
 from numerics import assert_close
 
 from expertmesh.kernels import grouped_gemm as module
+from expertmesh.kernels import grouped_gemm_triton as kernels
 from expertmesh.kernels.grouped_gemm import SEGMENTS, Products, grouped_gemm, grouped_gemm_ref, grouped_gemm_triton
+from expertmesh.kernels.tiles import SM_80, SM_90
 
 
 class Case(NamedTuple):
@@ -29,6 +31,8 @@ CASES = [
     Case([5, 6], 131, 9, "wider than one tile"),
     Case([5, 6], 9, 133, "longer than one step of the inner loop"),
     Case([70, 3], 130, 66, "more than one of everything"),
+    Case([40, 0, 3], 136, 40, "aligned, but no multiple of a tile: the edges are hardware's"),
+    Case([200, 9], 256, 64, "multiples of the tiles in sizes, two tiles of rows in a group"),
 ]
 IMPLEMENTATIONS = [grouped_gemm, grouped_gemm_triton]
 DTYPES = [torch.float32, torch.bfloat16]
@@ -71,6 +75,22 @@ def test_output_and_gradients(case, function, dtype, poisoned):
         assert got.dtype == dtype
         assert_close(got, want, what=what, **truncated)
     assert torch.equal(results[2][counts_E == 0], torch.zeros_like(weights_ENK[counts_E == 0]))
+
+
+@pytest.mark.parametrize("chip", [SM_80, SM_90], ids=lambda chip: chip.name)
+@pytest.mark.parametrize("case", CASES[-2:], ids=lambda case: case.reason)
+def test_by_pointer_and_by_descriptor_are_one_function(case, chip, monkeypatch):
+    """Tiles differ, and with them the order of sums; each chip's is near the definition, output and gradients."""
+    monkeypatch.setattr(kernels, "chip_of", lambda tensor: chip)
+    inputs = inputs_for(case, torch.float32)
+    rows_RK, weights_ENK, counts_E, grad_RN = (t.detach() for t in inputs)
+    expected = output_and_gradients(
+        grouped_gemm_ref,
+        *(rows_RK.double().requires_grad_(), weights_ENK.double().requires_grad_()),
+        *(counts_E, grad_RN.double()),
+    )
+    for got, want in zip(output_and_gradients(grouped_gemm_triton, *inputs), expected, strict=True):
+        assert_close(got, want)
 
 
 @pytest.mark.parametrize("function", IMPLEMENTATIONS, ids=lambda function: function.__name__)

@@ -1,4 +1,7 @@
-"""Routing against a per-token loop in float64, its exact promises, and the row order of the FFN experts."""
+"""Routing against a per-token loop in float64, its exact promises, and the row order of the FFN experts.
+
+Each test runs twice: with torch's operations, and with the Triton kernels in their interpreter.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,17 @@ import pytest
 import torch
 from numerics import assert_close
 
-from expertmesh.kernels.routing import expert_counts, route, sort_slots
+from expertmesh.kernels import routing as module
+from expertmesh.kernels.routing import ExpertGroups, expert_counts, route, route_sigmoid, sort_slots
+
+
+@pytest.fixture(params=[False, True], ids=["torch", "triton"], autouse=True)
+def way(request, monkeypatch):
+    monkeypatch.setattr(module, "by_triton", lambda tensor: request.param)
+    torch.use_deterministic_algorithms(True)  # fresh memory is NaN, so that a number nobody wrote shows
+    yield
+    torch.use_deterministic_algorithms(False)
+
 
 MODES = ["paper", "released", "mixtral"]
 
@@ -124,6 +137,83 @@ def test_released_with_only_zero_experts_chosen_is_zero_with_a_zero_gradient(top
     assert torch.equal(grad, torch.zeros(3, 5))
 
 
+class Sigmoid(NamedTuple):
+    tokens: int
+    experts: int
+    top_k: int
+    groups: tuple[int, int] | None
+    biased: bool
+    reason: str
+
+
+SIGMOID_CASES = [
+    Sigmoid(0, 4, 2, None, False, "no tokens"),
+    Sigmoid(1, 4, 1, None, False, "one token, k is 1"),
+    Sigmoid(33, 13, 3, None, True, "odd sizes, biased"),
+    Sigmoid(20, 12, 3, (4, 2), False, "2 of 4 groups of 3"),
+    Sigmoid(70, 24, 4, (6, 3), True, "biased, and more than one tile of tokens"),
+    Sigmoid(9, 8, 4, (2, 1), True, "all choices in one group"),
+]
+
+
+def route_sigmoid_by_token(logits_TN, case: Sigmoid, bias_N):
+    """The choice and the gates one token at a time, from DeepSeek-V3's equations."""
+    experts, weights, shares = [], [logits_TN[:0, :1].expand(0, case.top_k)], [logits_TN[:0]]
+    for z in logits_TN:
+        s = 1 / (1 + (-z).exp())
+        ranking = (s + bias_N).tolist()
+        allowed = range(case.experts)
+        if case.groups:
+            count, chosen = case.groups
+            size = case.experts // count
+            best = [sum(sorted(ranking[g * size : (g + 1) * size])[-2:]) for g in range(count)]
+            open_groups = sorted(range(count), key=lambda g: (-best[g], g))[:chosen]
+            allowed = [e for e in allowed if e // size in open_groups]
+        picked = sorted(allowed, key=lambda e: (-ranking[e], e))[: case.top_k]
+        experts.append(picked)
+        weights.append((s[picked] / s[picked].sum())[None])
+        shares.append((s / s.sum())[None])
+    return torch.tensor(experts, dtype=torch.int64).view(-1, case.top_k), torch.cat(weights), torch.cat(shares)
+
+
+@pytest.mark.parametrize("case", SIGMOID_CASES, ids=lambda case: case.reason)
+def test_sigmoid_is_the_rule_applied_to_each_token(case):
+    generator = torch.Generator().manual_seed(case.tokens)
+    logits = (2 * torch.randn(case.tokens, case.experts, generator=generator)).requires_grad_()
+    bias_N = 0.3 * torch.randn(case.experts, generator=generator) if case.biased else torch.zeros(case.experts)
+    groups = ExpertGroups(*case.groups) if case.groups else None
+    routing = route_sigmoid(logits, case.top_k, bias_N if case.biased else None, groups)
+    wide = logits.detach().double().requires_grad_()
+    experts, weights, shares = route_sigmoid_by_token(wide, case, bias_N.double())
+    assert torch.equal(routing.experts_TK, experts)
+    assert_close(routing.weights_TK, weights, what="weights")
+    assert_close(routing.probabilities_TN, shares, what="probabilities")
+    grads = [torch.randn(t.shape, generator=generator) for t in (weights, shares)]
+    (got,) = torch.autograd.grad((routing.weights_TK, routing.probabilities_TN), logits, grads)
+    (want,) = torch.autograd.grad((weights, shares), wide, [g.double() for g in grads])
+    assert ((got - want).abs() < 1e-6).all()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_probabilities_carry_a_gradient_too(mode):
+    logits = logits_for(CASES[6]).requires_grad_()
+    wide = logits.detach().double().requires_grad_()
+    routing = route(logits, 3, mode, 4)
+    _, weights = route_by_token(wide, 3, mode, 4)
+    generator = torch.Generator().manual_seed(6)
+    grads = [torch.randn(t.shape, generator=generator) for t in (weights, wide)]
+    (got,) = torch.autograd.grad((routing.weights_TK, routing.probabilities_TN), logits, grads)
+    (want,) = torch.autograd.grad((weights, wide.softmax(-1)), wide, [g.double() for g in grads])
+    assert ((got - want).abs() < 1e-6).all()
+
+
+def test_another_ranking_changes_the_choice_and_not_the_weights():
+    logits = logits_for(CASES[7])
+    routing = route(logits, 2, "paper", ranking_TN=-logits)
+    assert torch.equal(routing.experts_TK, route(-logits, 2, "paper").experts_TK)
+    assert_close(routing.weights_TK, logits.softmax(-1).gather(1, routing.experts_TK))
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [((0, "paper"), "top_k"), ((5, "paper"), "top_k"), ((2, "paper", 5), "zero_experts"), ((2, "topk"), "gate_mode")],
@@ -138,6 +228,7 @@ ORDERS = [
     ([[3, 4], [5, 3]], 3, [], [0, 0, 0], "only zero-computation experts"),
     ([[1], [1], [1]], 3, [0, 1, 2], [0, 3, 0], "all on one expert, k is 1"),
     ([[1, 0]], 2, [1, 0], [1, 1], "one token"),
+    ([[1, 0]], 0, [], [], "no FFN experts"),
 ]
 
 

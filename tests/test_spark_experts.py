@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from expert_twin import COUNTS, assert_equals_twin
 from twin import Weights
 
+from expertmesh.kernels.rows import Rows
 from expertmesh.kernels.statistical_top_k import statistical_top_k_ref
 from expertmesh.system.model.experts_config import SparkConfig
 from expertmesh.system.model.spark_experts import SparkExperts
@@ -42,12 +43,12 @@ def test_units_that_sleep_do_not_matter(predictor):
     """About `kept` of them are awake; what down has for the others changes nothing."""
     experts = made(predictor, width=128, hidden=1024, kept=82)
     x_RD, counts_E = torch.randn(1, 128, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 0, 0])
-    y_RD = experts(x_RD, counts_E)
+    y_RD = experts(Rows(x_RD, None, counts_E))
     y_RD.sum().backward()
     awake_F = experts.down.grad[1].abs().sum(0) > 0
     assert abs(int(awake_F.sum()) - 82.2) < 4 * 5.7
     experts.down.data[1, :, ~awake_F] = 9.0
-    assert torch.equal(experts(x_RD, counts_E), y_RD)
+    assert torch.equal(experts(Rows(x_RD, None, counts_E)), y_RD)
 
 
 def test_parameters_are_counted():

@@ -12,6 +12,7 @@ from numerics import assert_close
 from tiny import context_of, training_step
 from twin import Weights
 
+from expertmesh.kernels.rows import Rows
 from expertmesh.system.model.context import Context, TrainingStep
 from expertmesh.system.model.experts_config import StructuredConfig
 from expertmesh.system.model.structured_experts import MATRICES, StructuredExperts, guidance, shuffle
@@ -98,19 +99,19 @@ def test_merged_is_the_product_of_the_factors(form, reason):
     expert_R = torch.arange(EXPERTS).repeat_interleave(counts_E)
     gate_RF, up_RF = (torch.einsum("rfd,rd->rf", merged[matrix][expert_R], rows_RD) for matrix in ("gate", "up"))
     y_RD = torch.einsum("rdf,rf->rd", merged["down"][expert_R], F.silu(gate_RF) * up_RF)
-    assert_close(experts(rows_RD, counts_E), y_RD)
+    assert_close(experts(Rows(rows_RD, None, counts_E)), y_RD)
 
 
 @EACH_FORM
 def test_at_the_start_the_guide_changes_nothing_whatever_its_share(form, reason):
     experts, plain = made(form, guided=True).double(), made(form).double()
     rows_RD, counts_E = torch.randn(10, WIDTH, dtype=torch.float64), torch.tensor([4, 0, 1, 5])
-    expected_RD = plain(rows_RD, counts_E)
-    assert torch.equal(experts(rows_RD, counts_E), expected_RD), "a worker of the FFN pool"
-    assert torch.equal(experts(rows_RD, counts_E, context_of(10)), expected_RD), "serving, validation"
+    expected_RD = plain(Rows(rows_RD, None, counts_E))
+    assert torch.equal(experts(Rows(rows_RD, None, counts_E)), expected_RD), "a worker of the FFN pool"
+    assert torch.equal(experts(Rows(rows_RD, None, counts_E), context_of(10)), expected_RD), "serving, validation"
     for progress in (0, 0.1, 0.25, 0.4, 0.5, 1):
         # The guide is the product, rounded to float32.
-        assert_close(experts(rows_RD, counts_E, at(progress)), expected_RD, max_error=1e-6, rms_error=1e-7)
+        assert_close(experts(Rows(rows_RD, None, counts_E), at(progress)), expected_RD, max_error=1e-6, rms_error=1e-7)
 
 
 def test_the_guide_fades_and_is_gone_after_half_of_training():
@@ -119,15 +120,14 @@ def test_the_guide_fades_and_is_gone_after_half_of_training():
     assert all(before > after for before, after in zip(shares[:10], shares[1:11], strict=True))
     for progress, has_gradient in ((0.3, True), (0.5, False)):
         experts = made(LOW_RANK, guided=True)
-        experts(torch.randn(4, WIDTH), torch.tensor([1, 1, 1, 1]), at(progress)).sum().backward()
+        experts(Rows(torch.randn(4, WIDTH), None, torch.tensor([1, 1, 1, 1])), at(progress)).sum().backward()
         assert (experts.gate_guide.grad is not None) == has_gradient
 
 
 def test_at_the_first_step_only_the_guide_learns():
     experts = made(BLOCK_DENSE, guided=True)
-    experts(
-        torch.randn(4, WIDTH), torch.tensor([1, 1, 1, 1]), context_of(4, training=training_step(4))
-    ).sum().backward()
+    rows = Rows(torch.randn(4, WIDTH), None, torch.tensor([1, 1, 1, 1]))
+    experts(rows, context_of(4, training=training_step(4))).sum().backward()
     assert not experts.up_inner.grad.any() and experts.up_guide.grad.any()
 
 

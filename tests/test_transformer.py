@@ -12,6 +12,7 @@ from tiny import context_of, tiny_model
 from twin import shared_gradients, shared_weights
 from twin import transformer as transformer_twin
 
+from expertmesh.kernels.rows import Rows
 from expertmesh.parallel.placement import shard_sizes
 from expertmesh.system.model.config import ModelConfig
 from expertmesh.system.model.transformer import ExpertPool, Transformer
@@ -101,4 +102,5 @@ def test_expert_pool_is_the_ffn_half_of_the_model():
         names = [{n for w in weights(m) if w.is_expert for n in w.split(w.parameter)} for m in (model, pool)]
         assert names[0] == names[1] and len(names[0]) == 3 * 2 * config.layers
         for layer in range(config.layers):
-            assert torch.equal(pool(layer, rows_RD, counts_E), model.layers[layer].mlp.experts(rows_RD, counts_E))
+            expected_RD = model.layers[layer].mlp.experts(Rows(rows_RD, None, counts_E))
+            assert torch.equal(pool(layer, rows_RD, counts_E), expected_RD)

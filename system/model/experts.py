@@ -14,7 +14,8 @@ from torch.nn import functional
 from expertmesh.kernels.grouped_gemm import grouped_gemm
 from expertmesh.kernels.grouped_swiglu import grouped_swiglu
 from expertmesh.kernels.routing import Routing
-from expertmesh.kernels.zero_computation import zero_computation
+from expertmesh.kernels.rows import Rows
+from expertmesh.kernels.zero_computation import ZeroComputation
 from expertmesh.system.model.context import Context
 from expertmesh.system.model.experts_config import MLPConfig, SwiGLUConfig
 from expertmesh.system.model.moe_config import MoEConfig
@@ -33,11 +34,15 @@ class RoutedExperts(nn.Module):
         super().__init__()
         self.shard = shard
 
-    def forward(self, rows_RD: torch.Tensor, counts_E: torch.Tensor, context: Context | None = None) -> torch.Tensor:
-        """rows_RD sorted by expert, counts_E rows for each expert of the shard; returns one row for each.
+    def forward(self, rows: Rows, context: Context | None = None) -> torch.Tensor:
+        """The weighted answers to rows of the shard's experts, one for each.
 
         `context`: of the pass; None on a worker of the FFN pool, where experts work as they were trained to.
         """
+        return rows.weighted(self.answer(rows.gathered(), rows.counts_E, context))
+
+    def answer(self, rows_RD: torch.Tensor, counts_E: torch.Tensor, context: Context | None) -> torch.Tensor:
+        """What a kind without a kernel of its own for `forward` defines: rows_RD sorted by expert, one answer each."""
         raise NotImplementedError
 
     def settle(self, standard_deviation: float) -> None:
@@ -68,13 +73,14 @@ class SwiGLUExperts(RoutedExperts):
         self.gate_up = nn.Parameter(torch.empty(len(shard), 2 * config.hidden_size, hidden_size))
         self.down = nn.Parameter(torch.empty(len(shard), hidden_size, config.hidden_size))
 
-    def forward(self, rows_RD: torch.Tensor, counts_E: torch.Tensor, context: Context | None = None) -> torch.Tensor:
+    def forward(self, rows: Rows, context: Context | None = None) -> torch.Tensor:
+        gate_up, down = self.gate_up, self.down
         width = self.config.width(context.width) if context else self.config.hidden_size
-        if width == self.config.hidden_size:
-            return grouped_swiglu(rows_RD, counts_E, self.gate_up, self.down)
-        gate_EFD, up_EFD = self.gate_up.chunk(2, dim=1)
-        gate_up = torch.cat([gate_EFD[:, :width], up_EFD[:, :width]], dim=1)
-        return grouped_swiglu(rows_RD, counts_E, gate_up, self.down[:, :, :width].contiguous())
+        if width != self.config.hidden_size:
+            gate_EFD, up_EFD = gate_up.chunk(2, dim=1)
+            gate_up = torch.cat([gate_EFD[:, :width], up_EFD[:, :width]], dim=1)
+            down = down[:, :, :width].contiguous()
+        return grouped_swiglu(rows.source_XD, rows.index_R, rows.counts_E, gate_up, down, rows.weights_R)
 
 
 class MLPExperts(RoutedExperts):
@@ -88,7 +94,7 @@ class MLPExperts(RoutedExperts):
         self.up = nn.Parameter(torch.empty(len(shard), config.hidden_size, hidden_size))
         self.down = nn.Parameter(torch.empty(len(shard), hidden_size, config.hidden_size))
 
-    def forward(self, rows_RD: torch.Tensor, counts_E: torch.Tensor, context: Context | None = None) -> torch.Tensor:
+    def answer(self, rows_RD: torch.Tensor, counts_E: torch.Tensor, context: Context | None) -> torch.Tensor:
         inner_RF = activate(grouped_gemm(rows_RD, self.up, counts_E), self.activation)
         return grouped_gemm(inner_RF, self.down, counts_E)
 
@@ -109,13 +115,7 @@ class ZeroComputationExperts(nn.Module):
         self.mix = nn.Parameter(torch.empty(config.constant_experts, 2, hidden_size))
         self.constant = nn.Parameter(torch.empty(config.constant_experts, hidden_size))
 
-    def forward(self, x_TD: torch.Tensor, routing: Routing) -> torch.Tensor:
-        return zero_computation(
-            x_TD,
-            routing.experts_TK,
-            routing.weights_TK,
-            self.config.ffn_experts,
-            self.mix,
-            self.constant,
-            self.config.copy_experts,
-        )
+    def forward(self, x_TD: torch.Tensor, routing: Routing) -> ZeroComputation:
+        """What `combine` needs to add their answers; nothing is computed yet."""
+        ffn, copies = self.config.ffn_experts, self.config.copy_experts
+        return ZeroComputation(x_TD, routing.experts_TK, ffn, self.mix, self.constant, copies)

@@ -18,9 +18,10 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from expertmesh.kernels.combine import combine_rows, gather_rows
+from expertmesh.kernels.combine import combine_rows
 from expertmesh.kernels.grouped_gemm import grouped_gemm
 from expertmesh.kernels.routing import Routing, SlotOrder, route, sort_slots
+from expertmesh.kernels.rows import gather_rows
 from expertmesh.system.model.attend import Look
 from expertmesh.system.model.attention_config import MixtureAttentionConfig
 from expertmesh.system.model.context import Context
@@ -58,7 +59,7 @@ class MixtureAttention(nn.Module):
         order = sort_slots(routing.experts_TK, config.experts)
         places_R = self._places(routing, order)
 
-        q_RX = grouped_gemm(gather_rows(x_TD, order.slots_R, config.top_k), self.q_proj, order.counts_E)
+        q_RX = grouped_gemm(gather_rows(x_TD, order.slots_R // config.top_k), self.q_proj, order.counts_E)
         q_THd = self._as_heads(q_RX.index_select(0, places_R.argsort()))
         k_TGd, v_TGd = (project(x_TD).unflatten(-1, (-1, config.head_dim)) for project in (self.k_proj, self.v_proj))
         q_THd = rotate(q_THd, positions_T, config.rope_theta)

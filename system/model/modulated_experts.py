@@ -5,7 +5,8 @@
     y   = adaptor( sum over chosen e of w_e E_e )             adaptor: linear, gelu, linear, with biases
 
 So h travels to the experts, and what they answer comes back before the adaptor: the frame around dispatch and combine.
-Zero-computation and shared experts stand outside it; they read x and are added after the adaptor.
+Zero-computation experts, where a layer has some, stand inside it as the others do: a copy is one of h. A shared expert
+stands outside: it reads x and is added after the adaptor.
 
 The paper's uncertainty-aware router is left out: the code that was published for it does not run. Any router of this
 project chooses among these experts.
@@ -35,7 +36,7 @@ class ModulatedExperts(RoutedExperts):
         self.weight = nn.Parameter(torch.empty(len(shard), 2 * hidden_size, hidden_size))
         self.bias = nn.Parameter(torch.empty(len(shard), 2 * hidden_size))
 
-    def forward(self, rows_RD: torch.Tensor, counts_E: torch.Tensor, context: Context | None = None) -> torch.Tensor:
+    def answer(self, rows_RD: torch.Tensor, counts_E: torch.Tensor, context: Context | None) -> torch.Tensor:
         bias_R2D = self.bias.repeat_interleave(counts_E, dim=0, output_size=len(rows_RD))
         scale_RD, shift_RD = (grouped_gemm(rows_RD, self.weight, counts_E) + bias_R2D).chunk(2, dim=1)
         return scale_RD * rows_RD + shift_RD

@@ -19,10 +19,12 @@ class MoE(nn.Module):
     """What a token goes through:
 
     1. route: the router picks top-k experts and their weights; later steps are functions of that decision
-    2. dispatch: a row for every choice of an FFN expert leaves for the rank that holds it (`frame` may change it first)
-    3. zero-computation experts and the shared expert answer here, while the rows are on their way
+    2. dispatch: a row for every choice of an FFN expert leaves for the rank that holds it
+    3. the shared expert answers here, while the rows are on their way
     4. experts: this rank computes the rows it was sent, one grouped GEMM
-    5. combine: rows come back and are summed by weight (`frame` may change the sum)
+    5. combine: rows come back and are summed by weight, and zero-computation experts answer here in the same pass
+
+    `frame` may change what the routed experts see, and the sum of their answers; most kinds of experts have none.
 
     `shard` is the range of FFN experts held here: all of them, a part (expert parallel), or none (an attention worker,
     whose dispatcher sends every row to the FFN pool).
@@ -45,9 +47,10 @@ class MoE(nn.Module):
     def forward(self, x_TD: torch.Tensor, previous: Routing | None, context: Context) -> tuple[torch.Tensor, Routing]:
         routing = self.gate(x_TD, previous, context)
         x_TD = x_TD * self.input_scale
-        rows_RD, counts_E, handle = context.dispatcher.dispatch(self.frame.enter(x_TD), routing, self.experts_of_layer)
-        y_TD = self.zero_computation(x_TD, routing)
+        inner_TD = self.frame.enter(x_TD)
+        rows, handle = context.dispatcher.dispatch(inner_TD, routing, self.experts_of_layer)
         shared_TD = self.shared_expert(x_TD) if self.shared_expert else None
-        rows_RD = self.experts(rows_RD, counts_E, context)
-        y_TD = y_TD + self.frame.leave(context.dispatcher.combine(rows_RD, handle))
+        answers_RD = self.experts(rows, context)
+        zero = self.zero_computation(inner_TD, routing)
+        y_TD = self.frame.leave(context.dispatcher.combine(answers_RD, handle, zero))
         return self.shared_expert_gate(x_TD, y_TD, shared_TD) if self.shared_expert else y_TD, routing

@@ -36,7 +36,7 @@ class SparkExperts(RoutedExperts):
         self.up = nn.Parameter(torch.empty(len(shard), config.hidden_size, rest))
         self.down = nn.Parameter(torch.empty(len(shard), hidden_size, config.hidden_size))
 
-    def forward(self, rows_RD: torch.Tensor, counts_E: torch.Tensor, context: Context | None = None) -> torch.Tensor:
+    def answer(self, rows_RD: torch.Tensor, counts_E: torch.Tensor, context: Context | None) -> torch.Tensor:
         predictor, rest = self.gate.shape[2], self.up.shape[2]
         gate_RF = grouped_gemm(rows_RD[:, :predictor], self.gate, counts_E)
         up_RF = grouped_gemm(rows_RD[:, -rest:], self.up, counts_E)

@@ -65,7 +65,7 @@ class StructuredExperts(RoutedExperts):
             for part, shape in shapes.items():
                 self.register_parameter(f"{matrix}_{part}", nn.Parameter(torch.empty(experts, *shape)))
 
-    def forward(self, rows_RD: torch.Tensor, counts_E: torch.Tensor, context: Context | None = None) -> torch.Tensor:
+    def answer(self, rows_RD: torch.Tensor, counts_E: torch.Tensor, context: Context | None) -> torch.Tensor:
         guide = 0.0
         if self.config.guided and context is not None and context.training is not None:
             guide = guidance(context.training.progress)

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from expertmesh.kernels.routing import Routing
+from expertmesh.kernels.rows import Rows
 from expertmesh.parallel.placement import expert_shard
 from expertmesh.system.model.block import build_blocks, build_norm
 from expertmesh.system.model.build_experts import build_experts
@@ -74,7 +75,7 @@ class ExpertPool(nn.Module):
 
     def forward(self, layer: int, rows_RD: torch.Tensor, counts_E: torch.Tensor) -> torch.Tensor:
         """Rows of layer `layer`, sorted by the experts held here."""
-        return self.layers[layer]["mlp"]["experts"](rows_RD, counts_E)
+        return self.layers[layer]["mlp"]["experts"](Rows(rows_RD, None, counts_E))
 
 
 def shards(config: ModelConfig, expert_rank: int, expert_size: int) -> list[range]:
