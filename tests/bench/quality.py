@@ -9,6 +9,7 @@ gating residuals: the same FFN experts, tokens and seed. Held-out loss in nats p
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -54,6 +55,7 @@ def main() -> None:
     options.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     options.add_argument("--taus", type=float, nargs="+", default=[0.1, 0.25, 0.5, 0.75, 1.0])
     asked = options.parse_args()
+    os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")  # DeepSpeed asks the environment
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     groups = build_groups(ParallelSizes())
     with tempfile.TemporaryDirectory() as scratch:
