@@ -18,10 +18,10 @@ import torch
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # bfloat16 rounds a logit of 4 by up to 0.008; float32 adds up 512 products to about 1e-6.
-MARGIN = {"float32": 1e-4, "bfloat16": 0.04}
+MARGIN = {torch.float32: 1e-4, torch.bfloat16: 0.04}
 TAUS = (0.10, 0.25, 0.50, 0.75, 1.00)
 PLUS_PLUS_EXPERTS = (8, 16)
-ZERO, COPY, CONSTANT = 1, 1, 2  # the zero-computation experts of MoE++ 8+4 and 16+4 (arXiv 2410.07348, table 2)
+ZERO, COPY, CONSTANT = 1, 1, 2  # the zero-computation experts of MoE++ 8+4 and 16+4 (arXiv 2410.07348, table 3)
 DECODE_TOKENS = 768  # few tokens come in many sets, that no cache holds the weights of the last call's experts
 
 
@@ -141,37 +141,37 @@ class Problem(NamedTuple):
 def draw(case: Case) -> Problem:
     """A layer without zero-computation experts, and its tokens; the same at every call."""
     generator = torch.Generator().manual_seed(0)
-    weights = _weights(case, generator)
-    return _problems(case, [weights], generator, bias_feature=False)[0]
+    weights, x_TD = _weights(case, generator), _candidates(case, generator)
+    return _problems(case, [weights], x_TD, MARGIN[DTYPES[case.dtype]], generator)[0]
 
 
 def draw_plus_plus(case: Case, taus: tuple[float, ...] = TAUS) -> list[Problem]:
     """The same tokens for a vanilla layer and for a MoE++ layer at each tau, all with the same FFN experts.
 
     The balance loss of MoE++ is least where an FFN expert is chosen tau times as often as a zero-computation one, so
-    that tau E / (tau E + Z) of the slots go to E FFN experts beside Z others (section 3.3; equations 7 to 9). An
+    that tau E / (tau E + Z) of the slots go to E FFN experts beside Z others (arXiv 2410.07348, equations 7 to 9). An
     untrained router is brought there by one number: every token carries a 1, whose weight lowers or raises the logits
     of the zero-computation experts.
     """
     generator = torch.Generator().manual_seed(0)
-    vanilla = _weights(case, generator)
-    width, others = case.hidden_size, CONSTANT + COPY + ZERO
-    router_ND = torch.randn(case.experts + others, width, generator=generator) / width**0.5
-    router_ND[:, 0] = 0.0
-    router_ND[: case.experts] = vanilla.router_ND
-    mix_C2D = torch.randn(CONSTANT, 2, width, generator=generator) / width**0.5
-    constant_CD = torch.randn(CONSTANT, width, generator=generator)
+    vanilla, x_TD = _weights(case, generator), _candidates(case, generator)
+    x_TD[:, 0] = 1.0
+    width, others, dtype = case.hidden_size, CONSTANT + COPY + ZERO, DTYPES[case.dtype]
+    mix_C2D = (torch.randn(CONSTANT, 2, width, generator=generator) / width**0.5).to(dtype)
+    constant_CD = torch.randn(CONSTANT, width, generator=generator).to(dtype)
+    of_others_ZD = (torch.randn(others, width, generator=generator) / width**0.5).to(dtype)
+    of_others_ZD[:, 0] = 0.0
+    router_ND = torch.cat([vanilla.router_ND, of_others_ZD])
 
     def plus_plus(tau: float) -> Weights:
         share = tau * case.experts / (tau * case.experts + others)
         balanced_ND = router_ND.clone()
-        balanced_ND[case.experts :, 0] = _bias_for(share, router_ND, case, generator)
-        dtype = DTYPES[case.dtype]
-        free = balanced_ND.to(dtype), mix_C2D.to(dtype), constant_CD.to(dtype)
-        return vanilla._replace(router_ND=free[0], mix_C2D=free[1], constant_CD=free[2], copy_experts=COPY)
+        balanced_ND[case.experts :, 0] = _bias_for(share, x_TD[: case.sets * case.tokens], router_ND, case)
+        return Weights(balanced_ND, vanilla.gate_up_EGD, vanilla.down_EDF, mix_C2D, constant_CD, COPY)
 
     layers = [vanilla, *(plus_plus(tau) for tau in taus)]
-    return _problems(case, layers, generator, bias_feature=True)
+    # Only our layers run these, which route in float32; a wider margin would favour some kinds of experts.
+    return _problems(case, layers, x_TD, MARGIN[torch.float32], generator)
 
 
 def choose(x_TD: torch.Tensor, router_ND: torch.Tensor, top_k: int) -> torch.Tensor:
@@ -191,34 +191,37 @@ def _weights(case: Case, generator: torch.Generator) -> Weights:
     return Weights(router_ND, normal(E, 2 * F, D), normal(E, D, F), normal(0, 2, D), normal(0, D))
 
 
-def _problems(case: Case, layers: list[Weights], generator: torch.Generator, bias_feature: bool) -> list[Problem]:
-    """`layers` with the same tokens, each clearly routed by all of them."""
-    wanted, kept, found = case.sets * case.tokens, [], 0
-    while found < wanted:
-        x_TD = torch.randn(2 * wanted, case.hidden_size, generator=generator)
-        if bias_feature:
-            x_TD[:, 0] = 1.0
-        x_TD = x_TD.to(DTYPES[case.dtype])
-        for weights in layers:
-            x_TD = x_TD[_is_clear(x_TD, weights.router_ND, case)]
-        kept.append(x_TD)
-        found += len(x_TD)
-    inputs_STD = torch.cat(kept)[:wanted].view(case.sets, case.tokens, case.hidden_size)
+def _candidates(case: Case, generator: torch.Generator) -> torch.Tensor:
+    """More tokens than are wanted: of 64 experts and top-8, a margin of 0.04 leaves two in three."""
+    x_TD = torch.randn(3 * case.sets * case.tokens + 64, case.hidden_size, generator=generator)
+    return x_TD.to(DTYPES[case.dtype])
+
+
+def _problems(
+    case: Case, layers: list[Weights], x_TD: torch.Tensor, margin: float, generator: torch.Generator
+) -> list[Problem]:
+    """`layers` with the same tokens: the first of `x_TD` that all of them route clearly."""
+    for weights in layers:
+        x_TD = x_TD[_gap(x_TD, weights.router_ND, case.top_k) > margin]
+    wanted = case.sets * case.tokens
+    assert len(x_TD) >= wanted, f"{len(x_TD)} of {wanted} tokens are routed clearly"
+    inputs_STD = x_TD[:wanted].view(case.sets, case.tokens, case.hidden_size)
     gradients_STD = torch.randn(inputs_STD.shape, generator=generator).to(inputs_STD.dtype)
     return [Problem(case, weights, inputs_STD, gradients_STD) for weights in layers]
 
 
-def _is_clear(x_TD: torch.Tensor, router_ND: torch.Tensor, case: Case) -> torch.Tensor:
+def _gap(x_TD: torch.Tensor, router_ND: torch.Tensor, top_k: int) -> torch.Tensor:
+    """[T] how far the last chosen logit lies above the first refused one."""
     logits_TN = x_TD.double() @ router_ND.double().T
-    if case.top_k == logits_TN.shape[1]:
-        return torch.ones(len(x_TD), dtype=torch.bool)
+    if top_k == logits_TN.shape[1]:
+        return torch.full((len(x_TD),), torch.inf)
     ranked_TN = logits_TN.sort(dim=-1, descending=True).values
-    return ranked_TN[:, case.top_k - 1] - ranked_TN[:, case.top_k] > MARGIN[case.dtype]
+    return ranked_TN[:, top_k - 1] - ranked_TN[:, top_k]
 
 
-def _bias_for(share: float, router_ND: torch.Tensor, case: Case, generator: torch.Generator) -> float:
+def _bias_for(share: float, x_TD: torch.Tensor, router_ND: torch.Tensor, case: Case) -> float:
     """The logit to add to zero-computation experts so that `share` of the slots go to FFN experts, by bisection."""
-    logits_TN = torch.randn(8192, case.hidden_size, generator=generator) @ router_ND.float().T
+    logits_TN = x_TD.float() @ router_ND.float().T
     low, high = -10.0, 10.0
     while high - low > 1e-3:
         middle = (low + high) / 2

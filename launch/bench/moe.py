@@ -11,11 +11,14 @@ takes 1.25 times as long as its matrix products alone.
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import redirect_stdout
 from functools import cache
 from statistics import median
 from typing import Any
+
+import torch
 
 from expertmesh.launch.bench.cases import DTYPES, TAUS, Case, Grid, Problem, choose, draw, draw_plus_plus
 from expertmesh.launch.bench.layer import Layer, ours
@@ -38,7 +41,7 @@ def bench_moe(grid: Grid, say: Say, peers: Sequence[Peer] | None = None) -> Iter
 
     A row has `what, dtype, tokens, experts, top_k, pass, seconds` (of one call; None where it was not timed),
     `ratio_to_limit` (its speed over that of the grouped limit), `ratio_to_dense_limit`, `ratio_to_ours`,
-    `tokens_per_second, rounds, note`; rows of MoE++ also `ffn_share` and `dispatched_bytes`.
+    `tokens_per_second, rounds, threads, note`; rows of MoE++ also `ffn_share` and `dispatched_bytes`.
 
     Raises:
         RuntimeError: if our own layer disagrees with the reference.
@@ -90,7 +93,7 @@ def _agreeing(problem: Problem, peers: Sequence[Peer]) -> tuple[dict[str, Layer]
         reason = peer.unfit(problem.case)
         if not reason:
             try:
-                with redirect_stdout(sys.stderr):  # what a peer prints is no result of ours
+                with redirect_stdout(sys.stderr), warnings.catch_warnings(action="ignore"):  # no news, no result
                     layer = peer.build(problem)
                     wrong = _fault(layer, problem, right(peer.renormalises(problem.case.top_k)))
                 reason = f"wrong in {dtype}: {wrong}" if wrong else ""
@@ -118,7 +121,7 @@ def _plus_plus(case: Case, say: Say) -> Iterator[list[Row]]:
     zero_computation = len(others[0].weights.router_ND) - case.experts
     problems = {OURS: vanilla}
     for tau, problem in zip(TAUS, others, strict=True):
-        problems[f"{OURS}, MoE++ {case.experts}+{zero_computation}, tau {tau:.2f}"] = problem
+        problems[f"MoE++ {case.experts}+{zero_computation}, tau {tau:.2f}"] = problem
     layers = {}
     for what, problem in problems.items():
         layers[what] = ours(problem, renormalises=False)
@@ -145,7 +148,7 @@ def _ffn_share(problem: Problem) -> float:
 
 
 def _limit_name(kind: str, library: str) -> str:
-    return f"limit: {kind} GEMM, {library}"
+    return f"limit: {kind}, {library}"
 
 
 def _products_sample(gemm: Callable[[list[Product]], None], limit: Limit, of_pass: str) -> Sample:
@@ -197,5 +200,6 @@ def _row(what: str, case: Case, of_pass: str, taken: list[float], ratios: dict[s
         "ratio_to_ours": ratios.get("ratio_to_ours"),
         "tokens_per_second": case.tokens / seconds if seconds else None,
         "rounds": len(taken),
+        "threads": torch.get_num_threads(),
         "note": note,
     }

@@ -66,7 +66,7 @@ def expected(problem: Problem, renormalises: bool) -> Right:
     scales = {name: max(float(answer.abs().max()), NOTHING) for name, answer in answers.items() if answer.numel()}
     # Where an answer is at right angles to its gradient, the router's gradient is 0 up to the rounding of the terms
     # that cancel; their size is this, times p (1 - p) of a softmax.
-    terms = (problem.gradients_STD[0].double() * y_TD).norm(dim=1).max() * x_TD.abs().max() / 4
+    terms = (problem.gradients_STD[0].double() * answers["y"]).norm(dim=1).max() * problem.inputs_STD[0].abs().max() / 4
     scales["router"] = max(scales["router"], float(terms))
     return Right(answers, scales)
 

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 from typing import Any
 
+from rich import box
 from rich.table import Table
 
-COLUMNS = ("", "ms a call", "thousand tokens/s", "of grouped limit", "of dense limit", "beside ours")
+COLUMNS = ("", "ms", "tokens/s", "of limit", "of dense", "of ours")
 
 
 def table(rows: list[dict[str, Any]]) -> Table:
-    """Ratios are speeds: 0.8 of the limit, 2 times ours. What was not timed says why in place of them."""
+    """Ratios are speeds: 0.8 of the grouped limit or of the dense one, 2 times ours or our vanilla layer's.
+
+    What was not timed says why below the table.
+    """
     first = rows[0]
-    sizes = f"{first['tokens']} tokens, {first['experts']} experts, top-{first['top_k']}"
-    shown = Table(title=f"{first['pass']}, {first['dtype']}, {sizes}", title_justify="left", caption_justify="left")
+    sizes = f"{first['tokens']} tokens, {first['experts']} experts, top-{first['top_k']}, threads: {first['threads']}"
+    title = f"{first['pass']}, {first['dtype']}, {sizes}"
+    shown = Table(title=title, title_justify="left", caption_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     with_traffic = "dispatched_bytes" in first
-    columns = (*COLUMNS[:3], "beside vanilla", "to FFN experts", "MB sent") if with_traffic else COLUMNS
+    columns = (*COLUMNS[:3], "of vanilla", "to FFN", "MB sent") if with_traffic else COLUMNS
     for number, name in enumerate(columns):
-        shown.add_column(name, justify="right" if number else "left", overflow="fold")
+        shown.add_column(name, justify="right" if number else "left", no_wrap=True)
     notes = []
     for row in rows:
         mark = ""
@@ -26,7 +31,9 @@ def table(rows: list[dict[str, Any]]) -> Table:
             mark = " *" if row["seconds"] else ""
         if row["seconds"] is None:
             continue
-        cells = [row["what"] + mark, f"{row['seconds'] * 1e3:.3g}", f"{row['tokens_per_second'] / 1e3:.3g}"]
+        milliseconds = row["seconds"] * 1e3
+        cells = [row["what"] + mark, f"{milliseconds:.3g}" if milliseconds < 1000 else f"{milliseconds:.0f}"]
+        cells.append(f"{row['tokens_per_second']:,.0f}")
         if with_traffic:
             cells += [_ratio(row["ratio_to_ours"]), f"{row['ffn_share']:.0%}", f"{row['dispatched_bytes'] / 1e6:.2f}"]
         else:
