@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 from collections.abc import Iterator
 from functools import partial
 
@@ -11,6 +12,7 @@ import torch
 from numerics import assert_close
 from rich.console import Console
 from torch import nn
+from typer.testing import CliRunner
 
 from expertmesh.launch.bench import cases, timing
 from expertmesh.launch.bench.cases import DTYPES, QUICK, TAUS, Case, Grid, change_grid, choose, draw, draw_plus_plus
@@ -20,6 +22,7 @@ from expertmesh.launch.bench.moe import Row, bench_moe
 from expertmesh.launch.bench.peers import Peer, all_peers, one_rank
 from expertmesh.launch.bench.reference import disagreement, expected
 from expertmesh.launch.bench.table import table
+from expertmesh.launch.cli import app
 from expertmesh.system.model.moe import MoE
 
 KEYS = {"what", "dtype", "tokens", "experts", "top_k", "pass", "seconds", "ratio_to_limit", "ratio_to_ours"}
@@ -225,6 +228,16 @@ def test_table_shows_ratios_and_reasons(tables):
     assert "forward, float32, 5 tokens, 8 experts, top-2" in text
     assert "absent: not installed: nobody_has_this" in text
     assert "MoE++ 8+4, tau 0.75" in text
+
+
+def test_the_verb_prints_rows_of_every_peer_and_nothing_else():
+    sizes = "--tokens 5 --experts 8 --top-k 2 --dtype float32 --hidden-size 32 --ffn-size 48"
+    done = CliRunner().invoke(app, ["bench", "moe", *sizes.split(), "--json"])
+    assert done.exit_code == 0, done.stderr
+    rows = json.loads(done.stdout)
+    assert {peer.what for peer in all_peers()} < {row["what"] for row in rows if row["seconds"]}
+    refused = CliRunner().invoke(app, ["bench", "moe", "--tokens", "0"])
+    assert (refused.exit_code, refused.stderr) == (2, "expertmesh: tokens=[0]: all must be 1 or more\n")
 
 
 REFUSED = [

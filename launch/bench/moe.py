@@ -61,7 +61,7 @@ def _case(case: Case, peers: Sequence[Peer], say: Say) -> Iterator[list[Row]]:
     bounds, gemms = limits(problem), libraries(DTYPES[case.dtype])
     for of_pass in PASSES:
         say(f"{case}: timing {of_pass}")
-        samples = {
+        samples: dict[str, Sample] = {
             _limit_name(kind, library): [_products_call(gemm, limit, of_pass) for limit in sets]
             for kind, sets in bounds.items()
             for library, gemm in gemms.items()
