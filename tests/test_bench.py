@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import importlib
+import json
 from collections.abc import Iterator
+from functools import partial
 
 import pytest
 import torch
 from numerics import assert_close
 from rich.console import Console
 from torch import nn
+from typer.testing import CliRunner
 
 from expertmesh.launch.bench import cases, timing
 from expertmesh.launch.bench.cases import DTYPES, QUICK, TAUS, Case, Grid, change_grid, choose, draw, draw_plus_plus
@@ -19,6 +22,7 @@ from expertmesh.launch.bench.moe import Row, bench_moe
 from expertmesh.launch.bench.peers import Peer, all_peers, one_rank
 from expertmesh.launch.bench.reference import disagreement, expected
 from expertmesh.launch.bench.table import table
+from expertmesh.launch.cli import app
 from expertmesh.system.model.moe import MoE
 
 KEYS = {"what", "dtype", "tokens", "experts", "top_k", "pass", "seconds", "ratio_to_limit", "ratio_to_ours"}
@@ -83,10 +87,10 @@ def test_reference_against_every_slot_in_turn():
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_tokens_are_routed_the_same_in_every_dtype(dtype):
-    problem = draw(tiny(2048, 16, 8, dtype))
+    problem = draw(tiny(2048, 16, 2, dtype))
     x_TD, router_ND = problem.inputs_STD[0], problem.weights.router_ND
-    rounded = (x_TD @ router_ND.T).topk(8, dim=-1).indices
-    assert torch.equal(rounded.sort().values, choose(x_TD, router_ND, 8).sort().values)
+    rounded = (x_TD @ router_ND.T).topk(2, dim=-1).indices
+    assert torch.equal(rounded.sort().values, choose(x_TD, router_ND, 2).sort().values)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -112,7 +116,7 @@ def test_ours_agrees_with_zero_computation_experts(dtype):
 def test_limits_are_the_products_of_the_layer(dtype):
     """Flops of grouped and dense are the same, and each library leaves the products where it says, or nowhere."""
     problem = draw(tiny(7, 16, 2, str(dtype).removeprefix("torch.")))
-    found = limits(problem)
+    found = {kind: limit for kind, (limit,) in limits(problem).items()}
     for limit in found.values():
         rows = sum(len(product.left) for product in limit.forward[::2])
         assert rows == 7 * 2
@@ -195,17 +199,20 @@ def test_a_wrong_gradient_is_caught(name):
 def test_a_slow_contender_is_taken_once(monkeypatch):
     monkeypatch.setattr(timing, "ROUNDS", 3)
     monkeypatch.setattr(timing, "MOST_ROUNDS", 3)
-    clock = iter(range(1000))
     visited: list[str] = []
-    monkeypatch.setattr(timing, "_seconds", lambda sample: 50.0 if sample() == "slow" else float(next(clock) % 2 + 1))
 
-    def visit(what: str) -> str:
-        visited.append(what)
-        return what
+    def seconds_of(sample: timing.Sample) -> float:
+        for call in sample:
+            call()
+        return 50.0 if visited[-1] == "slow" else 1.0
 
-    seconds = timing.time_in_turn({what: lambda what=what: visit(what) for what in ("quick", "slow", "other")})
+    monkeypatch.setattr(timing, "_seconds", seconds_of)
+    samples = {what: [partial(visited.append, what)] * 2 for what in ("quick", "slow", "other")}
+    seconds = timing.time_in_turn(samples)
     assert {what: len(taken) for what, taken in seconds.items()} == {"quick": 3, "slow": 1, "other": 3}
-    assert visited[6:] == ["quick", "other", "other", "quick", "quick", "other"], "the beginning moves on"
+    assert visited.count("slow") == 2, "a call to warm up, and one"
+    rounds = visited[-12::2]  # two calls a sample
+    assert rounds == ["quick", "other", "other", "quick", "quick", "other"], "the beginning moves on"
 
 
 def test_speed_compares_within_a_round():
@@ -221,6 +228,16 @@ def test_table_shows_ratios_and_reasons(tables):
     assert "forward, float32, 5 tokens, 8 experts, top-2" in text
     assert "absent: not installed: nobody_has_this" in text
     assert "MoE++ 8+4, tau 0.75" in text
+
+
+def test_the_verb_prints_rows_of_every_peer_and_nothing_else():
+    sizes = "--tokens 5 --experts 8 --top-k 2 --dtype float32 --hidden-size 32 --ffn-size 48"
+    done = CliRunner().invoke(app, ["bench", "moe", *sizes.split(), "--json"])
+    assert done.exit_code == 0, done.stderr
+    rows = json.loads(done.stdout)
+    assert {peer.what for peer in all_peers()} < {row["what"] for row in rows if row["seconds"]}
+    refused = CliRunner().invoke(app, ["bench", "moe", "--tokens", "0"])
+    assert (refused.exit_code, refused.stderr) == (2, "expertmesh: tokens=[0]: all must be 1 or more\n")
 
 
 REFUSED = [

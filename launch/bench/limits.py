@@ -72,14 +72,14 @@ def _keeps_float32() -> bool:
 
 
 class Limit(NamedTuple):
-    """The products of one sample: of each set of tokens in turn."""
+    """The products for one set of tokens."""
 
     forward: list[Product]
     backward: list[Product]
 
 
-def limits(problem: Problem) -> dict[str, Limit]:
-    """ "grouped" and "dense"; both use the same buffers, and the weights of the case."""
+def limits(problem: Problem) -> dict[str, list[Limit]]:
+    """ "grouped" and "dense", one for each set of tokens; all use the same buffers, and the weights of the case."""
     case, weights = problem.case, problem.weights
     R, D, F, E = case.rows, case.hidden_size, case.ffn_size, case.experts
     dtype = weights.down_EDF.dtype
@@ -103,10 +103,8 @@ def limits(problem: Problem) -> dict[str, Limit]:
             backward.append(Product(h_RG[rows].t(), x_RD[rows], grad_gate_up_EGD[expert]))
         return Limit(forward, backward)
 
-    def all_sets(counts_of_sets: list[list[int]]) -> Limit:
-        sets = [of(counts) for counts in counts_of_sets]
-        return Limit([p for one in sets for p in one.forward], [p for one in sets for p in one.backward])
-
     chosen = [choose(x_TD, weights.router_ND, case.top_k).flatten() for x_TD in problem.inputs_STD]
-    grouped = [torch.bincount(experts_R, minlength=E).tolist() for experts_R in chosen]
-    return {"grouped": all_sets(grouped), "dense": all_sets([[R]] * case.sets)}
+    return {
+        "grouped": [of(torch.bincount(experts_R, minlength=E).tolist()) for experts_R in chosen],
+        "dense": [of([R])] * case.sets,
+    }

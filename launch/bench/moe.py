@@ -14,7 +14,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import redirect_stdout
-from functools import cache
+from functools import cache, partial
 from statistics import median
 from typing import Any
 
@@ -22,7 +22,7 @@ import torch
 
 from expertmesh.launch.bench.cases import DTYPES, TAUS, Case, Grid, Problem, choose, draw, draw_plus_plus
 from expertmesh.launch.bench.layer import Layer, ours
-from expertmesh.launch.bench.limits import Limit, Product, libraries, limits
+from expertmesh.launch.bench.limits import Library, Limit, libraries, limits
 from expertmesh.launch.bench.peers import Peer, all_peers, one_rank
 from expertmesh.launch.bench.reference import Right, disagreement, expected
 from expertmesh.launch.bench.timing import Sample, speed, time_in_turn
@@ -61,9 +61,9 @@ def _case(case: Case, peers: Sequence[Peer], say: Say) -> Iterator[list[Row]]:
     bounds, gemms = limits(problem), libraries(DTYPES[case.dtype])
     for of_pass in PASSES:
         say(f"{case}: timing {of_pass}")
-        samples = {
-            _limit_name(kind, library): _products_sample(gemm, limit, of_pass)
-            for kind, limit in bounds.items()
+        samples: dict[str, Sample] = {
+            _limit_name(kind, library): [_products_call(gemm, limit, of_pass) for limit in sets]
+            for kind, sets in bounds.items()
             for library, gemm in gemms.items()
         }
         samples |= _layer_samples(layers, dict.fromkeys(layers, problem), of_pass)
@@ -151,42 +151,30 @@ def _limit_name(kind: str, library: str) -> str:
     return f"limit: {kind}, {library}"
 
 
-def _products_sample(gemm: Callable[[list[Product]], None], limit: Limit, of_pass: str) -> Sample:
-    products = limit.forward + (limit.backward if of_pass == BOTH else [])
-    return lambda: gemm(products)
+def _products_call(gemm: Library, limit: Limit, of_pass: str) -> Callable[[], None]:
+    return partial(gemm, limit.forward + (limit.backward if of_pass == BOTH else []))
 
 
 def _layer_samples(layers: dict[str, Layer], problems: dict[str, Problem], of_pass: str) -> dict[str, Sample]:
     samples: dict[str, Sample] = {}
     for what, layer in layers.items():
         layer.module.train(of_pass == BOTH)
-        samples[what] = (_learn_sample if of_pass == BOTH else _infer_sample)(layer, problems[what])
+        inputs, gradients = problems[what].inputs_STD.unbind(0), problems[what].gradients_STD.unbind(0)
+        if of_pass == BOTH:
+            pairs = zip(inputs, gradients, strict=True)
+            samples[what] = [partial(_learn_and_forget, layer, x_TD, gradient_TD) for x_TD, gradient_TD in pairs]
+        else:
+            samples[what] = [partial(layer.infer, x_TD) for x_TD in inputs]
     return samples
 
 
-def _infer_sample(layer: Layer, problem: Problem) -> Sample:
-    sets = problem.inputs_STD.unbind(0)
-
-    def sample() -> None:
-        for x_TD in sets:
-            layer.infer(x_TD)
-
-    return sample
-
-
-def _learn_sample(layer: Layer, problem: Problem) -> Sample:
-    sets = list(zip(problem.inputs_STD.unbind(0), problem.gradients_STD.unbind(0), strict=True))
-
-    def sample() -> None:
-        for x_TD, gradient_TD in sets:
-            layer.learn(x_TD, gradient_TD)
-            layer.forget()
-
-    return sample
+def _learn_and_forget(layer: Layer, x_TD: torch.Tensor, gradient_TD: torch.Tensor) -> None:
+    layer.learn(x_TD, gradient_TD)
+    layer.forget()
 
 
 def _row(what: str, case: Case, of_pass: str, taken: list[float], ratios: dict[str, float], note: str) -> Row:
-    seconds = median(taken) / case.sets if taken else None
+    seconds = median(taken) if taken else None
     return {
         "what": what,
         "dtype": case.dtype,
