@@ -65,8 +65,12 @@ class LocalDispatcher:
     def dispatch(self, x_TD: torch.Tensor, routing: Routing, layer: ExpertLayer) -> Dispatched:
         order = sort_slots(routing.experts_TK, layer.num_experts)
         index_R = order.slots_R // routing.weights_TK.shape[1]
-        rows = Rows(x_TD, index_R, order.counts_E, routing.weights_TK.flatten()[order.slots_R])
-        return Dispatched(rows, LocalHandle(order, routing.weights_TK, weigh=False))
+        # Weighed by the experts, answers need not be kept for the weights' gradient. Without gradients they are weighed
+        # here, as where they come from afar: so in bfloat16 too a served model says the same joined and split.
+        by_experts = torch.is_grad_enabled()
+        weights_R = routing.weights_TK.flatten()[order.slots_R] if by_experts else None
+        handle = LocalHandle(order, routing.weights_TK, weigh=not by_experts)
+        return Dispatched(Rows(x_TD, index_R, order.counts_E, weights_R), handle)
 
     def combine(
         self, answers_RD: torch.Tensor, handle: LocalHandle, zero: ZeroComputation | None = None
