@@ -80,6 +80,8 @@ def load_recipe(name_or_path: str, overrides: list[str]) -> Recipe:
     path = _find(name_or_path)
     content = _read(path)
     content.setdefault("name", path.stem)
+    if any(override.startswith("start_from=") for override in overrides):  # it takes the place of the recipe's model
+        content.pop("model", None)
     for override in overrides:
         _apply(content, override)
     try:
@@ -148,7 +150,7 @@ def _first_problem(error: ValidationError) -> str:
         return f"unknown key {place}; {hint}"
     message = problem["msg"].removeprefix("Value error, ")
     if isinstance(problem["input"], dict | BaseModel) or problem["type"] == "missing":
-        return f"{place}: {message}"
+        return f"{place}: {message}" if place else message
     return f"{place}={problem['input']}: {message}"
 
 

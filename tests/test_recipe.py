@@ -29,7 +29,11 @@ WRONG = [
     ("no equals sign", ["train.steps"], "an override reads section.key=value"),
     ("a name that is a path", ["name=../x"], "name=../x"),
     ("an unknown gate mode", ["model.moe.gate_mode=soft"], "model.moe.gate_mode=soft: Input should be 'paper'"),
-    ("a model beside a checkpoint", ["start_from=x"], "start_from=x: leave out model, it comes with that checkpoint"),
+    (
+        "a model beside a checkpoint",
+        ["start_from=x", "model.layers=2"],
+        "quickstart: start_from=x: leave out model, it comes with that checkpoint",
+    ),
     ("a minimum above the peak", ["train.min_learning_rate=1"], "min_learning_rate=1.0 is above learning_rate"),
 ]
 
@@ -81,3 +85,9 @@ def test_settings_that_decide_the_losses_are_compared_on_resume_and_others_are_n
     assert load_recipe("quickstart", ["train.checkpoint_every=7", "parallel.ep=1"]).settings() == base
     for change in ("train.seed=1", "model.layers=5", "data.max_bytes=5", "train.batch_size=4"):
         assert load_recipe("quickstart", [change]).settings() != base
+
+
+def test_a_checkpoint_takes_the_place_of_the_recipes_model():
+    recipe = load_recipe("quickstart", ["start_from=x"])
+    assert recipe.start_from == "x" and "model" not in recipe.model_fields_set
+    assert recipe.train == load_recipe("quickstart", []).train
