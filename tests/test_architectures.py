@@ -67,7 +67,8 @@ def page() -> str:
         rows.append(f"| [{name}]({name}.yaml) | {what} | {source.rstrip(')')} | {EXACT[name]} |")
     return f"""# Architectures
 
-`expertmesh train NAME` trains one of these here, small; its `model` section is the place to make it larger. All are the same block with other parts (`system/model/`), and each of them passes the same three checks
+`expertmesh train NAME` trains one of these here, small; its `model` section is the place to make it larger. All are
+the same block with other parts (`system/model/`), and each of them passes the same three checks
 (`tests/test_variants.py`): on two expert-parallel ranks it has the losses, loads, drops and gradients of one rank;
 served in two pools it says token for token what it says in one process; its parameters are those that
 `ModelConfig.num_params()` counts. What else is shown of it, and where, is in the last column.
