@@ -8,32 +8,32 @@ gets tau times the tokens of a zero-computation expert: the smaller tau, the che
 
 Unlike the Switch loss there is no factor N in front.
 
-Legend: T tokens of this rank, N experts of every kind.
+Legend: N experts of every kind, K experts a token.
 """
 
 from __future__ import annotations
 
 import torch
 
+from expertmesh.kernels.router_sums import RouterSums
 
-def balance_loss(
-    probabilities_TN: torch.Tensor, counts_N: torch.Tensor, tokens: int, eta_N: torch.Tensor
-) -> torch.Tensor:
+
+def balance_loss(sums: RouterSums, counts_N: torch.Tensor, tokens: int, eta_N: torch.Tensor) -> torch.Tensor:
     """sum_i eta_i f_i P_i of one layer, with f_i = counts_i / tokens and P_i the mean probability (equation 7).
 
     Args:
-        probabilities_TN: [T, N] softmax of the router logits over all experts; the only input that gets a gradient.
+        sums: of this rank's tokens; their probabilities are the only input that gets a gradient.
         counts_N: [N] int64 slots that chose each expert, in this rank's tokens or in those of all ranks.
-        tokens: the number of tokens that `counts_N` was taken over; equals T unless the counts span ranks.
+        tokens: the number of tokens that `counts_N` was taken over.
         eta_N: [N] weight of each expert, see `heterogeneous_eta`.
 
     Returns:
-        Scalar in the probabilities' dtype; 0, with a gradient of 0, when there are no tokens. With counts over all
+        Scalar in the sums' dtype; 0, with a gradient of 0, when there are no tokens. With counts over all
         ranks and equally many tokens on each, the mean of this loss over the ranks is the loss of the whole batch.
     """
-    fractions_N = counts_N.detach().to(probabilities_TN.dtype) / max(tokens, 1)
-    means_N = probabilities_TN.sum(dim=0) / max(probabilities_TN.shape[0], 1)
-    return (eta_N.to(probabilities_TN.dtype) * fractions_N * means_N).sum()
+    means_N = sums.means_N
+    fractions_N = counts_N.detach().to(means_N.dtype) / max(tokens, 1)
+    return (eta_N.to(means_N.dtype) * fractions_N * means_N).sum()
 
 
 def heterogeneous_eta(ffn_experts: int, zero_computation_experts: int, tau: float) -> torch.Tensor:

@@ -10,6 +10,7 @@ Legend: R rows, E experts, K inner width, N output width.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ from expertmesh.kernels.tiles import (
     swizzle,
     tile_table,
 )
+from expertmesh.kernels.tuned_tiles import product_of, tile_of
 
 GROUP = tl.constexpr(8)  # tiles of rows that share a block of weights in the cache
 
@@ -106,9 +108,18 @@ def multiply_kernel(
 
 
 @triton.jit
+def _gathered(right_ptr, offsets_ptr, r, row_end, k, K_MULTIPLE: tl.constexpr, MASKED: tl.constexpr):
+    """Pointers to rows of right that lie anywhere: [BLOCK_R, BLOCK_K]."""
+    # Rows times K are multiplied beforehand: four products of 64 bits a step and thread were 16 of its instructions.
+    # Without the hint that they are products nothing wider than a number would be loaded.
+    offsets = tl.load(offsets_ptr + r, mask=r < row_end, other=0) if MASKED else tl.load(offsets_ptr + r)
+    return (right_ptr + k)[None, :] + tl.multiple_of(offsets, K_MULTIPLE)[:, None]
+
+
+@triton.jit
 def _outer_block(
-    left_ptr, right_ptr, index_ptr, r, n, k, row_end, N, K, GATHERED: tl.constexpr, MASKED: tl.constexpr,
-    EVEN: tl.constexpr,
+    left_ptr, right_ptr, offsets_ptr, r, n, k, row_end, N, K, GATHERED: tl.constexpr, MASKED: tl.constexpr,
+    EVEN: tl.constexpr, K_MULTIPLE: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_R rows of both operands, by pointer: [BLOCK_N, BLOCK_R] and [BLOCK_R, BLOCK_K]."""
     inside_r = (r < row_end) if MASKED else (r >= 0)
@@ -116,11 +127,11 @@ def _outer_block(
     if not EVEN:
         inside_n = inside_n & (n < N)[:, None]
         inside_k = inside_k & (k < K)[None, :]
-    source = r.to(tl.int64)
-    left_ptrs = left_ptr + source[None, :] * N + n[:, None]
+    left_ptrs = left_ptr + r[None, :].to(tl.int64) * N + n[:, None]
     if GATHERED:
-        source = tl.load(index_ptr + r, mask=inside_r, other=0) if MASKED else tl.load(index_ptr + r)
-    right_ptrs = right_ptr + source[:, None] * K + k[None, :]
+        right_ptrs = _gathered(right_ptr, offsets_ptr, r, row_end, k, K_MULTIPLE, MASKED)
+    else:
+        right_ptrs = right_ptr + r[:, None].to(tl.int64) * K + k[None, :]
     if MASKED or not EVEN:
         # Both sides: the rows past the end are another expert's, and 0 times an infinity there is NaN.
         return tl.load(left_ptrs, mask=inside_n, other=0.0), tl.load(right_ptrs, mask=inside_k, other=0.0)
@@ -133,7 +144,7 @@ def outer_kernel(
     right,  # descriptor of right_ptr in blocks [BLOCK_R, BLOCK_K]; unused without DESCRIPTORS or if GATHERED
     left_ptr,  # [R, N] float32 or bfloat16, contiguous
     right_ptr,  # [R, K], or [X, K] if GATHERED, dtype of left, contiguous
-    index_ptr,  # [R] int64 row of right for each row; unused without GATHERED
+    offsets_ptr,  # [R] int64 where each row begins in right: K times its number there; unused without GATHERED
     starts_ptr,  # [E + 1] int32
     out_ptr,  # [E, N, K] dtype of left, contiguous, output
     N,
@@ -144,8 +155,11 @@ def outer_kernel(
     DESCRIPTORS: tl.constexpr,
     GATHERED: tl.constexpr,
     EVEN: tl.constexpr,  # N and K are multiples of their blocks
+    K_MULTIPLE: tl.constexpr,  # a power of two that K is a multiple of
     WIDEN: tl.constexpr,
 ):
+    # A matrix instruction is 64 rows tall and up to 256 columns wide, so the narrower side is its rows.
+    TRANSPOSED: tl.constexpr = BLOCK_N > BLOCK_K
     n_block, k_block = swizzle(tl.program_id(0), tl.cdiv(N, BLOCK_N), tl.cdiv(K, BLOCK_K), GROUP)
     n = n_block * BLOCK_N + tl.arange(0, BLOCK_N)
     k = k_block * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -153,23 +167,30 @@ def outer_kernel(
     row_start = tl.load(starts_ptr + expert)
     row_end = tl.load(starts_ptr + expert + 1)
     whole_end = row_start + (row_end - row_start) // BLOCK_R * BLOCK_R
-    acc = tl.zeros((BLOCK_N, BLOCK_K), dtype=tl.float32)
+    if TRANSPOSED:
+        acc = tl.zeros((BLOCK_K, BLOCK_N), dtype=tl.float32)
+    else:
+        acc = tl.zeros((BLOCK_N, BLOCK_K), dtype=tl.float32)
     for row in range(row_start, whole_end, BLOCK_R):
         r = row + tl.arange(0, BLOCK_R)
         if DESCRIPTORS:
             a = left.load([row, n_block * BLOCK_N]).T
             if GATHERED:
-                right_ptrs = right_ptr + tl.load(index_ptr + r)[:, None] * K + k[None, :]
+                right_ptrs = _gathered(right_ptr, offsets_ptr, r, row_end, k, K_MULTIPLE, False)
                 b = tl.load(right_ptrs) if EVEN else tl.load(right_ptrs, mask=(k < K)[None, :], other=0.0)
             else:
                 b = right.load([row, k_block * BLOCK_K])
         else:
-            a, b = _outer_block(left_ptr, right_ptr, index_ptr, r, n, k, row_end, N, K, GATHERED, False, EVEN)
-        acc = dot(a, b, acc, WIDEN)
+            a, b = _outer_block(
+                left_ptr, right_ptr, offsets_ptr, r, n, k, row_end, N, K, GATHERED, False, EVEN, K_MULTIPLE
+            )
+        acc = dot(b.T, a.T, acc, WIDEN) if TRANSPOSED else dot(a, b, acc, WIDEN)
     if whole_end < row_end:
         r = whole_end + tl.arange(0, BLOCK_R)
-        a, b = _outer_block(left_ptr, right_ptr, index_ptr, r, n, k, row_end, N, K, GATHERED, True, EVEN)
-        acc = dot(a, b, acc, WIDEN)
+        a, b = _outer_block(left_ptr, right_ptr, offsets_ptr, r, n, k, row_end, N, K, GATHERED, True, EVEN, K_MULTIPLE)
+        acc = dot(b.T, a.T, acc, WIDEN) if TRANSPOSED else dot(a, b, acc, WIDEN)
+    if TRANSPOSED:
+        acc = acc.T
     # No rows, no steps: the zeros are written like any other result.
     out_ptrs = out_ptr + expert.to(tl.int64) * N * K + n[:, None].to(tl.int64) * K + k[None, :]
     if EVEN:
@@ -178,15 +199,19 @@ def outer_kernel(
         tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=(n < N)[:, None] & (k < K)[None, :])
 
 
-def multiply(rows_RK: torch.Tensor, weights_ENK: torch.Tensor, counts_E: torch.Tensor) -> torch.Tensor:
-    """[R, N]: row r of expert e times weights[e] transposed."""
+def multiply(
+    rows_RK: torch.Tensor, weights_ENK: torch.Tensor, counts_E: torch.Tensor, tile: Tile | None = None
+) -> torch.Tensor:
+    """[R, N]: row r of expert e times weights[e] transposed. `tile` None: by the table of tuned tiles, or by rule."""
     rows_RK = rows_RK.contiguous()
     (R, K), (E, N, _) = rows_RK.shape, weights_ENK.shape
     out_RN = rows_RK.new_empty(R, N)
     if R == 0:
         return out_RN
     chip = chip_of(rows_RK)
-    tile = choose_tile(R, E, N, rows_RK.element_size(), chip)
+    tile = tile or tile_of(
+        product_of("multiply", rows_RK, R, E, N, K), choose_tile(R, E, N, rows_RK.element_size(), chip)
+    )
     table_T3 = tile_table(counts_E, R, tile.rows).table_T3
     transposed = weights_ENK.stride(1) == 1 and weights_ENK.stride(2) != 1
     stored = weights_ENK.transpose(1, 2) if transposed else weights_ENK
@@ -212,7 +237,11 @@ def multiply(rows_RK: torch.Tensor, weights_ENK: torch.Tensor, counts_E: torch.T
 
 
 def outer(
-    left_RN: torch.Tensor, right: torch.Tensor, counts_E: torch.Tensor, index_R: torch.Tensor | None = None
+    left_RN: torch.Tensor,
+    right: torch.Tensor,
+    counts_E: torch.Tensor,
+    index_R: torch.Tensor | None = None,
+    tile: Tile | None = None,
 ) -> torch.Tensor:
     """[E, N, K]: sum over an expert's rows of their outer products; 0 for no rows.
 
@@ -222,21 +251,24 @@ def outer(
     (R, N), K, E = left_RN.shape, right.shape[1], counts_E.numel()
     out_ENK = left_RN.new_empty(E, N, K)
     chip, gathered = chip_of(left_RN), index_R is not None
-    tile = outer_tile(left_RN.element_size(), chip, gathered)
+    kernel = "outer gathered" if gathered else "outer"
+    tile = tile or tile_of(product_of(kernel, left_RN, R, E, N, K), outer_tile(left_RN.element_size(), chip, gathered))
     starts_E1 = tile_table(counts_E, R, tile.depth).starts_E1
     descriptors = describable(chip, left_RN, *([] if gathered else [right]))
+    offsets_R = index_R * K if index_R is not None else None
     left_blocks = right_blocks = None
     if descriptors:
         left_blocks = TensorDescriptor.from_tensor(left_RN, [tile.depth, tile.rows])
         right_blocks = None if gathered else TensorDescriptor.from_tensor(right, [tile.depth, tile.columns])
     outer_kernel[(triton.cdiv(N, tile.rows) * triton.cdiv(K, tile.columns), E)](
-        *(left_blocks, right_blocks, left_RN, right, index_R, starts_E1, out_ENK, N, K),
+        *(left_blocks, right_blocks, left_RN, right, offsets_R, starts_E1, out_ENK, N, K),
         BLOCK_R=tile.depth,
         BLOCK_N=tile.rows,
         BLOCK_K=tile.columns,
         DESCRIPTORS=descriptors,
         GATHERED=gathered,
         EVEN=N % tile.rows == 0 and K % tile.columns == 0,
+        K_MULTIPLE=math.gcd(K, 16),
         WIDEN=not left_RN.is_cuda,
         num_warps=tile.warps,
         num_stages=tile.stages,
@@ -247,13 +279,13 @@ def outer(
 def outer_tile(itemsize: int, chip: Chip, gathered: bool) -> Tile:
     """The tile of `outer`: `rows` and `columns` of the weights' gradient, `depth` rows of the operands a step.
 
-    A gathered operand costs instructions by its width and a stage for its index, so it is the narrow one.
+    A gathered operand costs instructions by its width and two stages for its offsets, so it is the narrow one.
     """
     depth = 128 // itemsize
     if chip.shared_bytes < SM_80.shared_bytes:
         return Tile(128, 128, depth // 2, 8, 2)
     if not chip.descriptors or itemsize != 2:
-        return Tile(128, 128, depth, 8, 3)
+        return Tile(128, 128, depth, 8, 5 if gathered else 3)
     return Tile(256, 128, depth, 8, 5) if gathered else Tile(128, 256, depth, 8, 4)
 
 
@@ -287,11 +319,11 @@ def shipped(chip: Chip) -> list[Build]:
             "left": descriptor_type("bf16", tile.depth, tile.rows) if descriptors else None,
             "right": descriptor_type("bf16", tile.depth, tile.columns) if descriptors and not gathered else None,
             **dict.fromkeys(("left_ptr", "right_ptr", "out_ptr"), "*bf16:16"),
-            "index_ptr": "*i64:16" if gathered else None,
+            "offsets_ptr": "*i64:16" if gathered else None,
             "starts_ptr": "*i32:16",
             **dict.fromkeys(("N", "K"), "i32:16"),
             **{"BLOCK_R": tile.depth, "BLOCK_N": tile.rows, "BLOCK_K": tile.columns},
-            **{"DESCRIPTORS": descriptors, "GATHERED": gathered, "EVEN": True, "WIDEN": False},
+            **{"DESCRIPTORS": descriptors, "GATHERED": gathered, "EVEN": True, "K_MULTIPLE": 16, "WIDEN": False},
         }
         builds.append(Build("outer gathered" if gathered else "outer", outer_kernel, operands, tile))
     return builds

@@ -9,8 +9,10 @@ epilogue gives all that hangs on a hidden unit:
 
     dw = sum_f a da        dh = w da * d(silu(gate) up)        w a, again, for the gradient of down
 
-so the experts' outputs are never needed, and are not kept. It works on a quarter of its columns at a time: at once it
-would need more registers than there are (1.1 to 1.4 KB a thread go to memory; in quarters 0, on 128 registers).
+so the experts' outputs are never needed, and are not kept. The epilogue takes a strip of columns at a time: all at once
+it would need more registers than there are. Beside the 128 accumulators of 4 warps, strips of 16 with 32-bit offsets
+from the tile's first row fit (sm_90: 242 registers); strips of 32 put 48 bytes a thread into memory, and 64-bit offsets
+32 with strips of 16, 352 with strips of 32.
 
 Legend: X source rows, R rows sorted by expert, E experts, D model width, F hidden width, G = 2F.
 """
@@ -36,6 +38,9 @@ from expertmesh.kernels.tiles import (
     swizzle,
     tile_table,
 )
+from expertmesh.kernels.tuned_tiles import product_of, tile_of
+
+STRIP = tl.constexpr(16)  # columns of the backward's epilogue at a time
 
 
 @triton.jit
@@ -115,34 +120,57 @@ def _up_kernel(
 
 
 @triton.jit
-def _halves(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """The left and the right half of the columns."""
-    return tl.split(tl.permute(tl.reshape(x, (ROWS, 2, COLUMNS // 2)), (0, 2, 1)))
-
-
-@triton.jit
 def _hidden_strip(
-    da, r, row_end, f, F, weight, h_ptr, grad_h_ptr, a_ptr, WEIGHTED: tl.constexpr, KEPT: tl.constexpr
+    dots, da, rows, height, f, F, weights_ptr, h_ptr, grad_h_ptr, a_ptr, WEIGHTED: tl.constexpr, KEPT: tl.constexpr,
+    EVEN: tl.constexpr,
 ):  # fmt: skip
-    """Finish a strip of hidden units; returns sum_f a da of each row over the strip."""
-    inside = (r < row_end)[:, None] & (f < F)[None, :]
-    at = r[:, None].to(tl.int64) * (2 * F) + f[None, :]
+    """Finish a strip of hidden units; returns the dots of each row with sum_f a da over the strip added.
+
+    Pointers are those of the tile's first row. The order of the lines is that of fewest numbers held at a time.
+    """
+    inside = (rows < height)[:, None]
+    if not EVEN:
+        inside = inside & (f < F)[None, :]
+    at = rows[:, None] * (2 * F) + f[None, :]
     gate = tl.load(h_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    up = tl.load(h_ptr + at + F, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(h_ptr + F + at, mask=inside, other=0.0).to(tl.float32)
     sigmoid = tl.sigmoid(gate)
     silu = gate * sigmoid
     a = silu * up
-    dot_R = tl.sum(a * da, 1)
+    dots += tl.sum(a * da, 1)
     if WEIGHTED:
-        a *= weight[:, None]
-        da *= weight[:, None]
+        weight = tl.load(weights_ptr + rows, mask=rows < height, other=0.0)[:, None]
+        a *= weight
+        da *= weight
     if KEPT:
-        out = r[:, None].to(tl.int64) * F + f[None, :]
-        tl.store(a_ptr + out, a.to(a_ptr.dtype.element_ty), mask=inside)
+        tl.store(a_ptr + rows[:, None] * F + f[None, :], a.to(a_ptr.dtype.element_ty), mask=inside)
+    tl.store(grad_h_ptr + F + at, (da * silu).to(grad_h_ptr.dtype.element_ty), mask=inside)
     grad_gate = da * up * (sigmoid + silu * (1 - sigmoid))
     tl.store(grad_h_ptr + at, grad_gate.to(grad_h_ptr.dtype.element_ty), mask=inside)
-    tl.store(grad_h_ptr + at + F, (da * silu).to(grad_h_ptr.dtype.element_ty), mask=inside)
-    return dot_R
+    return dots
+
+
+@triton.jit
+def _hidden_strips(
+    dots, da, rows, height, first, F, weights_ptr, h_ptr, grad_h_ptr, a_ptr, WEIGHTED: tl.constexpr, KEPT: tl.constexpr,
+    EVEN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Halve the columns until they are a strip, from left to right."""
+    if COLUMNS <= STRIP:
+        f = first + tl.arange(0, COLUMNS)
+        return _hidden_strip(
+            dots, da, rows, height, f, F, weights_ptr, h_ptr, grad_h_ptr, a_ptr, WEIGHTED, KEPT, EVEN
+        )  # fmt: skip
+    else:
+        HALF: tl.constexpr = COLUMNS // 2
+        left, right = tl.split(tl.permute(tl.reshape(da, (ROWS, 2, HALF)), (0, 2, 1)))
+        dots = _hidden_strips(
+            dots, left, rows, height, first, F, weights_ptr, h_ptr, grad_h_ptr, a_ptr, WEIGHTED, KEPT, EVEN, ROWS, HALF
+        )  # fmt: skip
+        return _hidden_strips(
+            dots, right, rows, height, first + HALF, F, weights_ptr, h_ptr, grad_h_ptr, a_ptr, WEIGHTED, KEPT, EVEN,
+            ROWS, HALF,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -198,29 +226,26 @@ def _hidden_kernel(
             da = dot(g, w, da, WIDEN)
             grad_ptrs += BLOCK_K
             down_ptrs += BLOCK_K * F.to(tl.int64)
-    weight = tl.load(weights_ptr + known) if WEIGHTED else 0.0
-    QUARTER: tl.constexpr = BLOCK_F // 4
-    strip = block * BLOCK_F + tl.arange(0, QUARTER)
-    left, right = _halves(da, BLOCK_R, BLOCK_F)
-    a, b = _halves(left, BLOCK_R, BLOCK_F // 2)
-    c, d = _halves(right, BLOCK_R, BLOCK_F // 2)
-    dots = _hidden_strip(a, r, row_end, strip, F, weight, h_ptr, grad_h_ptr, a_ptr, WEIGHTED, KEPT)
-    dots += _hidden_strip(b, r, row_end, strip + QUARTER, F, weight, h_ptr, grad_h_ptr, a_ptr, WEIGHTED, KEPT)
-    dots += _hidden_strip(c, r, row_end, strip + 2 * QUARTER, F, weight, h_ptr, grad_h_ptr, a_ptr, WEIGHTED, KEPT)
-    dots += _hidden_strip(d, r, row_end, strip + 3 * QUARTER, F, weight, h_ptr, grad_h_ptr, a_ptr, WEIGHTED, KEPT)
+    base = first_row.to(tl.int64) * F  # beyond it 32 bits are enough: a tile has 2F * 128 numbers at most
+    dots = _hidden_strips(
+        tl.zeros((BLOCK_R,), dtype=tl.float32), da, tl.arange(0, BLOCK_R), row_end - first_row, block * BLOCK_F, F,
+        weights_ptr + first_row if WEIGHTED else weights_ptr, h_ptr + 2 * base, grad_h_ptr + 2 * base,
+        a_ptr + base if KEPT else a_ptr, WEIGHTED, KEPT, EVEN, BLOCK_R, BLOCK_F,
+    )  # fmt: skip
     if WEIGHTED:
         tl.store(dots_ptr + r.to(tl.int64) * blocks + block, dots, mask=r < row_end)
 
 
 def swiglu_tile(rows: int, experts: int, itemsize: int, chip: Chip, accumulators: int) -> Tile:
-    """The tile of `_up_kernel` (2 accumulators) or `_hidden_kernel` (1, and an epilogue that needs registers too).
+    """The tile of `_up_kernel` (2 accumulators) or `_hidden_kernel` (1, and an epilogue).
 
-    As tall as the plain product's. 8 warps at full height: 4 do not hold two accumulators, nor one and the epilogue
-    (340 bytes a thread in memory); two accumulators take them from half the height on.
+    As tall as the plain product's. Two accumulators take 8 warps from half the height on: 4 do not hold them.
     """
     tile = choose_tile(rows, experts, 128, itemsize, chip, wide=False)
-    columns = 64 if accumulators == 2 and chip.name == "sm_80" else 128  # mma.sync needs operands in registers too
-    return tile._replace(columns=columns, warps=8 if tile.rows * accumulators >= 128 else 4)
+    if accumulators == 1:
+        return tile
+    columns = 64 if chip.name == "sm_80" else 128  # mma.sync needs operands in registers too
+    return tile._replace(columns=columns, warps=8 if tile.rows >= 64 else 4)
 
 
 class Up(NamedTuple):
@@ -237,8 +262,9 @@ def up(
     gate_up_EGD: torch.Tensor,
     weights_R: torch.Tensor | None,
     saved: bool,
+    tile: Tile | None = None,
 ) -> Up:
-    """h = gate_up @ row, where `saved`, and w silu(gate) up."""
+    """h = gate_up @ row, where `saved`, and w silu(gate) up. `tile` None: by the table of tuned tiles, or by rule."""
     source_XD, gate_up_EGD = source_XD.contiguous(), gate_up_EGD.contiguous()
     (E, G, D), F = gate_up_EGD.shape, gate_up_EGD.shape[1] // 2
     R, gathered = len(source_XD) if index_R is None else len(index_R), index_R is not None
@@ -247,7 +273,9 @@ def up(
     if R == 0:
         return Up(h_RG, a_RF)
     chip = chip_of(source_XD)
-    tile = swiglu_tile(R, E, source_XD.element_size(), chip, accumulators=2)
+    tile = tile or tile_of(
+        product_of("up", source_XD, R, E, F, D), swiglu_tile(R, E, source_XD.element_size(), chip, accumulators=2)
+    )
     table_T3 = tile_table(counts_E, R, tile.rows).table_T3
     descriptors = describable(chip, gate_up_EGD, *([] if gathered else [source_XD]))
     source, gate_up = source_XD, gate_up_EGD
@@ -287,12 +315,15 @@ def hidden(
     down_EDF: torch.Tensor,
     weights_R: torch.Tensor | None,
     kept: bool,
+    tile: Tile | None = None,
 ) -> Hidden:
     """The gradients of h and of the gate weights, and, where `kept`, w silu(gate) up once more."""
     grad_RD, down_EDF = grad_RD.contiguous(), down_EDF.contiguous()
     (R, D), (E, _, F) = grad_RD.shape, down_EDF.shape
     chip, weighted = chip_of(grad_RD), weights_R is not None
-    tile = swiglu_tile(R, E, grad_RD.element_size(), chip, accumulators=1)
+    tile = tile or tile_of(
+        product_of("hidden", grad_RD, R, E, F, D), swiglu_tile(R, E, grad_RD.element_size(), chip, accumulators=1)
+    )
     blocks = triton.cdiv(F, tile.columns)
     grad_h_RG = torch.empty_like(h_RG)
     a_RF = h_RG.new_empty(R, F) if kept else None

@@ -6,36 +6,34 @@ ModuleFormer (arXiv 2306.04640; released code): the negative mutual information 
 
     p uniform: 0        tokens sure, experts even: -log N (the least)        all tokens sure of one expert: 0
 
-Legend: T tokens of this rank, N experts.
+Legend: N experts.
 """
 
 from __future__ import annotations
 
 import torch
 
+from expertmesh.kernels.router_sums import RouterSums
+
 EPSILON = 1e-8  # of the released code, where an expert has no probability at all
-TINY = 1e-30  # keeps the slope of p log p from infinity where a probability rounded to 0
 
 
-def mutual_information_loss(probabilities_TN: torch.Tensor, means_N: torch.Tensor) -> torch.Tensor:
-    """The loss of one layer: a scalar in the probabilities' dtype, 0 where there are no tokens.
+def mutual_information_loss(sums: RouterSums, means_N: torch.Tensor) -> torch.Tensor:
+    """The loss of one layer: a scalar in the sums' dtype, 0 where there are no tokens.
 
     Args:
-        probabilities_TN: [T, N] softmax of the router logits; the only input that gets a gradient.
+        sums: of this rank's tokens; their probabilities and information are the only inputs that get a gradient.
         means_N: [N] mean probability of each expert, over this rank's tokens or those of all ranks.
 
     With the means of all ranks and equally many tokens on each, the mean of this loss over ranks is that of the whole
     batch, and so is its gradient: what a gradient through the logarithm of m would add is the same for all experts of a
     token, which a softmax takes no notice of.
     """
-    here_N = probabilities_TN.sum(dim=0) / max(len(probabilities_TN), 1)
-    marginal = (here_N * (means_N.detach() + EPSILON).log()).sum()
-    information_TN = probabilities_TN * probabilities_TN.clamp(min=TINY).log()
-    return marginal - information_TN.sum() / max(len(probabilities_TN), 1)
+    return (sums.means_N * (means_N.detach() + EPSILON).log()).sum() + sums.entropy
 
 
 def mutual_information_loss_ref(probabilities_TN: torch.Tensor) -> torch.Tensor:
-    """The definition, for one rank that has all tokens; the gradient goes through both terms."""
+    """The definition, of [T, N] probabilities of all tokens; the gradient goes through both terms."""
     means_N = probabilities_TN.mean(dim=0)
     given = torch.stack([(p_N * p_N.log()).sum() for p_N in probabilities_TN]).mean()
     return (means_N * means_N.log()).sum() - given

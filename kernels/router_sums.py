@@ -1,11 +1,12 @@
-"""All that the balance losses need of a layer's logits, in one pass over them: sums over tokens, and the loads.
+"""All that the losses need of a router's logits, in one pass over them: sums over tokens, and the loads.
 
 Each loss is then a few numbers of N. With P = probability sums / T, f = counts / T:
 
-    heterogeneous (arXiv 2410.07348, equation 7)     sum eta f P
-    Switch (2101.03961, 4), GShard (2006.16668)      N sum f P / K,  N sum f_first P
-    z (2202.08906, equation 5)                       squared log-sum-exp / T
-    mutual information (2306.04640, released code)   sum P log P - information / T
+    heterogeneous (arXiv 2410.07348, equation 7)     sum eta f P                          balance_loss.py
+    Switch (2101.03961, 4), GShard (2006.16668)      N sum f P / K,  N sum f_first P      balance_loss.py
+    mutual information (2306.04640, released code)   sum P log P - information / T        mutual_information.py
+    z (ST-MoE, 2202.08906, equation 5)               squared log-sum-exp / T: it keeps logits small, where float
+                                                     arithmetic tells them apart and a softmax does not saturate
 
 Separate operations read T*N numbers several times each and keep as many for the backward. Here the logits are read once
 forward and once backward, and nothing but them is kept: with p the probabilities, g_n, g_z, g_i the gradients of the
@@ -29,7 +30,7 @@ from torch.autograd.function import once_differentiable
 
 from expertmesh.kernels.device import by_triton
 from expertmesh.kernels.ops import operation
-from expertmesh.kernels.routing import TINY
+from expertmesh.kernels.routing import TINY, expert_counts
 from expertmesh.kernels.routing_triton import logits_tile, scores
 from expertmesh.kernels.tiles import Build, Chip
 
@@ -49,6 +50,23 @@ class RouterSums(NamedTuple):
     """int64 slots that chose each expert."""
     firsts_N: torch.Tensor
     """int64 tokens whose first choice it was."""
+    tokens: int
+    """T, how many they are over."""
+
+    @property
+    def means_N(self) -> torch.Tensor:
+        """float32 mean probability of each expert; 0, with a gradient of 0, where there are no tokens. So are these:"""
+        return self.probabilities_N / max(self.tokens, 1)
+
+    @property
+    def z_loss(self) -> torch.Tensor:
+        """float32 scalar, the mean over tokens of the squared log-sum-exp."""
+        return self.z / max(self.tokens, 1)
+
+    @property
+    def entropy(self) -> torch.Tensor:
+        """float32 scalar, mean over tokens, in nats: log N where the router cannot tell experts apart, 0 where sure."""
+        return -self.information / max(self.tokens, 1)
 
 
 @triton.jit
@@ -186,29 +204,30 @@ def router_sums(logits_TN: torch.Tensor, chosen_TK: torch.Tensor, sigmoid: bool 
     """The sums of one layer's tokens; those of float32 are differentiable in the logits.
 
     Args:
-        logits_TN: [T, N] float32 (torch's operations also take float64), of `Routing`.
+        logits_TN: [T, N] float32 (torch's operations also take float64), such as `Routing.scores_TN`.
         chosen_TK: [T, K] int64 ids in [0, N); the first column holds the first choices.
         sigmoid: probabilities are sigmoid scores divided by their sum, not a softmax (`route_sigmoid`).
     """
     if by_triton(logits_TN):
-        return RouterSums(*_RouterSums.apply(logits_TN.contiguous(), chosen_TK.contiguous(), sigmoid))
+        sums = _RouterSums.apply(logits_TN.contiguous(), chosen_TK.contiguous(), sigmoid)
+        return RouterSums(*sums, len(logits_TN))
     return router_sums_ref(logits_TN, chosen_TK, sigmoid)
 
 
 def router_sums_ref(logits_TN: torch.Tensor, chosen_TK: torch.Tensor, sigmoid: bool = False) -> RouterSums:
-    """The definition of `router_sums`, by plain autograd."""
+    """The definition of `router_sums`, and what runs where Triton does not; by plain autograd."""
     if sigmoid:
         scores_TN = logits_TN.sigmoid()
         p_TN = scores_TN / (scores_TN.sum(-1, keepdim=True) + TINY)
     else:
         p_TN = logits_TN.softmax(-1)
-    is_chosen_TKN = chosen_TK[:, :, None] == torch.arange(logits_TN.shape[1], device=logits_TN.device)
     return RouterSums(
         probabilities_N=p_TN.sum(0),
         z=logits_TN.logsumexp(-1).square().sum(),
         information=(p_TN * p_TN.clamp(min=SMALLEST.value).log()).sum(),
-        counts_N=is_chosen_TKN.sum((0, 1)),
-        firsts_N=is_chosen_TKN[:, 0].sum(0),
+        counts_N=expert_counts(chosen_TK, logits_TN.shape[1]),
+        firsts_N=expert_counts(chosen_TK[:, :1], logits_TN.shape[1]),
+        tokens=len(logits_TN),
     )
 
 

@@ -20,7 +20,7 @@ from typing import Literal, NamedTuple, get_args
 import torch
 
 from expertmesh.kernels.device import by_triton
-from expertmesh.kernels.routing_triton import CHOSEN, PAPER, SIGMOID, Rule, route_triton
+from expertmesh.kernels.routing_triton import CHOSEN, PAPER, SIGMOID, Residual, Rule, route_triton
 from expertmesh.kernels.slot_order_triton import sort_slots_triton
 
 GateMode = Literal["paper", "released", "mixtral"]
@@ -35,9 +35,9 @@ class Routing(NamedTuple):
     weights_TK: torch.Tensor
     """float32 factor of each chosen expert's output; carries the gradient to the logits."""
     logits_TN: torch.Tensor
-    """float32 complete logits, gating residual included: what the next layer's residual reads."""
-    probabilities_TN: torch.Tensor
-    """float32 softmax of the logits over all experts, as the balance loss needs it."""
+    """float32 complete logits, gating residual included: what the next layer's residual and the z-loss read."""
+    scores_TN: torch.Tensor
+    """float32 logits that decided, normed or noisy where the router says so: what balance losses read."""
     chosen_TK: torch.Tensor
     """int64 ids of the chosen experts, whether they serve the token or not."""
 
@@ -58,17 +58,23 @@ class SlotOrder(NamedTuple):
     """int64 number of rows of each FFN expert."""
 
 
+def add_residual(logits_TN: torch.Tensor, residual: Residual | None) -> torch.Tensor:
+    """Complete logits, by torch's operations: the definition of what the Triton kernel adds on its way."""
+    return logits_TN if residual is None else logits_TN + residual.previous_TN @ residual.map_NN.T
+
+
 def route(
     logits_TN: torch.Tensor,
     top_k: int,
     gate_mode: GateMode,
     zero_experts: int = 0,
     ranking_TN: torch.Tensor | None = None,
+    residual: Residual | None = None,
 ) -> Routing:
     """Choose `top_k` of N experts per token and weight them.
 
     Args:
-        logits_TN: [T, N] router logits with the gating residual already added; any float dtype, computed in float32.
+        logits_TN: [T, N] router logits; any float dtype, computed in float32.
         top_k: K, from 1 to N.
         gate_mode: how the chosen experts are weighted.
             "paper": their softmax probabilities over all N, not renormalised (MoE++, arXiv 2410.07348, equation 1);
@@ -77,6 +83,7 @@ def route(
             "mixtral": softmax over the K chosen logits.
         zero_experts: how many of the last ids are zero experts; only "released" treats them apart.
         ranking_TN: [T, N] who is chosen goes by these numbers in place of the logits, such as noisy ones.
+        residual: what is added to the logits before anything else.
 
     Equal logits are taken in order of expert id, lowest first, on every device. Ranking is by logit rather than by
     probability, since the softmax rounds different logits to one probability.
@@ -97,22 +104,22 @@ def route(
         rule = Rule(top_k, PAPER.value if gate_mode == "paper" else CHOSEN.value)
         if gate_mode == "released":
             rule = rule._replace(zero_experts=zero_experts)
-        experts_TK, weights_TK, probabilities_TN = route_triton(logits_TN, rule, ranking_TN)
-        return Routing(experts_TK, weights_TK, logits_TN, probabilities_TN, experts_TK)
-    probabilities_TN = logits_TN.softmax(dim=-1)
+        experts_TK, weights_TK, logits_TN = route_triton(logits_TN, rule, residual, ranking_TN)
+        return Routing(experts_TK, weights_TK, logits_TN, logits_TN, experts_TK)
+    logits_TN = add_residual(logits_TN, residual)
     # torch.topk promises no order among equals, and CPU and GPU differ; a stable sort has only one answer.
     ranking_TN = logits_TN if ranking_TN is None else ranking_TN
     experts_TK = ranking_TN.detach().sort(dim=-1, descending=True, stable=True).indices[:, :top_k].contiguous()
 
     if gate_mode == "paper":
-        weights_TK = probabilities_TN.gather(1, experts_TK)
+        weights_TK = logits_TN.softmax(dim=-1).gather(1, experts_TK)
     else:
         chosen_TK = logits_TN.gather(1, experts_TK)
         if gate_mode == "released" and zero_experts:
             weights_TK = _softmax_without(chosen_TK, experts_TK >= num_experts - zero_experts)
         else:
             weights_TK = chosen_TK.softmax(dim=-1)
-    return Routing(experts_TK, weights_TK, logits_TN, probabilities_TN, experts_TK)
+    return Routing(experts_TK, weights_TK, logits_TN, logits_TN, experts_TK)
 
 
 @dataclass(frozen=True)
@@ -128,6 +135,7 @@ def route_sigmoid(
     top_k: int,
     selection_bias_N: torch.Tensor | None = None,
     groups: ExpertGroups | None = None,
+    residual: Residual | None = None,
 ) -> Routing:
     """Choose by sigmoid scores and weight by them, divided by their sum (DeepSeek-V3, arXiv 2412.19437, section 2.1.2).
 
@@ -136,17 +144,18 @@ def route_sigmoid(
         top_k: K, from 1 to N.
         selection_bias_N: added to the scores for the choice alone; weights and gradients do not know of it.
         groups: the groups with the largest sums of their two best biased scores are chosen first.
+        residual: what is added to the logits before anything else.
 
-    `probabilities_TN` are the scores divided by their sum over all experts (equation 19 there). Equal scores are taken
-    in order of expert id, lowest first.
+    Equal scores are taken in order of expert id, lowest first.
     """
     logits_TN = logits_TN.float()
     if by_triton(logits_TN):
         rule = Rule(top_k, SIGMOID.value)
         if groups is not None:
             rule = rule._replace(groups=groups.count, open_groups=groups.chosen)
-        experts_TK, weights_TK, shares_TN = route_triton(logits_TN, rule, bias_N=selection_bias_N)
-        return Routing(experts_TK, weights_TK, logits_TN, shares_TN, experts_TK)
+        experts_TK, weights_TK, logits_TN = route_triton(logits_TN, rule, residual, bias_N=selection_bias_N)
+        return Routing(experts_TK, weights_TK, logits_TN, logits_TN, experts_TK)
+    logits_TN = add_residual(logits_TN, residual)
     scores_TN = logits_TN.sigmoid()
     ranking_TN = scores_TN.detach()
     if selection_bias_N is not None:
@@ -158,10 +167,13 @@ def route_sigmoid(
         open_TG = torch.zeros_like(group_score_TG, dtype=torch.bool).scatter(1, best_TG, True)
         ranking_TN = ranking_TGn.masked_fill(~open_TG[..., None], -torch.inf).flatten(1)
     experts_TK = ranking_TN.sort(dim=-1, descending=True, stable=True).indices[:, :top_k].contiguous()
-    chosen_TK = scores_TN.gather(1, experts_TK)
-    weights_TK = chosen_TK / (chosen_TK.sum(-1, keepdim=True) + TINY)
-    shares_TN = scores_TN / (scores_TN.sum(-1, keepdim=True) + TINY)
-    return Routing(experts_TK, weights_TK, logits_TN, shares_TN, experts_TK)
+    return Routing(experts_TK, sigmoid_weights(logits_TN, experts_TK), logits_TN, logits_TN, experts_TK)
+
+
+def sigmoid_weights(logits_TN: torch.Tensor, experts_TK: torch.Tensor) -> torch.Tensor:
+    """[T, K] float32 the sigmoid scores of these experts, divided by their sum; differentiable, whoever chose them."""
+    scores_TK = logits_TN.gather(1, experts_TK).sigmoid()
+    return scores_TK / (scores_TK.sum(-1, keepdim=True) + TINY)
 
 
 def _softmax_without(chosen_TK: torch.Tensor, is_zero_TK: torch.Tensor) -> torch.Tensor:

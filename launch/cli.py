@@ -53,6 +53,8 @@ convert = typer.Typer(
 app.add_typer(convert, name="convert")
 bench = typer.Typer(help="Time parts of this project beside those of others.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
+kernels = typer.Typer(invoke_without_command=True)
+app.add_typer(kernels, name="kernels")
 OutArgument = Annotated[Path, typer.Argument(metavar="OUT", help="the folder to write; new, or empty")]
 
 
@@ -91,6 +93,11 @@ def main_options(
     verbose: Annotated[bool, typer.Option("--verbose", help="log what happens, and tracebacks of failures")] = False,
 ) -> None:
     logging.basicConfig(level=logging.DEBUG if verbose else logging.WARNING, stream=sys.stderr)
+    if table := os.environ.get("EXPERTMESH_TILES"):
+        with wrong_input():
+            from expertmesh.kernels.tuned_tiles import read_table
+
+            read_table(Path(table))
     if verbose:
         for noisy in ("asyncio", "httpcore", "httpx", "filelock"):
             logging.getLogger(noisy).setLevel(logging.WARNING)
@@ -340,13 +347,16 @@ def recipes(as_json: JsonOption = False) -> None:
         typer.echo(f"{name:24}{about}")
 
 
-@app.command()
-def kernels(
+@kernels.callback()
+def compile_kernels(
+    context: typer.Context,
     target: Annotated[list[str] | None, typer.Option(help="sm_80, sm_90, sm_100, gfx942; any number of them")] = None,
     only: Annotated[str, typer.Option(help='kernels whose "name, tile" this pattern is found in')] = "",
     as_json: JsonOption = False,
 ) -> None:
     """Compile the Triton kernels for GPUs that need not be here, and say what came out."""
+    if context.invoked_subcommand:
+        return
     with failures():
         with wrong_input():
             from expertmesh.kernels.ahead_of_time import judge_all
@@ -359,6 +369,62 @@ def kernels(
         typer.echo(judgement.line())
 
 
+@kernels.command("tune")
+def tune_kernels(
+    out: Annotated[Path, typer.Option(help="the table to write; sizes that it has already are measured again")],
+    tokens: Annotated[str, typer.Option(help="batch sizes, such as 1024,16384")] = "16384",
+    experts: Annotated[int, typer.Option(min=1, help="FFN experts on this GPU")] = 64,
+    top_k: Annotated[int, typer.Option(min=1)] = 8,
+    hidden: Annotated[int, typer.Option(min=1, help="width of the model")] = 2048,
+    ffn: Annotated[int, typer.Option(min=1, help="width of an expert")] = 1024,
+    dtype: Annotated[str, typer.Option(help="bfloat16 or float32")] = "bfloat16",
+    as_json: JsonOption = False,
+) -> None:
+    """Measure tiles on the GPU here, for the sizes of a layer; EXPERTMESH_TILES=OUT then has them replace the rules."""
+    with wrong_input():
+        from expertmesh.launch.tuning import check_sizes
+
+        plan = check_sizes(out, tokens, experts, top_k, hidden, ffn, dtype)
+    with failures():
+        from expertmesh.launch.tuning import tune_all
+
+        rows = tune_all(plan, lambda line: typer.echo(line, err=True))
+    if as_json:
+        typer.echo(json.dumps(rows))
+    else:
+        typer.echo(f"table  {out}\nuse it with EXPERTMESH_TILES={out}")
+
+
+@bench.command("parallel")
+def bench_parallel(
+    ranks: Annotated[int, typer.Option(help="processes that share the experts")] = 2,
+    tokens: Annotated[int, typer.Option(help="of each rank")] = 2048,
+    experts: Annotated[int, typer.Option(help="of all ranks together")] = 16,
+    top_k: Annotated[int, typer.Option(help="experts of a token")] = 2,
+    hidden_size: Annotated[int, typer.Option(help="width of the model")] = 512,
+    ffn_size: Annotated[int, typer.Option(help="width of an expert")] = 1024,
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16")] = "float32",
+    rounds: Annotated[int, typer.Option(help="steps of each layer; the median counts")] = 7,
+    as_json: JsonOption = False,
+) -> None:
+    """Our expert-parallel layer beside DeepSpeed's and Megatron-Core's on gloo ranks: step times and bytes."""
+    with wrong_input():
+        from expertmesh.launch.bench import parallel
+
+        case = parallel.ParallelCase(ranks, tokens, experts, top_k, hidden_size, ffn_size, dtype, rounds)
+    from rich.console import Console
+
+    from expertmesh.launch.bench.table import parallel_table
+
+    with failures():
+        tables = parallel.bench_parallel(case, lambda line: typer.echo(line, err=True))
+    if as_json:
+        typer.echo(json.dumps([row for rows in tables for row in rows]))
+        return
+    for rows in tables:
+        Console().print(parallel_table(rows))
+
+
 @bench.command("moe")
 def bench_moe(
     quick: Annotated[bool, typer.Option("--quick", help="one layer at a decode and a prefill size")] = False,
@@ -368,13 +434,17 @@ def bench_moe(
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, or both")] = None,
     hidden_size: Annotated[int | None, typer.Option(help="width of the model; none: 512")] = None,
     ffn_size: Annotated[int | None, typer.Option(help="width of an expert; none: 1024")] = None,
+    keep_memory: Annotated[bool, typer.Option("--keep-memory", help="freed memory is kept, for all alike")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Our MoE layer beside transformers, DeepSpeed, Megatron-Core and plain torch, as ratios. All sizes take hours."""
     with wrong_input():
+        from expertmesh.kernels.kept_memory import keep_freed_memory
         from expertmesh.launch.bench.cases import change_grid
 
         grid = change_grid(quick, tokens, experts, top_k, dtype, hidden_size, ffn_size)
+        if keep_memory and not keep_freed_memory():
+            raise ValueError("--keep-memory: the C library of this machine has no such setting")
     from rich.console import Console
 
     from expertmesh.launch.bench import moe

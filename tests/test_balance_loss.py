@@ -7,7 +7,15 @@ import torch
 from numerics import assert_close
 
 from expertmesh.kernels.balance_loss import balance_loss, heterogeneous_eta
+from expertmesh.kernels.router_sums import RouterSums, router_sums
 from expertmesh.kernels.routing import expert_counts, route
+
+
+def sums_of(p_TN: torch.Tensor) -> RouterSums:
+    """What the loss reads of these probabilities."""
+    nothing = torch.zeros(())
+    return RouterSums(p_TN.sum(0), nothing, nothing, nothing, nothing, len(p_TN))
+
 
 CASES = [
     (1, 4, 2, 1, "one token"),
@@ -23,7 +31,8 @@ def test_is_equation_7(tokens, experts, top_k, ffn):
     logits = torch.randn(tokens, experts, generator=torch.Generator().manual_seed(tokens)).requires_grad_()
     routing = route(logits, top_k, "paper")
     eta_N = heterogeneous_eta(ffn, experts - ffn, 0.75)
-    loss = balance_loss(routing.probabilities_TN, expert_counts(routing.experts_TK, experts), tokens, eta_N)
+    sums = router_sums(routing.scores_TN, routing.experts_TK)
+    loss = balance_loss(sums, sums.counts_N, tokens, eta_N)
 
     wide = logits.detach().double().requires_grad_()
     expected = wide.new_zeros(())
@@ -40,7 +49,7 @@ def test_is_equation_7(tokens, experts, top_k, ffn):
 def test_one_probability_gets_eta_times_fraction_over_tokens():
     """By hand: 4 tokens, eta 0.5, 3 of them chose expert 1, so the gradient of its probabilities is 0.5 * 3/4 / 4."""
     probabilities_TN = torch.full((4, 2), 0.5, requires_grad=True)
-    loss = balance_loss(probabilities_TN, torch.tensor([1, 3]), 4, torch.tensor([1.0, 0.5]))
+    loss = balance_loss(sums_of(probabilities_TN), torch.tensor([1, 3]), 4, torch.tensor([1.0, 0.5]))
     assert loss.item() == 0.5 * (1 / 4) + 0.5 * 0.5 * (3 / 4)
     (grad,) = torch.autograd.grad(loss, probabilities_TN)
     assert torch.equal(grad, torch.tensor([1 / 16, 3 / 32]).expand(4, 2))
@@ -54,7 +63,7 @@ def test_minimum_where_probabilities_are_inverse_to_eta(ffn, others, tau):
     def loss_at(p_N):
         # Counts are numbers of slots; a million tokens make K * P * tokens as good as whole.
         tokens = 10**6
-        return balance_loss(p_N[None], (top_k * p_N * tokens).round().long(), tokens, eta_N).item()
+        return balance_loss(sums_of(p_N[None]), (top_k * p_N * tokens).round().long(), tokens, eta_N).item()
 
     best = (1 / eta_N) / (1 / eta_N).sum()
     minimum = top_k / (ffn + others / tau)
@@ -68,7 +77,9 @@ def test_the_published_example():
     """MoE++ 0.6B/(8+4)E at tau 0.75: P is 0.075 for FFN experts and 0.1 for the others, and the loss 0.15."""
     probabilities_TN = torch.tensor([[0.075] * 8 + [0.1] * 4])
     counts_N = torch.tensor([150] * 8 + [200] * 4)
-    assert_close(balance_loss(probabilities_TN, counts_N, 1000, heterogeneous_eta(8, 4, 0.75)), torch.tensor(0.15))
+    assert_close(
+        balance_loss(sums_of(probabilities_TN), counts_N, 1000, heterogeneous_eta(8, 4, 0.75)), torch.tensor(0.15)
+    )
 
 
 def test_tau_one_treats_all_experts_alike():
@@ -85,7 +96,7 @@ def test_tau_must_be_positive(tau):
 @pytest.mark.parametrize(("counts", "tokens"), [([0, 0, 0], 0), ([3, 2, 1], 3)], ids=["nowhere", "on this rank"])
 def test_no_tokens_no_loss(counts, tokens):
     probabilities_TN = torch.zeros(0, 3, requires_grad=True)
-    loss = balance_loss(probabilities_TN, torch.tensor(counts), tokens, heterogeneous_eta(2, 1, 0.5))
+    loss = balance_loss(sums_of(probabilities_TN), torch.tensor(counts), tokens, heterogeneous_eta(2, 1, 0.5))
     loss.backward()
     assert loss.item() == 0 and probabilities_TN.grad.shape == (0, 3)
 
@@ -94,6 +105,7 @@ def test_the_mean_over_ranks_is_the_loss_of_the_whole_batch():
     """Counts over all ranks, probabilities of each: what data-parallel training computes."""
     routing = route(torch.randn(24, 6, generator=torch.Generator().manual_seed(4)), 2, "paper")
     counts_N, eta_N = expert_counts(routing.experts_TK, 6), heterogeneous_eta(4, 2, 0.75)
-    whole = balance_loss(routing.probabilities_TN, counts_N, 24, eta_N)
-    parts = [balance_loss(part, counts_N, 24, eta_N) for part in routing.probabilities_TN.chunk(3)]
+    p_TN = routing.scores_TN.softmax(-1)
+    whole = balance_loss(sums_of(p_TN), counts_N, 24, eta_N)
+    parts = [balance_loss(sums_of(part), counts_N, 24, eta_N) for part in p_TN.chunk(3)]
     assert_close(torch.stack(parts).mean(), whole)

@@ -101,6 +101,24 @@ def test_switch_counts_all_choices_and_gshard_the_first(balance_loss):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("moe", [{"logits_norm": 3.0}, {"gate_mode": "sigmoid"}], ids=["normed", "sigmoid"])
+def test_balance_is_of_what_decided_and_the_z_loss_of_the_plain_logits(moe):
+    loss = loss_of(balance_loss="switch", **moe)
+    parts = loss(batch())
+    for routing, balance, z, entropy in zip(
+        routings_of(loss, batch()), parts.balance_L, parts.z_L, parts.entropy_L, strict=True
+    ):
+        scores_TN = routing.scores_TN.double()
+        p_TN = scores_TN.sigmoid() / scores_TN.sigmoid().sum(1, keepdim=True) if "gate_mode" in moe else None
+        p_TN = scores_TN.softmax(-1) if p_TN is None else p_TN
+        shares_N = torch.stack([(routing.experts_TK == i).double().mean() for i in range(MOE.num_experts)])
+        assert balance.item() == pytest.approx(float(MOE.num_experts * (shares_N * p_TN.mean(0)).sum()), rel=1e-5)
+        assert z.item() == pytest.approx(float(routing.logits_TN.double().logsumexp(-1).square().mean()), rel=1e-5)
+        assert entropy.item() == pytest.approx(float(-(p_TN * p_TN.log()).sum(1).mean()), rel=1e-5)
+        assert torch.equal(routing.scores_TN, routing.logits_TN) == ("gate_mode" in moe)
+
+
+@torch.no_grad()
 def test_mutual_information_of_experts():
     loss = loss_of(balance_loss="mutual_information")
     for routing, found in zip(routings_of(loss, batch()), loss(batch()).balance_L, strict=True):
@@ -119,7 +137,7 @@ def loss_of_attentions(weight: float, groups: Groups | None = None) -> LanguageM
 def test_routers_of_attentions_add_their_mutual_information():
     loss = loss_of_attentions(0.5)
     parts = loss(batch())
-    refs = [mutual_information_loss_ref(r.probabilities_TN) for r in routings_of(loss, batch(), "attentions")]
+    refs = [mutual_information_loss_ref(r.logits_TN.softmax(-1)) for r in routings_of(loss, batch(), "attentions")]
     assert len(refs) == CONFIG.layers and all(ref < -1e-3 for ref in refs)
     assert_close(parts.total - parts.cross_entropy, 0.5 * torch.stack(refs).sum(), max_error=1e-4, rms_error=1e-4)
     (parts.total - parts.cross_entropy).backward()

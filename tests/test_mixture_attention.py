@@ -186,7 +186,7 @@ def test_an_expert_that_nobody_chose_does_not_matter():
     mixture.gate.weight.data[3] = 0
     mixture.gate.weight.data[3, 0] = -500.0
     before, routing = mixture(x_TD, here)
-    assert (routing.experts_TK != 3).all() and (routing.probabilities_TN[:, 3] == 0).all()
+    assert (routing.experts_TK != 3).all() and (routing.logits_TN.softmax(-1)[:, 3] == 0).all()
     mixture.q_proj.data[3] = torch.nan
     mixture.o_proj.data[3] = torch.nan
     assert torch.equal(mixture(x_TD, here)[0], before)
@@ -265,7 +265,7 @@ def test_a_block_of_bam_mixed_from_one_model(gate_mode):
     x_TD, here = some(10), context_of(5, 2)
     normed_TD = x_TD * (x_TD.square().mean(-1, keepdim=True) + config.norm_eps).rsqrt()
     gate_TF, up_TF = (normed_TD @ experts.gate_up[0].T).chunk(2, dim=-1)
-    p_T1 = block.mlp.gate(normed_TD, None, here).probabilities_TN.max(-1, keepdim=True).values
+    p_T1 = block.mlp.gate(normed_TD, None, here).logits_TN.softmax(-1).max(-1, keepdim=True).values
     weight_T1 = p_T1 if gate_mode == "paper" else torch.ones_like(p_T1)
     ffn_TD = weight_T1 * ((functional.silu(gate_TF) * up_TF) @ experts.down[0].T)
     y_TD, decided = block(x_TD, None, here)

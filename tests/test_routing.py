@@ -12,7 +12,7 @@ import torch
 from numerics import assert_close
 
 from expertmesh.kernels import routing as module
-from expertmesh.kernels.routing import ExpertGroups, expert_counts, route, route_sigmoid, sort_slots
+from expertmesh.kernels.routing import ExpertGroups, Residual, expert_counts, route, route_sigmoid, sort_slots
 
 
 @pytest.fixture(params=[False, True], ids=["torch", "triton"], autouse=True)
@@ -77,10 +77,9 @@ def test_route_is_the_rule_applied_to_each_token(case, mode):
     experts, weights = route_by_token(wide, case.top_k, mode, case.zero_experts)
     assert torch.equal(routing.experts_TK, experts)
     assert_close(routing.weights_TK, weights, what="weights")
-    assert_close(routing.probabilities_TN, wide.softmax(dim=-1), what="probabilities")
-    assert torch.equal(routing.logits_TN, logits)
+    assert torch.equal(routing.logits_TN, logits) and routing.scores_TN is routing.logits_TN
     assert routing.experts_TK.dtype == torch.int64
-    assert all(t.dtype == torch.float32 for t in (routing.weights_TK, routing.logits_TN, routing.probabilities_TN))
+    assert routing.weights_TK.dtype == routing.logits_TN.dtype == torch.float32
 
     grad = torch.randn(weights.shape, generator=torch.Generator().manual_seed(5))
     (got,) = torch.autograd.grad(routing.weights_TK, logits, grad)
@@ -92,7 +91,7 @@ def test_route_is_the_rule_applied_to_each_token(case, mode):
 def test_bfloat16_logits_are_computed_in_float32():
     logits = torch.randn(8, 6, generator=torch.Generator().manual_seed(0)).bfloat16()
     routing = route(logits, 2, "paper")
-    assert_close(routing.probabilities_TN, logits.double().softmax(dim=-1))
+    assert_close(routing.weights_TK, logits.double().softmax(dim=-1).gather(1, routing.experts_TK))
     assert routing.weights_TK.dtype == routing.logits_TN.dtype == torch.float32
 
 
@@ -158,7 +157,7 @@ SIGMOID_CASES = [
 
 def route_sigmoid_by_token(logits_TN, case: Sigmoid, bias_N):
     """The choice and the gates one token at a time, from DeepSeek-V3's equations."""
-    experts, weights, shares = [], [logits_TN[:0, :1].expand(0, case.top_k)], [logits_TN[:0]]
+    experts, weights = [], [logits_TN[:0, :1].expand(0, case.top_k)]
     for z in logits_TN:
         s = 1 / (1 + (-z).exp())
         ranking = (s + bias_N).tolist()
@@ -172,8 +171,7 @@ def route_sigmoid_by_token(logits_TN, case: Sigmoid, bias_N):
         picked = sorted(allowed, key=lambda e: (-ranking[e], e))[: case.top_k]
         experts.append(picked)
         weights.append((s[picked] / s[picked].sum())[None])
-        shares.append((s / s.sum())[None])
-    return torch.tensor(experts, dtype=torch.int64).view(-1, case.top_k), torch.cat(weights), torch.cat(shares)
+    return torch.tensor(experts, dtype=torch.int64).view(-1, case.top_k), torch.cat(weights)
 
 
 @pytest.mark.parametrize("case", SIGMOID_CASES, ids=lambda case: case.reason)
@@ -184,27 +182,59 @@ def test_sigmoid_is_the_rule_applied_to_each_token(case):
     groups = ExpertGroups(*case.groups) if case.groups else None
     routing = route_sigmoid(logits, case.top_k, bias_N if case.biased else None, groups)
     wide = logits.detach().double().requires_grad_()
-    experts, weights, shares = route_sigmoid_by_token(wide, case, bias_N.double())
+    experts, weights = route_sigmoid_by_token(wide, case, bias_N.double())
     assert torch.equal(routing.experts_TK, experts)
     assert_close(routing.weights_TK, weights, what="weights")
-    assert_close(routing.probabilities_TN, shares, what="probabilities")
-    grads = [torch.randn(t.shape, generator=generator) for t in (weights, shares)]
-    (got,) = torch.autograd.grad((routing.weights_TK, routing.probabilities_TN), logits, grads)
-    (want,) = torch.autograd.grad((weights, shares), wide, [g.double() for g in grads])
+    grad = torch.randn(weights.shape, generator=generator)
+    (got,) = torch.autograd.grad(routing.weights_TK, logits, grad)
+    (want,) = torch.autograd.grad(weights, wide, grad.double())
     assert ((got - want).abs() < 1e-6).all()
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_probabilities_carry_a_gradient_too(mode):
-    logits = logits_for(CASES[6]).requires_grad_()
-    wide = logits.detach().double().requires_grad_()
-    routing = route(logits, 3, mode, 4)
-    _, weights = route_by_token(wide, 3, mode, 4)
-    generator = torch.Generator().manual_seed(6)
-    grads = [torch.randn(t.shape, generator=generator) for t in (weights, wide)]
-    (got,) = torch.autograd.grad((routing.weights_TK, routing.probabilities_TN), logits, grads)
-    (want,) = torch.autograd.grad((weights, wide.softmax(-1)), wide, [g.double() for g in grads])
-    assert ((got - want).abs() < 1e-6).all()
+RESIDUALS = [
+    (0, 4, 2, "no tokens"),
+    (1, 4, 1, "one token, k is 1"),
+    (6, 1, 1, "a single expert: a map of one number"),
+    (33, 13, 3, "odd sizes"),
+    (35, 40, 2, "two tiles of tokens, and more experts than the map's step"),
+    (9, 260, 2, "few tokens a program"),
+]
+
+
+@pytest.mark.parametrize("mode", [*MODES, "sigmoid"])
+@pytest.mark.parametrize(("tokens", "experts", "top_k"), [r[:3] for r in RESIDUALS], ids=[r[3] for r in RESIDUALS])
+def test_a_gating_residual_is_added_and_gets_its_gradients(tokens, experts, top_k, mode):
+    """z = logits + previous @ map.T; the choice goes by z, and z is what the next layer gets."""
+    generator = torch.Generator().manual_seed(tokens)
+    shapes = (tokens, experts), (tokens, experts), (experts, experts)
+    inputs = [torch.randn(shape, generator=generator) / max(1, i * experts**0.5) for i, shape in enumerate(shapes)]
+    wide = [t.double().requires_grad_() for t in inputs]
+    inputs = [t.requires_grad_() for t in inputs]
+    z_TN = wide[0] + (wide[1][:, None, :] * wide[2][None]).sum(-1)
+    residual = Residual(*inputs[1:])
+    if mode == "sigmoid":
+        routing = route_sigmoid(inputs[0], top_k, residual=residual)
+        case = Sigmoid(tokens, experts, top_k, None, False, "")
+        chosen_TK, weights_TK = route_sigmoid_by_token(z_TN, case, torch.zeros(experts))
+    else:
+        routing = route(inputs[0], top_k, mode, 1, residual=residual)
+        chosen_TK, weights_TK = route_by_token(z_TN, top_k, mode, 1)
+    assert torch.equal(routing.experts_TK, chosen_TK) and routing.scores_TN is routing.logits_TN
+    assert_close(routing.logits_TN, z_TN, what="complete logits")
+    assert_close(routing.weights_TK, weights_TK, what="weights")
+    got, want = [routing.weights_TK, routing.logits_TN], [weights_TK, z_TN]
+    grads = [torch.randn(t.shape, generator=generator) for t in want]
+    for used in (slice(0, 1), slice(1, 2), slice(0, 2)):  # the weights alone, the logits alone, both
+        mine = torch.autograd.grad(got[used], inputs, grads[used], retain_graph=True)
+        theirs = torch.autograd.grad(want[used], wide, [g.double() for g in grads[used]], retain_graph=True)
+        for a, b in zip(mine, theirs, strict=True):
+            assert a.shape == b.shape and ((a - b).abs() < 2e-6 * max(1, tokens)).all()
+
+
+def test_a_map_that_is_a_view():
+    logits_TN, previous_TN, map_NN = torch.randn(3, 6, 6, generator=torch.Generator().manual_seed(3))
+    routing = route(logits_TN, 2, "paper", residual=Residual(previous_TN, map_NN.T))
+    assert_close(routing.logits_TN, logits_TN.double() + previous_TN.double() @ map_NN.double())
 
 
 def test_another_ranking_changes_the_choice_and_not_the_weights():
