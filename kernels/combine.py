@@ -31,19 +31,24 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 def _sum_into_tokens(
     rows_RD: torch.Tensor, slots_R: torch.Tensor, weights_R: torch.Tensor | None, tokens: int, top_k: int
 ) -> torch.Tensor:
-    """[T, D] in the rows' dtype: for each token the (weighted) sum of its rows; 0 for a token without rows."""
-    order = slots_R.argsort()
-    first_slots_T = torch.arange(tokens, device=slots_R.device) * top_k
-    offsets_T = torch.searchsorted(slots_R[order], first_slots_T)
-    wide = _wide(rows_RD.dtype)
-    summed_TD = functional.embedding_bag(
-        order,
-        rows_RD.to(wide),
-        offsets_T,
-        mode="sum",
-        per_sample_weights=None if weights_R is None else weights_R.to(wide)[order],
-    )
-    return summed_TD.to(rows_RD.dtype)
+    """[T, D] for each token the (weighted) sum of its rows, in their dtype (the weighted one in float32 at least)."""
+    slots, device = tokens * top_k, slots_R.device
+    row_of_slot = slots_R.new_full((slots,), -1).scatter_(0, slots_R, torch.arange(len(slots_R), device=device))
+    if len(slots_R) == slots:
+        order, offsets_T = row_of_slot, torch.arange(0, slots, top_k, device=device)
+    else:
+        has_row = row_of_slot >= 0
+        order = row_of_slot[has_row]
+        ends_T = has_row.view(tokens, top_k).sum(1).cumsum(0)
+        offsets_T = functional.pad(ends_T[:-1], (1, 0))
+    if weights_R is not None:
+        rows_RD = rows_RD * weights_R.to(_wide(rows_RD.dtype))[:, None]  # products and sum in float32
+    return functional.embedding_bag(order, rows_RD, offsets_T, mode="sum")
+
+
+def _combine(rows_RD: torch.Tensor, slots_R: torch.Tensor, weights_TK: torch.Tensor, weigh: bool) -> torch.Tensor:
+    weights_R = weights_TK.flatten()[slots_R] if weigh else None
+    return _sum_into_tokens(rows_RD, slots_R, weights_R, *weights_TK.shape).to(rows_RD.dtype)
 
 
 class _CombineRows(torch.autograd.Function):
@@ -52,8 +57,7 @@ class _CombineRows(torch.autograd.Function):
         # The rows are needed for the weights' gradient only, and they are the largest tensor here.
         ctx.save_for_backward(rows_RD if weigh and ctx.needs_input_grad[2] else None, slots_R, weights_TK)
         ctx.rows_dtype, ctx.weigh = rows_RD.dtype, weigh
-        weights_R = weights_TK.flatten()[slots_R] if weigh else None
-        return _sum_into_tokens(rows_RD, slots_R, weights_R, *weights_TK.shape)
+        return _combine(rows_RD, slots_R, weights_TK, weigh)
 
     @staticmethod
     @once_differentiable
@@ -96,8 +100,9 @@ def combine_rows(
     """
     if by_triton(rows_RD):
         return combine_triton(rows_RD, slots_R, weights_TK, weigh, zero)
-    y_TD = _CombineRows.apply(rows_RD, slots_R, weights_TK, weigh)
-    return y_TD if zero is None else y_TD + zero.answer(weights_TK)
+    combine = _CombineRows.apply if torch.is_grad_enabled() else _combine
+    y_TD = combine(rows_RD, slots_R, weights_TK, weigh)
+    return y_TD + zero.answer(weights_TK) if zero is not None and zero.answers else y_TD
 
 
 def combine_rows_ref(

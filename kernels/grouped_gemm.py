@@ -23,6 +23,7 @@ from torch.autograd.function import once_differentiable
 
 from expertmesh.kernels import grouped_gemm_triton as kernels
 from expertmesh.kernels.device import by_triton
+from expertmesh.kernels.float32_products import products_of
 from expertmesh.kernels.ops import operation
 
 
@@ -36,39 +37,41 @@ class Products(NamedTuple):
     With a fourth argument, index_R, the rows on the right are rows_RK[index_R]."""
 
 
-def _segments(counts_E: torch.Tensor, rows: int) -> list[tuple[int, slice]]:
-    """(expert, its rows) for the experts that have any; on the CPU reading the counts costs nothing."""
-    segments, start = [], 0
-    for expert, count in enumerate(counts_E.tolist()):
-        if count:
-            segments.append((expert, slice(start, start + count)))
-        start += count
-    if start != rows:
-        raise ValueError(f"counts_E add up to {start}, but there are {rows} rows")
-    return segments
+def segments(counts_E: torch.Tensor, rows: int) -> tuple[list[int], list[int]]:
+    """The experts that have rows, and how many; on the CPU reading the counts costs nothing."""
+    counts = counts_E.tolist()
+    if sum(counts) != rows:
+        raise ValueError(f"counts_E add up to {sum(counts)}, but there are {rows} rows")
+    return [expert for expert, count in enumerate(counts) if count], [count for count in counts if count]
 
 
 def _multiply_segments(rows_RK: torch.Tensor, weights_ENK: torch.Tensor, counts_E: torch.Tensor) -> torch.Tensor:
+    experts, sizes = segments(counts_E, rows_RK.shape[0])
     out_RN = rows_RK.new_empty(rows_RK.shape[0], weights_ENK.shape[1])
-    weights = weights_ENK.unbind(0)
-    for expert, segment in _segments(counts_E, rows_RK.shape[0]):
-        torch.mm(rows_RK[segment], weights[expert].t(), out=out_RN[segment])
+    with products_of(rows_RK.dtype):
+        for expert, rows_nK, out_nN in zip(experts, rows_RK.split(sizes), out_RN.split(sizes), strict=True):
+            torch.mm(rows_nK, weights_ENK.select(0, expert).t(), out=out_nN)
     return out_RN
 
 
 def _outer_segments(
     left_RN: torch.Tensor, right: torch.Tensor, counts_E: torch.Tensor, index_R: torch.Tensor | None = None
 ) -> torch.Tensor:
+    experts, sizes = segments(counts_E, left_RN.shape[0])
     out_ENK = left_RN.new_empty(counts_E.numel(), left_RN.shape[1], right.shape[1])
-    segments = dict(_segments(counts_E, left_RN.shape[0]))
-    for expert, out_NK in enumerate(out_ENK.unbind(0)):
-        if expert in segments:
-            segment = segments[expert]
-            right_RK = right[segment] if index_R is None else right.index_select(0, index_R[segment])
-            torch.mm(left_RN[segment].t(), right_RK, out=out_NK)
-        else:
-            out_NK.zero_()
+    rights = (right if index_R is None else index_R).split(sizes)
+    with products_of(left_RN.dtype):
+        for expert, left_nN, right_n in zip(experts, left_RN.split(sizes), rights, strict=True):
+            right_nK = right_n if index_R is None else right.index_select(0, right_n)
+            torch.mm(left_nN.t(), right_nK, out=out_ENK[expert])
+    zero_others(out_ENK, experts)
     return out_ENK
+
+
+def zero_others(gradient_E: torch.Tensor, experts: list[int]) -> None:
+    """Write 0 for the experts that are not listed."""
+    for expert in set(range(len(gradient_E))).difference(experts):
+        gradient_E[expert].zero_()
 
 
 TRITON = Products(kernels.multiply, kernels.outer)

@@ -21,140 +21,132 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from expertmesh.kernels import grouped_swiglu_triton
+from expertmesh.kernels import grouped_swiglu_cpu
+from expertmesh.kernels import grouped_swiglu_triton as kernels
 from expertmesh.kernels.device import by_triton
-from expertmesh.kernels.grouped_gemm import PRODUCTS, SEGMENTS, check_groups, grouped_gemm_ref
-from expertmesh.kernels.grouped_swiglu_triton import Hidden, Up
+from expertmesh.kernels.grouped_gemm import TRITON, check_groups, grouped_gemm_ref
+from expertmesh.kernels.grouped_swiglu_cpu import Gradients, Wanted
 from expertmesh.kernels.ops import operation
 from expertmesh.kernels.rows import sum_rows
 
 
 class Steps(NamedTuple):
-    """What a device does at the hidden units; the plain products around it are the grouped GEMM's."""
+    """What a device does; neither is differentiable by itself."""
 
-    up: Callable[..., Up]
-    """(source_XD, index_R, counts_E, gate_up_EGD, weights_R, saved) -> h where `saved`, and a."""
-    hidden: Callable[..., Hidden]
-    """(grad_RD, h_RG, counts_E, down_EDF, weights_R, kept) -> gradient of h, a where `kept`, gradient of weights."""
-
-
-def _activate(h_RG: torch.Tensor) -> torch.Tensor:
-    gate_RF, up_RF = h_RG.chunk(2, dim=-1)
-    return functional.silu(gate_RF).mul_(up_RF)
+    forward: Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
+    """(source_XD, index_R, counts_E, gate_up_EGD, down_EDF, weights_R, saved) -> the answers, and h where `saved`."""
+    backward: Callable[..., Gradients]
+    """(grad_RD, source_XD, index_R, counts_E, gate_up_EGD, down_EDF, weights_R, h_RG, X, wanted) -> gradients."""
 
 
-def _up_segments(
+def _forward_triton(
     source_XD: torch.Tensor,
     index_R: torch.Tensor | None,
     counts_E: torch.Tensor,
     gate_up_EGD: torch.Tensor,
-    weights_R: torch.Tensor | None,
-    saved: bool,
-) -> Up:
-    rows_RD = source_XD if index_R is None else source_XD.index_select(0, index_R)
-    h_RG = SEGMENTS.multiply(rows_RD, gate_up_EGD, counts_E)
-    a_RF = _activate(h_RG)
-    if weights_R is not None:
-        a_RF.mul_(weights_R[:, None])
-    return Up(h_RG if saved else None, a_RF)
-
-
-def _hidden_segments(
-    grad_RD: torch.Tensor,
-    h_RG: torch.Tensor,
-    counts_E: torch.Tensor,
     down_EDF: torch.Tensor,
     weights_R: torch.Tensor | None,
-    kept: bool,
-) -> Hidden:
-    grad_a_RF = SEGMENTS.multiply(grad_RD, down_EDF.transpose(1, 2), counts_E)
-    grad_weights = None
-    a_RF = _activate(h_RG) if kept or weights_R is not None else None
-    if weights_R is not None:
-        assert a_RF is not None
-        grad_weights = (a_RF.to(weights_R.dtype) * grad_a_RF).sum(1)
-        a_RF.mul_(weights_R[:, None])
-        grad_a_RF.mul_(weights_R[:, None])
-    gate_RF, up_RF = h_RG.chunk(2, dim=-1)
-    grad_h_RG = torch.empty_like(h_RG)
-    grad_gate_RF, grad_up_RF = grad_h_RG.chunk(2, dim=-1)
-    torch.mul(grad_a_RF, functional.silu(gate_RF), out=grad_up_RF)
-    torch.ops.aten.silu_backward.grad_input(grad_a_RF.mul_(up_RF), gate_RF, grad_input=grad_gate_RF)
-    return Hidden(grad_h_RG, a_RF, grad_weights)
+    saved: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    h_RG, a_RF = kernels.up(source_XD, index_R, counts_E, gate_up_EGD, weights_R, saved)
+    return TRITON.multiply(a_RF, down_EDF, counts_E), h_RG
 
 
-BY_SEGMENTS = Steps(_up_segments, _hidden_segments)
-BY_TRITON = Steps(grouped_swiglu_triton.up, grouped_swiglu_triton.hidden)
+def _backward_triton(
+    grad_RD: torch.Tensor,
+    source_XD: torch.Tensor | None,
+    index_R: torch.Tensor | None,
+    counts_E: torch.Tensor,
+    gate_up_EGD: torch.Tensor,
+    down_EDF: torch.Tensor,
+    weights_R: torch.Tensor | None,
+    h_RG: torch.Tensor,
+    sources: int,
+    wanted: Wanted,
+) -> Gradients:
+    multiply, outer = TRITON
+    grad_source = grad_gate_up = grad_down = None
+    grad_h_RG, a_RF, grad_weights = kernels.hidden(grad_RD, h_RG, counts_E, down_EDF, weights_R, wanted.down)
+    if wanted.down:
+        grad_down = outer(grad_RD, a_RF, counts_E)
+    if wanted.gate_up:
+        grad_gate_up = outer(grad_h_RG, source_XD, counts_E, index_R)
+    if wanted.source:
+        grad_source = multiply(grad_h_RG, gate_up_EGD.transpose(1, 2), counts_E)
+        if index_R is not None:
+            grad_source = sum_rows(grad_source, index_R, sources)
+    return Gradients(grad_source, grad_gate_up, grad_down, grad_weights if wanted.weights else None)
+
+
+BY_SEGMENTS = Steps(grouped_swiglu_cpu.forward, grouped_swiglu_cpu.backward)
+BY_TRITON = Steps(_forward_triton, _backward_triton)
 
 
 def steps_for(rows: torch.Tensor) -> Steps:
-    """The steps that run where `rows` lie: Triton on CUDA, one torch.mm per expert elsewhere."""
+    """The steps that run where `rows` lie: Triton on CUDA, one expert after the other elsewhere."""
     return BY_TRITON if by_triton(rows) else BY_SEGMENTS
 
 
-def _fake_up(source_XD, index_R, counts_E, gate_up_EGD, weights_R, saved):
-    R, G = len(source_XD if index_R is None else index_R), gate_up_EGD.shape[1]
-    return source_XD.new_empty(R if saved else 0, G), source_XD.new_empty(R, G // 2)
+def _fake_forward(source_XD, index_R, counts_E, gate_up_EGD, down_EDF, weights_R, saved):
+    R = len(source_XD if index_R is None else index_R)
+    return source_XD.new_empty(R, down_EDF.shape[1]), source_XD.new_empty(R if saved else 0, gate_up_EGD.shape[1])
 
 
 @operation(
-    "swiglu_up(Tensor source, Tensor? index, Tensor counts, Tensor gate_up, Tensor? weights, bool saved)"
-    " -> (Tensor, Tensor)",
-    _fake_up,
+    "swiglu_forward(Tensor source, Tensor? index, Tensor counts, Tensor gate_up, Tensor down, Tensor? weights,"
+    " bool saved) -> (Tensor, Tensor)",
+    _fake_forward,
 )
-def _up(source_XD, index_R, counts_E, gate_up_EGD, weights_R, saved):
-    h_RG, a_RF = steps_for(source_XD).up(source_XD, index_R, counts_E, gate_up_EGD, weights_R, saved)
-    return source_XD.new_empty(0, gate_up_EGD.shape[1]) if h_RG is None else h_RG, a_RF
+def _forward(source_XD, index_R, counts_E, gate_up_EGD, down_EDF, weights_R, saved):
+    steps = steps_for(source_XD)
+    out_RD, h_RG = steps.forward(source_XD, index_R, counts_E, gate_up_EGD, down_EDF, weights_R, saved)
+    return out_RD, source_XD.new_empty(0, gate_up_EGD.shape[1]) if h_RG is None else h_RG
 
 
-def _fake_hidden(grad_RD, h_RG, counts_E, down_EDF, weights_R, kept):
-    R, G = h_RG.shape
-    grad_weights = h_RG.new_empty(0) if weights_R is None else torch.empty_like(weights_R)
-    return torch.empty_like(h_RG), h_RG.new_empty(R if kept else 0, G // 2), grad_weights
+def _fake_backward(
+    grad_RD, source_XD, index_R, counts_E, gate_up_EGD, down_EDF, weights_R, h_RG, sources, wanted
+) -> list[torch.Tensor]:
+    empty, wanted = h_RG.new_empty, Wanted(*wanted)
+    return [
+        empty(sources, down_EDF.shape[1]) if wanted.source else empty(0),
+        empty(gate_up_EGD.shape) if wanted.gate_up else empty(0),
+        empty(down_EDF.shape) if wanted.down else empty(0),
+        torch.empty_like(weights_R) if wanted.weights else empty(0),
+    ]
 
 
 @operation(
-    "swiglu_hidden(Tensor grad, Tensor h, Tensor counts, Tensor down, Tensor? weights, bool kept)"
-    " -> (Tensor, Tensor, Tensor)",
-    _fake_hidden,
+    "swiglu_backward(Tensor grad, Tensor? source, Tensor? index, Tensor counts, Tensor gate_up, Tensor down,"
+    " Tensor? weights, Tensor h, SymInt sources, bool[] wanted) -> Tensor[]",
+    _fake_backward,
 )
-def _hidden(grad_RD, h_RG, counts_E, down_EDF, weights_R, kept):
-    grad_h_RG, a_RF, grad_weights = steps_for(h_RG).hidden(grad_RD, h_RG, counts_E, down_EDF, weights_R, kept)
-    return (
-        grad_h_RG,
-        h_RG.new_empty(0, down_EDF.shape[2]) if a_RF is None or not kept else a_RF,
-        h_RG.new_empty(0) if grad_weights is None else grad_weights,
-    )
+def _backward(
+    grad_RD, source_XD, index_R, counts_E, gate_up_EGD, down_EDF, weights_R, h_RG, sources, wanted
+) -> list[torch.Tensor]:
+    of_inputs = source_XD, index_R, counts_E, gate_up_EGD, down_EDF, weights_R
+    gradients = steps_for(h_RG).backward(grad_RD, *of_inputs, h_RG, sources, Wanted(*wanted))
+    return [h_RG.new_empty(0) if gradient is None else gradient for gradient in gradients]
 
 
 class _GroupedSwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, source_XD, index_R, counts_E, gate_up_EGD, down_EDF, weights_R):
         saved = any(ctx.needs_input_grad)
-        h_RG, a_RF = _up(source_XD, index_R, counts_E, gate_up_EGD, weights_R, saved)
+        out_RD, h_RG = _forward(source_XD, index_R, counts_E, gate_up_EGD, down_EDF, weights_R, saved)
         if saved:
             source = source_XD if ctx.needs_input_grad[3] else None
             ctx.save_for_backward(source, index_R, counts_E, gate_up_EGD, down_EDF, weights_R, h_RG)
             ctx.sources = len(source_XD)
-        return PRODUCTS.multiply(a_RF, down_EDF, counts_E)
+        return out_RD
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_RD):
-        source_XD, index_R, counts_E, gate_up_EGD, down_EDF, weights_R, h_RG = ctx.saved_tensors
-        multiply, outer = PRODUCTS
-        needs_source, _, _, needs_gate_up, needs_down, needs_weights = ctx.needs_input_grad
-        grad_source = grad_gate_up = grad_down = None
-        grad_h_RG, a_RF, grad_weights = _hidden(grad_RD, h_RG, counts_E, down_EDF, weights_R, needs_down)
-        if needs_down:
-            grad_down = outer(grad_RD, a_RF, counts_E)
-        if needs_gate_up:
-            grad_gate_up = outer(grad_h_RG, source_XD, counts_E, index_R)
-        if needs_source:
-            grad_source = multiply(grad_h_RG, gate_up_EGD.transpose(1, 2), counts_E)
-            if index_R is not None:
-                grad_source = sum_rows(grad_source, index_R, ctx.sources)
-        return grad_source, None, None, grad_gate_up, grad_down, grad_weights if needs_weights else None
+        needs_source, _, _, *of_parameters = ctx.needs_input_grad
+        wanted = Wanted(needs_source, *of_parameters)
+        gradients = _backward(grad_RD, *ctx.saved_tensors, ctx.sources, wanted)
+        source, *parameters = (gradient if needed else None for gradient, needed in zip(gradients, wanted, strict=True))
+        return source, None, None, *parameters
 
 
 def _check(source_XD: torch.Tensor, counts_E: torch.Tensor, gate_up_EGD: torch.Tensor, down_EDF: torch.Tensor) -> None:
@@ -191,7 +183,10 @@ def grouped_swiglu(
         ValueError: if shapes or dtypes do not fit, or, on the CPU, the counts do not add up to R.
     """
     _check(source_XD, counts_E, gate_up_EGD, down_EDF)
-    return _GroupedSwiGLU.apply(source_XD, index_R, counts_E, gate_up_EGD, down_EDF, weights_R)
+    inputs = source_XD, index_R, counts_E, gate_up_EGD, down_EDF, weights_R
+    if not torch.is_grad_enabled():  # a Function's forward is not told, and would keep h
+        return _forward(*inputs, False)[0]
+    return _GroupedSwiGLU.apply(*inputs)
 
 
 def grouped_swiglu_ref(

@@ -97,8 +97,8 @@ def _bags(index_R: torch.Tensor, sources: int) -> tuple[torch.Tensor, torch.Tens
 
 def _sum_rows_bags(rows_RD: torch.Tensor, index_R: torch.Tensor, sources: int) -> torch.Tensor:
     order, offsets = _bags(index_R, sources)
-    wide = torch.promote_types(rows_RD.dtype, torch.float32)
-    return functional.embedding_bag(order, rows_RD.to(wide), offsets[:-1], mode="sum").to(rows_RD.dtype)
+    # Rows of 16 bits are summed in float32 and rounded once.
+    return functional.embedding_bag(order, rows_RD, offsets, mode="sum", include_last_offset=True)
 
 
 def _fake_sum_rows(rows_RD: torch.Tensor, index_R: torch.Tensor, sources: int) -> torch.Tensor:

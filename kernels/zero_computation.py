@@ -30,6 +30,11 @@ class ZeroComputation(NamedTuple):
     constant_CD: torch.Tensor
     copy_experts: int
 
+    @property
+    def answers(self) -> bool:
+        """Whether any of them says something other than 0."""
+        return self.copy_experts > 0 or len(self.constant_CD) > 0
+
     def answer(self, weights_TK: torch.Tensor) -> torch.Tensor:
         """[T, D] by themselves."""
         return zero_computation(self.x_TD, self.experts_TK, weights_TK, *self[2:])

@@ -138,6 +138,14 @@ def test_a_dropped_slot_adds_nothing(combine):
     assert all(torch.equal(t, torch.zeros_like(t)) for t in results)
 
 
+@pytest.mark.parametrize(("constants", "copies"), [(2, 0), (0, 1), (0, 0)], ids=str)
+def test_a_layer_may_lack_some_kinds_of_zero_computation_experts(constants, copies):
+    (rows_RD, weights_TK, x_TD, mix_C2D, constant_CD), slots_R, experts_TK = inputs_for(CASES[5], torch.float32)
+    zero = ZeroComputation(x_TD, experts_TK, 8, mix_C2D[:constants], constant_CD[:constants], copies)
+    got = combine_rows(rows_RD, slots_R, weights_TK, True, zero)
+    assert_close(got, combine_rows_ref(rows_RD, slots_R, weights_TK, True, zero))
+
+
 def test_gradcheck():
     slots_R = torch.tensor([3, 0, 5])
     rows_RD = torch.randn(3, 2, dtype=torch.float64, requires_grad=True)

@@ -29,12 +29,12 @@ def layer(dtype: torch.dtype):
     slots_R = torch.arange(R)
     index_R, counts_E = slots_R % T, torch.tensor([4, 0, 3])
     routed = route(logits_TN, 2, "paper")
-    sums = router_sums(logits_TN, routed.experts_TK)
+    *sums, _ = router_sums(routed.scores_TN, routed.experts_TK)
     rows_RD = grouped_swiglu(x_TD, index_R, counts_E, gate_up, down, routed.weights_TK.flatten()[slots_R])
     rows_RD = rows_RD + grouped_gemm(grouped_gemm(rows_RD, down.transpose(1, 2).contiguous(), counts_E), down, counts_E)
     zero = ZeroComputation(x_TD, routed.experts_TK, E, mix, constant, 1)
     y_TD = combine_triton(rows_RD, slots_R, routed.weights_TK, False, zero)
-    total = y_TD.float().sum() + sums.z + sums.information + sums.probabilities_N.square().sum()
+    total = y_TD.float().sum() + sum(part.square().sum() for part in sums[:3])
     grads = torch.autograd.grad(total, (x_TD, gate_up, down, logits_TN))
     return routed.experts_TK, routed.weights_TK, *sums, rows_RD, y_TD, *grads
 

@@ -6,8 +6,8 @@ Two limits, each by every GEMM library that torch has here, and the faster count
     dense      all rows through one expert: the same floating-point operations without the ragged sizes
 
 On AMD the MKL of torch.mm may run at half of the machine's speed in float32, where oneDNN does not; torch offers oneDNN
-as a private operator, which makes a fresh output each time, and by a switch, which writes into ours. The switch permits
-bfloat16 inside, so it is used only if this machine's answer shows that it does not.
+as a private operator, which makes a fresh output each time, and by a permission, which writes into ours
+(float32_products.py).
 
 Forward:  h = x W_up^T, y = a W_down^T.  Backward:  da = dy W_down, dW_down = dy^T a, dx = dh W_up, dW_up = dh^T x.
 """
@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 import torch
 
+from expertmesh.kernels.float32_products import ONEDNN, is_exact
 from expertmesh.launch.bench.cases import Problem, choose
 
 
@@ -38,13 +39,9 @@ def _mm(products: list[Product]) -> None:
         torch.mm(left, right, out=out)
 
 
-def _switched_mm(products: list[Product]) -> None:
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium")
-    try:
+def _permitted_mm(products: list[Product]) -> None:
+    with ONEDNN:
         _mm(products)
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 def _linear_pointwise(products: list[Product]) -> None:
@@ -58,17 +55,9 @@ def libraries(dtype: torch.dtype) -> dict[str, Library]:
     found: dict[str, Library] = {"mm": _mm}
     if hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         found["oneDNN"] = _linear_pointwise
-    if dtype is torch.float32 and _keeps_float32():
-        found["mm by oneDNN"] = _switched_mm
+    if dtype is torch.float32 and is_exact(ONEDNN):
+        found["mm by oneDNN"] = _permitted_mm
     return found
-
-
-def _keeps_float32() -> bool:
-    left, right = torch.randn(64, 512), torch.randn(512, 64)
-    product = Product(left, right, torch.empty(64, 64))
-    _switched_mm([product])
-    exact = left.double() @ right.double()
-    return bool((product.out - exact).abs().max() / exact.abs().max() < 1e-5)
 
 
 class Limit(NamedTuple):
