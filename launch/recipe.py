@@ -53,6 +53,7 @@ class Recipe(RecipeSection):
             "validation_batches",
             "checkpoint_every",
             "keep_checkpoints",
+            "rebalance_every",
             "zero_stage",
         ):
             train.pop(free)
@@ -202,6 +203,10 @@ def check_together(recipe: Recipe, model: ModelConfig) -> None:
     if recipe.train.batch_size % dp:
         raise ValueError(
             f"train.batch_size={recipe.train.batch_size}: parallel.dp={dp} does not divide it; take a multiple of {dp}"
+        )
+    if recipe.train.rebalance_every is not None and ep == 1:
+        raise ValueError(
+            f"train.rebalance_every={recipe.train.rebalance_every}: with parallel.ep=1 experts have nowhere to move"
         )
     if recipe.train.sequence_length > model.context_length:
         raise ValueError(

@@ -141,16 +141,38 @@ class Zero:
     @torch.no_grad()
     def state(self, parameter: nn.Parameter) -> AdamState:
         """The whole state of `parameter`, not an empty one, once a step was made. A collective: every rank calls it."""
-        group = next(i for i, p in enumerate(self._optimizer.bit16_groups) if any(q is parameter for q in p))
+        group = self._group(parameter)
         flat = self._optimizer.optimizer.state[self._optimizer.single_partition_of_fp32_groups[group]]
-        state = {}
-        for key in AdamState._fields:
-            whole = torch.zeros(parameter.numel(), device=parameter.device)
-            if place := _place(parameter):
-                whole[place.in_parameter].copy_(flat[key][place.in_partition])
-            dist.all_reduce(whole, group=self._optimizer.real_dp_process_group[group])
-            state[key] = whole.view_as(parameter)
-        return AdamState(**state)
+        return AdamState(*(self._whole(parameter, group, flat[key]) for key in AdamState._fields))
+
+    @torch.no_grad()
+    def master(self, parameter: nn.Parameter) -> torch.Tensor:
+        """The whole float32 weight that updates are made to. A collective: every rank calls it."""
+        group = self._group(parameter)
+        return self._whole(parameter, group, self._optimizer.single_partition_of_fp32_groups[group])
+
+    @torch.no_grad()
+    def replace(self, parameter: nn.Parameter, master: torch.Tensor, state: AdamState) -> None:
+        """Go on with another weight and its state in place of those of `parameter`; a step was made before."""
+        parameter.copy_(master)
+        partition = self._optimizer.single_partition_of_fp32_groups[self._group(parameter)]
+        flat = self._optimizer.optimizer.state[partition]
+        if place := _place(parameter):
+            partition[place.in_partition].copy_(master.flatten()[place.in_parameter])
+            for key, whole in state._asdict().items():
+                flat[key][place.in_partition].copy_(whole.flatten()[place.in_parameter])
+
+    def _group(self, parameter: nn.Parameter) -> int:
+        """The number of the parameter group that has it."""
+        return next(i for i, p in enumerate(self._optimizer.bit16_groups) if any(q is parameter for q in p))
+
+    def _whole(self, parameter: nn.Parameter, group: int, partition: torch.Tensor) -> torch.Tensor:
+        """Shaped like the parameter, float32: what the ranks have of it in their partitions."""
+        whole = torch.zeros(parameter.numel(), device=parameter.device)
+        if place := _place(parameter):
+            whole[place.in_parameter].copy_(partition[place.in_partition])
+        dist.all_reduce(whole, group=self._optimizer.real_dp_process_group[group])
+        return whole.view_as(parameter)
 
     @torch.no_grad()
     def load_state(self, states: dict[nn.Parameter, AdamState], steps: int) -> None:

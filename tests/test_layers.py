@@ -38,7 +38,7 @@ def test_imports_point_left(path):
             assert LAYERS.index(layer) <= own, f"{layer} lies right of {LAYERS[own]}"
 
 
-PARTS = {"model", "train", "serve", "convert"}
+PARTS = {"model", "train", "serve", "convert", "inside"}
 
 
 @pytest.mark.parametrize("package", sorted(PARTS))

@@ -13,7 +13,7 @@ from twin import shared_gradients, shared_weights
 from twin import transformer as transformer_twin
 
 from expertmesh.kernels.rows import Rows
-from expertmesh.parallel.placement import shard_sizes
+from expertmesh.parallel.placement import Placement, shard_sizes
 from expertmesh.system.model.config import ModelConfig
 from expertmesh.system.model.transformer import ExpertPool, Transformer
 from expertmesh.system.model.weights import initialise, weights
@@ -104,3 +104,16 @@ def test_expert_pool_is_the_ffn_half_of_the_model():
         for layer in range(config.layers):
             expected_RD = model.layers[layer].mlp.experts(Rows(rows_RD, None, counts_E))
             assert torch.equal(pool(layer, rows_RD, counts_E), expected_RD)
+
+
+def test_expert_pool_of_a_placement_has_each_slots_expert():
+    config = tiny_model()
+    whole = ExpertPool(config, 0, 1)
+    placement = Placement(4, 2, (2, 0, 3, 2, 1, 0))
+    pool = ExpertPool(config, 1, 2, {1: placement})
+    for module in (whole, pool):
+        initialise(module, 1, 0.2)
+    assert [pool.experts_here(layer) for layer in range(3)] == [2, 3, 2]
+    for layer, held in enumerate(((2, 3), (2, 1, 0), (2, 3))):
+        for name, parameter in pool.layers[layer]["mlp"]["experts"].named_parameters():
+            assert torch.equal(parameter, getattr(whole.layers[layer]["mlp"]["experts"], name)[list(held)])

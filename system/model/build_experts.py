@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from expertmesh.system.model.experts import ExpertFrame, MLPExperts, RoutedExperts, SwiGLUExperts
 from expertmesh.system.model.experts_config import (
     MLPConfig,
@@ -16,7 +18,7 @@ from expertmesh.system.model.spark_experts import SparkExperts
 from expertmesh.system.model.structured_experts import StructuredExperts
 
 
-def build_experts(config: MoEConfig, hidden_size: int, shard: range) -> RoutedExperts:
+def build_experts(config: MoEConfig, hidden_size: int, shard: Sequence[int]) -> RoutedExperts:
     """The FFN experts of `shard` of a layer of `config`; weights are uninitialised."""
     expert = config.expert
     if isinstance(expert, SwiGLUConfig):

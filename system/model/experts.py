@@ -5,6 +5,7 @@ Which network a computing expert is, its config says (experts_config.py); all ar
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
@@ -22,7 +23,7 @@ from expertmesh.system.model.moe_config import MoEConfig
 
 
 class RoutedExperts(nn.Module):
-    """The FFN half of a block: the experts of `shard`, a range of this layer's FFN experts, possibly empty.
+    """The FFN half of a block: the experts of `shard`, some of this layer's FFN experts, possibly none.
 
     Each parameter has the experts in its first dimension. `PARTS` gives, for each parameter, the names that one
     expert's tensor has in a checkpoint; where there are several, they are stacked in its first dimension.
@@ -30,7 +31,7 @@ class RoutedExperts(nn.Module):
 
     PARTS: ClassVar[dict[str, tuple[str, ...]]]
 
-    def __init__(self, shard: range) -> None:
+    def __init__(self, shard: Sequence[int]) -> None:
         super().__init__()
         self.shard = shard
 
@@ -67,7 +68,7 @@ class SwiGLUExperts(RoutedExperts):
 
     PARTS = {"gate_up": ("gate_proj.weight", "up_proj.weight"), "down": ("down_proj.weight",)}
 
-    def __init__(self, config: SwiGLUConfig, hidden_size: int, shard: range) -> None:
+    def __init__(self, config: SwiGLUConfig, hidden_size: int, shard: Sequence[int]) -> None:
         super().__init__(shard)
         self.config = config
         self.gate_up = nn.Parameter(torch.empty(len(shard), 2 * config.hidden_size, hidden_size))
@@ -88,7 +89,7 @@ class MLPExperts(RoutedExperts):
 
     PARTS = {"up": ("up_proj.weight",), "down": ("down_proj.weight",)}
 
-    def __init__(self, config: MLPConfig, hidden_size: int, shard: range) -> None:
+    def __init__(self, config: MLPConfig, hidden_size: int, shard: Sequence[int]) -> None:
         super().__init__(shard)
         self.activation = config.activation
         self.up = nn.Parameter(torch.empty(len(shard), config.hidden_size, hidden_size))

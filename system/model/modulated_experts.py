@@ -16,6 +16,8 @@ Legend: T tokens, R rows sorted by expert, D model width.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 from torch.nn import functional
@@ -31,7 +33,7 @@ class ModulatedExperts(RoutedExperts):
 
     PARTS = {"weight": ("scale.weight", "shift.weight"), "bias": ("scale.bias", "shift.bias")}
 
-    def __init__(self, hidden_size: int, shard: range) -> None:
+    def __init__(self, hidden_size: int, shard: Sequence[int]) -> None:
         super().__init__(shard)
         self.weight = nn.Parameter(torch.empty(len(shard), 2 * hidden_size, hidden_size))
         self.bias = nn.Parameter(torch.empty(len(shard), 2 * hidden_size))

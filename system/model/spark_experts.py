@@ -11,6 +11,8 @@ Legend: R rows sorted by expert, D model width, F hidden width.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 from torch.nn import functional
@@ -27,7 +29,7 @@ class SparkExperts(RoutedExperts):
 
     PARTS = {"gate": ("gate_proj.weight",), "up": ("up_proj.weight",), "down": ("down_proj.weight",)}
 
-    def __init__(self, config: SparkConfig, hidden_size: int, shard: range) -> None:
+    def __init__(self, config: SparkConfig, hidden_size: int, shard: Sequence[int]) -> None:
         super().__init__(shard)
         self.config = config
         predictor = hidden_size if config.predictor_width is None else config.predictor_width

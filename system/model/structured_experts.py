@@ -24,6 +24,7 @@ Legend: R rows sorted by expert, E experts, N inputs and M outputs of a matrix.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -47,7 +48,7 @@ class StructuredExperts(RoutedExperts):
         for part in ("inner", "outer", "guide")
     }
 
-    def __init__(self, config: StructuredConfig, hidden_size: int, shard: range) -> None:
+    def __init__(self, config: StructuredConfig, hidden_size: int, shard: Sequence[int]) -> None:
         super().__init__(shard)
         self.config = config
         experts = len(shard)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -9,7 +10,7 @@ from torch import nn
 
 from expertmesh.kernels.routing import Routing
 from expertmesh.kernels.rows import Rows
-from expertmesh.parallel.placement import expert_shard
+from expertmesh.parallel.placement import Placement, expert_shard
 from expertmesh.system.model.block import build_blocks, build_norm
 from expertmesh.system.model.build_experts import build_experts
 from expertmesh.system.model.config import ModelConfig
@@ -60,11 +61,18 @@ class Transformer(nn.Module):
 
 
 class ExpertPool(nn.Module):
-    """The FFN halves alone: what a worker of the FFN pool holds. Parameter names equal those of `Transformer`."""
+    """The FFN halves alone: what a worker of the FFN pool holds. Parameter names equal those of `Transformer`.
 
-    def __init__(self, config: ModelConfig, expert_rank: int, expert_size: int) -> None:
+    In a layer with a placement its rank's slots are held, in their order; else a contiguous part.
+    """
+
+    def __init__(
+        self, config: ModelConfig, expert_rank: int, expert_size: int, placements: Mapping[int, Placement] | None = None
+    ) -> None:
         super().__init__()
-        self.held = shards(config, expert_rank, expert_size)
+        self.held: list[Sequence[int]] = list(shards(config, expert_rank, expert_size))
+        for layer, placement in (placements or {}).items():
+            self.held[layer] = placement.held(expert_rank)
         self.layers = nn.ModuleList(nn.ModuleDict() for _ in range(config.layers))
         for layer in config.moe_layers[:1] if config.share_layers else config.moe_layers:
             experts = build_experts(config.moe_of(layer), config.hidden_size, self.held[layer])

@@ -7,7 +7,7 @@ Experts lie together in one parameter per layer and rank, for the grouped GEMM. 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -47,7 +47,7 @@ def _whole(name: str) -> Split:
     return lambda tensor: {name: tensor}
 
 
-def _expert_split(prefix: str, parts: tuple[str, ...], shard: range) -> Split:
+def _expert_split(prefix: str, parts: tuple[str, ...], shard: Sequence[int]) -> Split:
     def split(tensor: torch.Tensor) -> dict[str, torch.Tensor]:
         return {
             f"{prefix}.{expert}.{part}": view

@@ -34,6 +34,9 @@ class TrainConfig(RecipeSection):
     validate_every: int = Field(50, ge=1)
     validation_batches: int = Field(8, ge=1)
     checkpoint_every: int = Field(50, ge=1)
+    rebalance_every: int | None = Field(
+        None, ge=1, description="steps after which experts may change ranks, where load says that it pays; null: never"
+    )
     keep_checkpoints: int = Field(2, ge=1, description="how many of the newest checkpoints stay")
 
     @model_validator(mode="after")
