@@ -64,7 +64,10 @@ class TrainerRole:
             device.backend, store=store, rank=self._rank, world_size=self._world, timeout=COLLECTIVE_TIMEOUT
         )
         groups = build_groups(recipe.parallel)
-        trainer = Trainer(model, recipe.train, recipe.run_folder, groups, device, settings, resume_from, begin_with)
+        trainer = Trainer(
+            *(model, recipe.train, recipe.run_folder, groups, device, settings, resume_from, begin_with),
+            dispatch=recipe.parallel.dispatch,
+        )
         if self._rank:
             trainer.run(lambda record: None)
         else:

@@ -14,7 +14,7 @@ Zero-computation experts send nothing, and a worker none of whose experts were c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from threading import Lock
@@ -24,7 +24,6 @@ import torch
 import torch.distributed as dist
 
 from expertmesh.kernels.routing import Routing
-from expertmesh.kernels.rows import Rows
 from expertmesh.kernels.zero_computation import ZeroComputation
 from expertmesh.parallel.all_to_all import Traffic
 from expertmesh.parallel.dispatchers import Dispatched, ExpertLayer, LocalDispatcher, LocalHandle, rows_to_send
@@ -102,19 +101,18 @@ class LinkDispatcher:
         row_bytes = 2 * x_TD.element_size() * x_TD.shape[1]  # there and back
         self.traffic.sent += len(rows_RD) * row_bytes
         self.traffic.saved += (routing.experts_TK.numel() - routing.dropped_slots - len(rows_RD)) * row_bytes
-        # No expert is here, so the layer goes on with no rows until the answer comes.
-        return Dispatched(Rows(rows_RD[:0], None, counts_E[:0]), LinkHandle(local, rows_of_worker, sent, rows_RD[:0]))
+        return Dispatched((), LinkHandle(local, rows_of_worker, sent, rows_RD[:0]))  # no expert is here
 
     def combine(
-        self, answers_RD: torch.Tensor, handle: LinkHandle, zero: ZeroComputation | None = None
+        self, answers: Iterable[torch.Tensor], handle: LinkHandle, zero: ZeroComputation | None = None
     ) -> torch.Tensor:
         like, host = handle.like_RD, "cpu"
-        answers = [torch.empty(rows, like.shape[1], dtype=like.dtype, device=host) for rows in handle.rows_of_worker]
+        replies = [torch.empty(rows, like.shape[1], dtype=like.dtype, device=host) for rows in handle.rows_of_worker]
         waits = [[message.work for message in messages] for messages in handle.sent]
-        for ffn, (link, answer) in enumerate(zip(self.links, answers, strict=True)):
-            if len(answer):
+        for ffn, (link, reply) in enumerate(zip(self.links, replies, strict=True)):
+            if len(reply):
                 with _naming(ffn):
-                    waits[ffn].append(link.recv([answer], FFN, REPLY + self.micro_batch))
+                    waits[ffn].append(link.recv([reply], FFN, REPLY + self.micro_batch))
         self.compute.release()
         try:
             for ffn, works in enumerate(waits):
@@ -123,7 +121,7 @@ class LinkDispatcher:
                         work.wait()
         finally:
             self.compute.acquire()
-        return self._local.combine(torch.cat(answers).to(like.device), handle.local, zero)
+        return self._local.combine([torch.cat(replies).to(like.device)], handle.local, zero)
 
 
 def answer_link(

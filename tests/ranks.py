@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 import traceback
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+
+from expertmesh.parallel.nodes import Nodes
 
 
 def _rank_main(rank: int, world: int, port: int, results: Any, fn: Callable[..., Any], args: tuple[Any, ...]) -> None:
@@ -61,14 +63,32 @@ def run_threads(fn: Callable[[dist.ProcessGroup], Any], world: int) -> list[Any]
 
     Starts in no time, for code that is given its group. What asks for the default group needs `run_ranks`.
     """
+    return run_threads_on_nodes(lambda group, nodes: fn(group), world, world)
+
+
+def run_threads_on_nodes(fn: Callable[[dist.ProcessGroup, Nodes], Any], world: int, ranks_per_node: int) -> list[Any]:
+    """As `run_threads`, calling `fn(group, nodes)`: the ranks are told that so many of them at a time share a node."""
     shared, timeout = dist.HashStore(), timedelta(seconds=30)
+    ends: list[dist.ProcessGroup] = []  # one that is dropped early breaks the others' connecting
+
+    def end_of(name: str, rank: int, size: int) -> dist.ProcessGroup:
+        store = dist.PrefixStore(name, shared)
+        group = dist.ProcessGroup(store, rank, size)
+        gloo = dist.ProcessGroupGloo(store, rank, size, timeout)
+        group._register_backend(torch.device("cpu"), dist.ProcessGroup.BackendType.GLOO, gloo)
+        ends.append(group)
+        return group
 
     def rank_main(rank: int) -> Any:
-        store = dist.PrefixStore("run_threads", shared)
-        group = dist.ProcessGroup(store, rank, world)
-        gloo = dist.ProcessGroupGloo(store, rank, world, timeout)
-        group._register_backend(torch.device("cpu"), dist.ProcessGroup.BackendType.GLOO, gloo)
-        return fn(group)
+        node, place = divmod(rank, ranks_per_node)
+        nodes = world // ranks_per_node
+        group = end_of("all", rank, world)
+        inside = end_of(f"node {node}", place, ranks_per_node) if 1 < ranks_per_node < world else None
+        between = end_of(f"place {place}", node, nodes) if nodes > 1 else None
+        return fn(group, Nodes(ranks_per_node, inside if nodes > 1 else group, between))
 
     with ThreadPoolExecutor(world) as threads:
-        return list(threads.map(rank_main, range(world)))
+        ranks = [threads.submit(rank_main, rank) for rank in range(world)]
+        for finished in as_completed(ranks):  # the first to fail says why; the others only miss it
+            finished.result()
+        return [rank.result() for rank in ranks]

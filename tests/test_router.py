@@ -101,7 +101,7 @@ def test_normed_logits_decide_and_plain_ones_are_handed_on(mode):
     want = route(normed_TN, CONFIG.top_k, mode, CONFIG.zero_experts)
     assert torch.equal(routing.experts_TK, want.experts_TK)
     assert_close(routing.weights_TK, want.weights_TK)
-    assert_close(routing.probabilities_TN, normed_TN.softmax(-1))
+    assert_close(routing.scores_TN, normed_TN)
 
 
 @pytest.mark.parametrize("noise", ["jitter", "gumbel", "gumbel_second", "normal"])
@@ -128,9 +128,8 @@ def test_normal_noise_has_a_standard_deviation_of_one_over_n():
     made, x_TD = plain(noise="normal"), torch.zeros(4000, WIDTH)
     routing = made(x_TD, None, training(1, 4000))
     assert not routing.logits_TN.any(), "the logits that are handed on have none"
-    noise_TN = routing.probabilities_TN.log()
-    noise_TN = noise_TN - noise_TN.mean(1, keepdim=True)  # the softmax took a number of each token's away
-    assert noise_TN.std().item() == pytest.approx((5 / 6) ** 0.5 / 6, rel=0.02)
+    noise_TN = routing.scores_TN
+    assert noise_TN.std().item() == pytest.approx(1 / 6, rel=0.02)
     assert noise_TN.abs().max() > 0.4, "more than two and a half deviations, so not uniform"
 
 
@@ -139,11 +138,11 @@ def test_gumbel_draws_from_the_softmax():
     made = plain(noise="gumbel", top_k=1)
     x_TD = some(1, WIDTH).expand(6000, -1)
     routing = made(x_TD, None, training(1, 6000))
-    p_N = routing.probabilities_TN[0]
+    p_N = routing.logits_TN[0].softmax(-1)
     shares_N = torch.bincount(routing.experts_TK[:, 0], minlength=6) / 6000
     assert_close(shares_N, p_N, max_error=0.03, rms_error=0.03)  # a standard deviation is 0.0065
     assert_close(p_N, (x_TD[0].double() @ made.weight.double().T).softmax(-1))
-    assert torch.equal(routing.weights_TK, routing.probabilities_TN.gather(1, routing.experts_TK))
+    assert torch.equal(routing.weights_TK, routing.logits_TN.softmax(-1).gather(1, routing.experts_TK))
 
 
 def test_gumbel_second_draws_the_second_of_two():
@@ -172,7 +171,7 @@ def test_a_scale_adapter_weights_and_does_not_choose():
     x_TD = some(TOKENS, WIDTH).requires_grad_()
     routing, vanilla = adapted(x_TD, None, HERE), without(x_TD, None, HERE)
     assert torch.equal(routing.experts_TK, vanilla.experts_TK)
-    assert torch.equal(routing.probabilities_TN, vanilla.probabilities_TN), "nor does the balance loss know of it"
+    assert torch.equal(routing.scores_TN, vanilla.scores_TN), "nor does the balance loss know of it"
     w, scales, wide_TD = (t.detach().double().requires_grad_() for t in (adapted.weight, adapted.scale_adapter, x_TD))
     want_TK = torch.stack(
         [

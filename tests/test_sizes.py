@@ -22,6 +22,11 @@ BAD = [
     ({"ep": 2}, "ep=2 does not divide dp=1; with dp=1, ep may be one of [1]", "dp was left at its default"),
     ({"dp": 0}, "greater than or equal to 1", "no ranks"),
     ({"dp": 2, "ep": 0}, "greater than or equal to 1", "checked before it divides by zero"),
+    (
+        {"dp": 4, "ep": 4, "dispatch": {"ranks_per_node": 3}},
+        "dispatch.ranks_per_node=3 does not divide ep=4; it may be one of [1, 2, 4]",
+        "nodes of unlike sizes",
+    ),
     ({"tp": 2}, "Extra inputs are not permitted", "a degree that does not exist (yet)"),
 ]
 

@@ -12,9 +12,10 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from expertmesh.launch.bench.cases import Problem
+from expertmesh.launch.bench.cases import Problem, Weights
 from expertmesh.launch.bench.reference import Answers
-from expertmesh.parallel.dispatchers import LocalDispatcher
+from expertmesh.parallel.dispatchers import Dispatcher, LocalDispatcher
+from expertmesh.parallel.placement import expert_shard
 from expertmesh.system.model.attend import CausalAttend
 from expertmesh.system.model.context import Context
 from expertmesh.system.model.experts_config import SwiGLUConfig
@@ -63,27 +64,40 @@ class Layer(NamedTuple):
         return {"y": self.infer(problem.inputs_STD[0])}
 
 
-def ours(problem: Problem, renormalises: bool = True) -> Layer:
-    """Our layer as one rank of a model runs it."""
-    case, weights = problem.case, problem.weights
+def ours(
+    problem: Problem,
+    renormalises: bool = True,
+    rank: int = 0,
+    ranks: int = 1,
+    dispatcher: Dispatcher | None = None,
+) -> Layer:
+    """Our layer as one rank of a model runs it: `rank` of `ranks` that share the experts; `dispatcher` leads there."""
+    case, weights = problem.case, shard_of(problem.weights, rank, ranks)
     config = MoEConfig(
-        ffn_experts=len(weights.gate_up_EGD),
+        ffn_experts=case.experts,
         expert=SwiGLUConfig(hidden_size=case.ffn_size),
-        zero_experts=weights.zero_experts,
+        zero_experts=problem.weights.zero_experts,
         copy_experts=weights.copy_experts,
         constant_experts=len(weights.constant_CD),
         top_k=case.top_k,
         gate_mode="mixtral" if renormalises else "paper",
         gating_residual=False,  # it joins two layers, and here is one
     )
-    module = MoE(config, case.hidden_size, 0, range(config.ffn_experts), follows_moe=False)
+    module = MoE(config, case.hidden_size, 0, expert_shard(case.experts, rank, ranks), follows_moe=False)
     parameters = {name: [nn.Parameter(tensor)] for name, tensor in zip(NAMES, weights[:5], strict=True)}
     module.gate.weight = parameters["router"][0]
     module.experts.gate_up, module.experts.down = parameters["gate_up"][0], parameters["down"][0]
     module.zero_computation.mix = parameters["mix"][0]
     module.zero_computation.constant = parameters["constant"][0]
-    context = Context(torch.arange(case.tokens), CausalAttend(case.tokens), LocalDispatcher())
+    context = Context(torch.arange(case.tokens), CausalAttend(case.tokens), dispatcher or LocalDispatcher())
     return Layer(module, lambda x_TD: module(x_TD, None, context)[0], parameters)
 
 
 NAMES = ("router", "gate_up", "down", "mix", "constant")
+
+
+def shard_of(weights: Weights, rank: int, ranks: int) -> Weights:
+    """With the FFN experts alone that rank `rank` of `ranks` holds: a contiguous part, as everybody here cuts them."""
+    shard = expert_shard(len(weights.gate_up_EGD), rank, ranks)
+    held = slice(shard.start, shard.stop)
+    return weights._replace(gate_up_EGD=weights.gate_up_EGD[held], down_EDF=weights.down_EDF[held])

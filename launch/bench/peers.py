@@ -21,7 +21,7 @@ from torch import nn
 from torch.nn import functional
 
 from expertmesh.launch.bench.cases import DTYPES, Case, Problem
-from expertmesh.launch.bench.layer import Layer
+from expertmesh.launch.bench.layer import Layer, shard_of
 
 MEMORY_SHARE = 0.25  # of this machine's memory: what one peer may take for the copies that it makes of the weights
 
@@ -47,10 +47,10 @@ def all_peers() -> list[Peer]:
             hugging_face.append(Peer(f"HF {name}, {experts}", _hugging_face(block, experts), unfit=unfit))
     return [
         *hugging_face,
-        Peer("DeepSpeed MoE", _deepspeed, lambda top_k: top_k > 1, note="one rank, no token dropped"),
+        Peer("DeepSpeed MoE", deepspeed_layer, lambda top_k: top_k > 1, note="one rank, no token dropped"),
         Peer(
             "Megatron-Core MoELayer",
-            _megatron,
+            megatron_layer,
             lambda top_k: top_k > 1,
             note="stub: router logits by linear(), its own need Transformer Engine and CUDA; groups of one gloo rank",
         ),
@@ -148,16 +148,18 @@ class _SwiGLU(nn.Module):
         return self.down(functional.silu(gate) * up)
 
 
-def _deepspeed(problem: Problem) -> Layer:
+def deepspeed_layer(problem: Problem, rank: int = 0, ranks: int = 1) -> Layer:
+    """As `rank` of `ranks` of the default process group, which share the experts."""
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     from deepspeed.moe.layer import MoE
 
-    case, weights = problem.case, problem.weights
+    case, weights = problem.case, shard_of(problem.weights, rank, ranks)
     with torch.device("meta"):
         module = MoE(
             case.hidden_size,
             _SwiGLU(case.hidden_size, case.ffn_size),
             num_experts=case.experts,
+            ep_size=ranks,
             k=case.top_k,
             min_capacity=0,  # its top-1 gate refuses batches of fewer tokens
             drop_tokens=False,
@@ -169,24 +171,45 @@ def _deepspeed(problem: Problem) -> Layer:
     down = [nn.Parameter(weight) for weight in weights.down_EDF]
     for expert, *matrices in zip(module.deepspeed_moe.experts.deepspeed_experts, gate_up, down, strict=True):
         expert.gate_up.weight, expert.down.weight = matrices
+    if ranks > 1:
+        from expertmesh.parallel.deepspeed_build import prepare_build
+
+        prepare_build()
+        import deepspeed
+
+        deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
+        module.set_deepspeed_parallelism()
     return Layer(module, lambda x_TD: module(x_TD)[0], {"router": [router], "gate_up": gate_up, "down": down})
 
 
 # Megatron-Core
 
 
-def _megatron(problem: Problem) -> Layer:
+def megatron_layer(problem: Problem, rank: int = 0, ranks: int = 1) -> Layer:
+    """As `rank` of `ranks` of the default process group, which share the experts and have as many tokens each."""
     from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
     from megatron.core.transformer.moe.router import TopKRouter
+    from megatron.core.transformer.moe.token_dispatcher import MoEAllGatherTokenDispatcher
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     class Router(TopKRouter):
         def gating(self, input: torch.Tensor) -> torch.Tensor:
             return functional.linear(input.float(), self.weight.float())
 
-    case, weights = problem.case, problem.weights
+    class Dispatcher(MoEAllGatherTokenDispatcher):
+        routing_map: torch.Tensor
+
+        def token_dispatch(self, hidden_states: torch.Tensor, probs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            self.routing_map = _gathered(self.routing_map, self.tp_ep_group)
+            gather = _GatherTokens.apply
+            return gather(hidden_states, self.tp_ep_group), gather(probs, self.tp_ep_group)
+
+        def token_combine(self, hidden_states: torch.Tensor) -> torch.Tensor:
+            return _ScatterSums.apply(hidden_states, self.tp_ep_group)
+
+    case, weights = problem.case, shard_of(problem.weights, rank, ranks)
     dtype = DTYPES[case.dtype]
     config = TransformerConfig(
         num_layers=1,
@@ -210,11 +233,17 @@ def _megatron(problem: Problem) -> Layer:
         params_dtype=dtype,
         bf16=dtype is torch.bfloat16,
     )
-    names = ("tp", "cp", "ep", "expt_tp", "expt_dp", "tp_ep", "tp_cp", "tp_dp_cp")
-    groups = ProcessGroupCollection(**dict.fromkeys(names, dist.group.WORLD))
+    world = dist.group.WORLD
+    alone = world if ranks == 1 else dist.new_group([rank], use_local_synchronization=True)
+    names = ("tp", "cp", "expt_tp", "expt_dp", "tp_cp")
+    groups = ProcessGroupCollection(**dict.fromkeys(names, alone), ep=world, tp_ep=world, tp_dp_cp=world)
     parts = get_moe_module_spec(use_te=False, num_experts=case.experts, moe_grouped_gemm=False).submodules
     module = MoELayer(config, MoESubmodules(router=Router, experts=parts.experts), 1, groups)
     module.router.weight.data = weights.router_ND
+    if ranks > 1:
+        dispatcher = module.token_dispatcher
+        indices = dispatcher.local_expert_indices
+        module.token_dispatcher = Dispatcher(dispatcher.num_local_experts, indices, config, groups)
     gate_up = [expert.linear_fc1.weight for expert in module.experts.local_experts]
     down = [expert.linear_fc2.weight for expert in module.experts.local_experts]
     for parameters, tensors in ((gate_up, weights.gate_up_EGD), (down, weights.down_EDF)):
@@ -222,6 +251,43 @@ def _megatron(problem: Problem) -> Layer:
             parameter.data = tensor
     named = {"router": [module.router.weight], "gate_up": gate_up, "down": down}
     return Layer(module, lambda x_TD: module(x_TD[:, None])[0][:, 0], named)
+
+
+# What Megatron-Core does with buffers that it asks CUDA for. Ranks have as many tokens each.
+
+
+def _gathered(x_TD: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    all_TD = x_TD.new_empty(group.size() * len(x_TD), *x_TD.shape[1:])
+    dist.all_gather_single(all_TD, x_TD.contiguous(), group=group)
+    return all_TD
+
+
+def _summed(x_TD: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    mine_TD = x_TD.new_empty(len(x_TD) // group.size(), *x_TD.shape[1:])
+    dist.reduce_scatter_single(mine_TD, x_TD.contiguous(), group=group)
+    return mine_TD
+
+
+class _GatherTokens(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_TD: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+        ctx.group = group
+        return _gathered(x_TD, group)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        return _summed(grads[0], ctx.group), None
+
+
+class _ScatterSums(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_TD: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+        ctx.group = group
+        return _summed(x_TD, group)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        return _gathered(grads[0], ctx.group), None
 
 
 # plain torch

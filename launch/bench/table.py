@@ -1,4 +1,4 @@
-"""The rows of one size and pass as a table for a terminal."""
+"""The rows of one bench and size as a table for a terminal."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
+PARALLEL_COLUMNS = (("seconds", 1e3), ("ratio_to_ours", 1), ("sent_bytes", 1e-6), ("bytes_to_ours", 1))
 COLUMNS = ("", "ms", "tokens/s", "of limit", "of dense", "of ours")
 
 
@@ -46,3 +47,22 @@ def table(rows: list[dict[str, Any]]) -> Table:
 
 def _ratio(ratio: float | None) -> str:
     return "" if ratio is None else f"{ratio:.2f}"
+
+
+def parallel_table(rows: list[dict[str, Any]]) -> Table:
+    """Speed and bytes are beside ours: 0.5 takes twice as long, or sends half. What was not timed says why below."""
+    first = rows[0]
+    sizes = f"{first['tokens']} tokens a rank, {first['experts']} experts, top-{first['top_k']}, {first['dtype']}"
+    title = f"{first['ranks']} ranks, {sizes}, threads of a rank: {first['threads']}"
+    shown = Table(title=title, title_justify="left", caption_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for number, name in enumerate(("", "ms", "speed", "MB sent", "bytes")):
+        shown.add_column(name, justify="right" if number else "left", no_wrap=True)
+    for row in rows:
+        if row["sent_bytes"] is not None:
+            cells = [
+                row["what"],
+                *("" if row[key] is None else f"{row[key] * factor:.3g}" for key, factor in PARALLEL_COLUMNS),
+            ]
+            shown.add_row(*cells)
+    shown.caption = "\n".join(f"{row['what']}: {row['note']}" for row in rows if row["note"])
+    return shown

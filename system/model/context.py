@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -53,6 +54,7 @@ class Context(NamedTuple):
     training: TrainingStep | None = None
     width: float = 1.0  # share of the hidden units of nested experts that is used
     layer: int = 0  # the one that is being computed
+    replay: Mapping[int, torch.Tensor] | None = None  # by layer, the experts that its tokens use; None: routers choose
 
 
 class DepthChoice(NamedTuple):

@@ -19,10 +19,11 @@ class MoE(nn.Module):
     """What a token goes through:
 
     1. route: the router picks top-k experts and their weights; later steps are functions of that decision
-    2. dispatch: a row for every choice of an FFN expert leaves for the rank that holds it
+    2. dispatch: the token leaves for the ranks that hold the FFN experts it chose
     3. the shared expert answers here, while the rows are on their way
-    4. experts: this rank computes the rows it was sent, one grouped GEMM
-    5. combine: rows come back and are summed by weight, and zero-computation experts answer here in the same pass
+    4. experts: this rank computes the rows it was sent, one grouped GEMM for each part that arrives; that happens as
+       combine asks for the answers, which leave while the next part is computed
+    5. combine: answers come back and are summed by weight, and zero-computation experts answer here in the same pass
 
     `frame` may change what the routed experts see, and the sum of their answers; most kinds of experts have none.
 
@@ -48,9 +49,9 @@ class MoE(nn.Module):
         routing = self.gate(x_TD, previous, context)
         x_TD = x_TD * self.input_scale
         inner_TD = self.frame.enter(x_TD)
-        rows, handle = context.dispatcher.dispatch(inner_TD, routing, self.experts_of_layer)
+        arriving, handle = context.dispatcher.dispatch(inner_TD, routing, self.experts_of_layer)
         shared_TD = self.shared_expert(x_TD) if self.shared_expert else None
-        answers_RD = self.experts(rows, context)
+        answers = (self.experts(rows, context) for rows in arriving)
         zero = self.zero_computation(inner_TD, routing)
-        y_TD = self.frame.leave(context.dispatcher.combine(answers_RD, handle, zero))
+        y_TD = self.frame.leave(context.dispatcher.combine(answers, handle, zero))
         return self.shared_expert_gate(x_TD, y_TD, shared_TD) if self.shared_expert else y_TD, routing

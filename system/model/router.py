@@ -6,10 +6,20 @@ import torch
 from torch import nn
 
 from expertmesh.kernels.capacity import capacities, serve_within
-from expertmesh.kernels.routing import TINY, ExpertGroups, Routing, route, route_sigmoid
+from expertmesh.kernels.routing import (
+    TINY,
+    ExpertGroups,
+    Residual,
+    Routing,
+    add_residual,
+    route,
+    route_sigmoid,
+    sigmoid_weights,
+)
 from expertmesh.system.model.context import Context, TrainingStep
 from expertmesh.system.model.gate import TwoLayerGate
 from expertmesh.system.model.moe_config import MoEConfig
+from expertmesh.system.model.replay import choices_of_layer
 
 JITTER = 0.01  # DeepSpeed's multiplicative_jitter
 
@@ -43,19 +53,30 @@ class Router(nn.Module):
 
     def forward(self, x_TD: torch.Tensor, previous: Routing | None, context: Context) -> Routing:
         config, training = self.config, context.training
-        logits_TN = self._logits(x_TD, previous, context)
+        logits_TN, residual = self._logits(x_TD, context), self._residual(previous)
+        normed, noisy = config.logits_norm is not None, training and config.noise not in ("none", "jitter")
+        if normed or noisy:  # of complete logits; else the pass that chooses completes them on its way
+            logits_TN, residual = add_residual(logits_TN, residual), None
         scores_TN = logits_TN
         if config.logits_norm is not None:  # an option of the released MoE++; the next layer reads the logits without
             scores_TN = config.logits_norm * scores_TN / scores_TN.std(dim=1, keepdim=True)
         if training and config.noise == "normal":  # WideNet: a standard deviation of 1/N
             lots_TN = self._lots(context, config.num_experts)
             scores_TN = scores_TN + torch.special.ndtri(lots_TN) / config.num_experts
+        replayed_TK = None
+        if context.replay is not None:
+            replayed_TK = choices_of_layer(context.replay, context.layer, len(x_TD), config.top_k).to(x_TD.device)
         if config.gate_mode == "sigmoid":
-            routing = route_sigmoid(scores_TN, config.top_k, self.e_score_correction_bias, self.groups)
+            bias_N = self.e_score_correction_bias
+            routing = route_sigmoid(scores_TN, config.top_k, bias_N, self.groups, residual)
+            if replayed_TK is not None:
+                weights_TK = sigmoid_weights(routing.logits_TN, replayed_TK)
+                routing = routing._replace(experts_TK=replayed_TK, chosen_TK=replayed_TK, weights_TK=weights_TK)
         else:
-            ranking_TN = self._ranking(scores_TN, context)
-            routing = route(scores_TN, config.top_k, config.gate_mode, config.zero_experts, ranking_TN)
-        routing = routing._replace(logits_TN=logits_TN)
+            ranking_TN = self._ranking(scores_TN, context) if replayed_TK is None else _rank(replayed_TK, scores_TN)
+            routing = route(scores_TN, config.top_k, config.gate_mode, config.zero_experts, ranking_TN, residual)
+        if scores_TN is not logits_TN:
+            routing = routing._replace(logits_TN=logits_TN)
         if self.scale_adapter is not None:  # AdaMoE (arXiv 2510.14300): who is chosen does not depend on it
             scales_TN = x_TD.float() @ self.scale_adapter.float().T
             routing = routing._replace(weights_TK=routing.weights_TK + scales_TN.gather(1, routing.experts_TK))
@@ -63,20 +84,21 @@ class Router(nn.Module):
             routing = self._within_capacity(routing, training, context)
         return routing._replace(weights_TK=routing.weights_TK * config.gate_scale)
 
-    def _logits(self, x_TD: torch.Tensor, previous: Routing | None, context: Context) -> torch.Tensor:
-        """Complete logits, gating residual included."""
+    def _logits(self, x_TD: torch.Tensor, context: Context) -> torch.Tensor:
+        """Without the gating residual."""
         x_TD = x_TD.float()
         if context.training and self.config.noise == "jitter":  # DeepSpeed: factors from 1 - JITTER to 1 + JITTER
             x_TD = x_TD * (1 + JITTER * (2 * self._lots(context, x_TD.shape[1]) - 1))
         if self.layers is not None:
-            logits_TN = self.layers(x_TD)
-        else:
-            assert self.weight is not None
-            logits_TN = x_TD @ self.weight.float().T
-        if self.gate_map is not None:
-            assert previous is not None, "a gating residual needs the logits of the layer before"
-            logits_TN = logits_TN + previous.logits_TN @ self.gate_map.float().T
-        return logits_TN
+            return self.layers(x_TD)
+        assert self.weight is not None
+        return x_TD @ self.weight.float().T
+
+    def _residual(self, previous: Routing | None) -> Residual | None:
+        if self.gate_map is None:
+            return None
+        assert previous is not None, "a gating residual needs the logits of the layer before"
+        return Residual(previous.logits_TN, self.gate_map.float())
 
     def _lots(self, context: Context, width: int) -> torch.Tensor:
         assert context.training is not None
@@ -121,3 +143,9 @@ class Router(nn.Module):
         if self.e_score_correction_bias is not None:
             load_N = load_N.float()
             self.e_score_correction_bias += self.config.bias_update_rate * torch.sign(load_N.mean() - load_N)
+
+
+def _rank(chosen_TK: torch.Tensor, like_TN: torch.Tensor) -> torch.Tensor:
+    """Numbers by which those are chosen, in that order."""
+    places_K = torch.arange(chosen_TK.shape[1], 0, -1, dtype=like_TN.dtype, device=like_TN.device)
+    return torch.zeros_like(like_TN).scatter(1, chosen_TK, places_K.expand_as(chosen_TK))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -10,17 +11,16 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-from expertmesh.kernels.balance_loss import balance_loss, heterogeneous_eta
 from expertmesh.kernels.mutual_information import mutual_information_loss
-from expertmesh.kernels.routing import Routing, expert_counts
-from expertmesh.kernels.z_loss import z_loss
+from expertmesh.kernels.router_sums import RouterSums, router_sums
+from expertmesh.kernels.routing import Routing
 from expertmesh.parallel.dispatchers import Dispatcher
 from expertmesh.parallel.groups import Groups
 from expertmesh.system.model.attend import CausalAttend
 from expertmesh.system.model.attention_config import MixtureAttentionConfig
 from expertmesh.system.model.config import ModelConfig
 from expertmesh.system.model.context import Context, Decisions, DepthChoice, TrainingStep
-from expertmesh.system.model.moe_config import MoEConfig
+from expertmesh.system.model.router_loss import router_balance_loss, sums_of
 from expertmesh.system.model.transformer import Transformer
 
 
@@ -58,30 +58,43 @@ class LanguageModelLoss(nn.Module):
         super().__init__()
         self.model, self.dispatcher, self.groups = model, dispatcher, groups
 
-    def forward(self, tokens_BS1: torch.Tensor, training: TrainingStep | None = None) -> BatchLoss:
+    def forward(
+        self,
+        tokens_BS1: torch.Tensor,
+        training: TrainingStep | None = None,
+        replay: Mapping[int, torch.Tensor] | None = None,
+    ) -> BatchLoss:
         """tokens_BS1: int64 [B, S+1], this rank's sequences; position s predicts token s+1. `training` None: no update.
 
         Only with `training` are slots dropped, is noise added, and does a nested model use a part of its width.
+        `replay`: the experts that tokens use, by layer (see replay.py); None: the routers choose.
         """
         config, device = self.model.config, tokens_BS1.device
         inputs_BS, targets_BS = tokens_BS1[:, :-1], tokens_BS1[:, 1:]
         batch_size, sequence_length = inputs_BS.shape
         positions_T = torch.arange(sequence_length, device=device).repeat(batch_size)
         width = draw_width(config, training)
-        context = Context(positions_T, CausalAttend(sequence_length), self.dispatcher, training, width)
+        attend = CausalAttend(sequence_length)
+        context = Context(positions_T, attend, self.dispatcher, training, width, replay=replay)
         hidden_TD, decisions = self.model(inputs_BS.reshape(-1), context)
         logits_TV = self.model.lm_head(hidden_TD).float()
         cross_entropy = F.cross_entropy(logits_TV, targets_BS.reshape(-1), reduction="sum") / max(targets_BS.numel(), 1)
 
         layers = [config.moe_of(layer) for layer in config.moe_layers]
         routings = [decided.experts for decided in decisions if decided.experts is not None]
-        counts = self._count(routings, layers, device)
+        sums = [sums_of(*layer) for layer in zip(routings, layers, strict=True)]
+        counts = self._count(routings, sums, device)
 
         def stacked(values: list[torch.Tensor]) -> torch.Tensor:
             return torch.stack(values) if values else cross_entropy.new_zeros(0)
 
-        balance_L = stacked([self._balance(*layer) for layer in zip(routings, layers, counts, strict=True)])
-        z_L = stacked([z_loss(routing.logits_TN) for routing in routings])
+        balance_L = stacked(
+            [
+                router_balance_loss(layer, moe, counted.load_N, counted.first_N, self._mean_over_ranks)
+                for layer, moe, counted in zip(sums, layers, counts, strict=True)
+            ]
+        )
+        z_L = stacked([layer.z_loss for layer in sums])
         weighted = config.moe.balance_loss_weight * balance_L.sum() + config.moe.z_loss_weight * z_L.sum()
         return BatchLoss(
             total=cross_entropy + weighted + self._beside_experts(decisions),
@@ -90,45 +103,27 @@ class LanguageModelLoss(nn.Module):
             z_L=z_L,
             loads_N=[counted.load_N for counted in counts],
             dropped_L=stacked([counted.dropped for counted in counts]),
-            entropy_L=stacked([_entropy(routing.probabilities_TN.detach()) for routing in routings]),
+            entropy_L=stacked([layer.entropy.detach() for layer in sums]),
         )
 
-    def _count(self, routings: list[Routing], layers: list[MoEConfig], device: torch.device) -> list[_Counts]:
+    def _count(self, routings: list[Routing], sums: list[RouterSums], device: torch.device) -> list[_Counts]:
         """Who chose whom in the whole batch: one collective for all layers."""
         parts: list[torch.Tensor] = [torch.zeros(0, dtype=torch.int64, device=device)]
-        for routing, moe in zip(routings, layers, strict=True):
-            parts.append(expert_counts(routing.chosen_TK, moe.num_experts))
-            parts.append(expert_counts(routing.chosen_TK[:, :1], moe.num_experts))
-            parts.append((routing.chosen_TK != routing.experts_TK).sum()[None])
+        for routing, layer in zip(routings, sums, strict=True):
+            parts += [layer.counts_N, layer.firsts_N, (routing.chosen_TK != routing.experts_TK).sum()[None]]
         flat = torch.cat(parts)
         if self.groups.data is not None:
             dist.all_reduce(flat, group=self.groups.data)
-        sizes = [size for moe in layers for size in (moe.num_experts, moe.num_experts, 1)]
-        pieces = iter(flat.split(sizes))
-        return [_Counts(next(pieces), next(pieces), next(pieces)[0]) for _ in layers]
+        pieces = iter(flat.split([len(part) for part in parts[1:]]))
+        return [_Counts(next(pieces), next(pieces), next(pieces)[0]) for _ in sums]
 
-    def _balance(self, routing: Routing, moe: MoEConfig, counts: _Counts) -> torch.Tensor:
-        probabilities_TN = routing.probabilities_TN
-        if moe.balance_loss == "mutual_information":
-            return mutual_information_loss(probabilities_TN, self._mean_over_ranks(probabilities_TN))
-        tokens = int(counts.load_N.sum()) // moe.top_k
-        experts = moe.num_experts
-        if moe.balance_loss == "heterogeneous":
-            eta_N = heterogeneous_eta(moe.ffn_experts, moe.zero_computation_experts, moe.tau)
-            return balance_loss(probabilities_TN, counts.load_N, tokens, eta_N.to(probabilities_TN.device))
-        # Both are 1 where all experts are used alike. Switch counts all choices (arXiv 2101.03961, equation 4), GShard
-        # and DeepSpeed the first ones (arXiv 2006.16668, algorithm 1).
-        even = probabilities_TN.new_full((experts,), float(experts))
-        if moe.balance_loss == "switch":
-            return balance_loss(probabilities_TN, counts.load_N, tokens, even / moe.top_k)
-        return balance_loss(probabilities_TN, counts.first_N, tokens, even)
-
-    def _mean_over_ranks(self, probabilities_TN: torch.Tensor) -> torch.Tensor:
+    def _mean_over_ranks(self, sums: RouterSums) -> torch.Tensor:
         """Mean probability of each expert over the tokens of all ranks."""
-        sums = torch.cat([probabilities_TN.detach().sum(0), probabilities_TN.new_tensor([len(probabilities_TN)])])
+        probabilities_N = sums.probabilities_N.detach()
+        flat = torch.cat([probabilities_N, probabilities_N.new_tensor([sums.tokens])])
         if self.groups.data is not None:
-            dist.all_reduce(sums, group=self.groups.data)
-        return sums[:-1] / sums[-1].clamp(min=1)
+            dist.all_reduce(flat, group=self.groups.data)
+        return flat[:-1] / flat[-1].clamp(min=1)
 
     def _beside_experts(self, decisions: list[Decisions]) -> torch.Tensor | float:
         """What other routers than those of the experts add, by its weight."""
@@ -138,8 +133,8 @@ class LanguageModelLoss(nn.Module):
             if decided.attentions is not None:
                 assert isinstance(attention, MixtureAttentionConfig)
                 if attention.balance_loss_weight:
-                    probabilities_TN = decided.attentions.probabilities_TN
-                    information = mutual_information_loss(probabilities_TN, self._mean_over_ranks(probabilities_TN))
+                    sums = router_sums(decided.attentions.scores_TN, decided.attentions.chosen_TK)
+                    information = mutual_information_loss(sums, self._mean_over_ranks(sums))
                     total = total + attention.balance_loss_weight * information
             if decided.depth is not None:
                 assert depth is not None
@@ -158,8 +153,3 @@ def draw_width(config: ModelConfig, training: TrainingStep | None) -> float:
 def _depth_loss(choice: DepthChoice) -> torch.Tensor:
     """Teaches the router of a mixture of depths to know without the others whom it sends through (gamma-MoD)."""
     return F.cross_entropy(choice.logits_T2, choice.chosen_T.long(), reduction="sum") / max(len(choice.chosen_T), 1)
-
-
-def _entropy(probabilities_TN: torch.Tensor) -> torch.Tensor:
-    """Mean over tokens of -sum p log p: log N where the router cannot tell experts apart, 0 where it is sure."""
-    return torch.special.entr(probabilities_TN).sum() / max(len(probabilities_TN), 1)

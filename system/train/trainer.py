@@ -13,8 +13,9 @@ import torch.distributed as dist
 
 from expertmesh.kernels.device import Device
 from expertmesh.parallel.all_to_all import Traffic
-from expertmesh.parallel.dispatchers import AllToAllDispatcher, Dispatcher, LocalDispatcher
+from expertmesh.parallel.dispatch_config import DispatchConfig, build_dispatcher
 from expertmesh.parallel.groups import Groups
+from expertmesh.parallel.placed_dispatcher import PlacedDispatcher
 from expertmesh.parallel.zero import Zero
 from expertmesh.system.model.checkpoint import Checkpoint, load_weights
 from expertmesh.system.model.config import ModelConfig
@@ -25,6 +26,7 @@ from expertmesh.system.train.config import TrainConfig
 from expertmesh.system.train.dataset import TokenDataset
 from expertmesh.system.train.layer_summary import summarise
 from expertmesh.system.train.loss import BatchLoss, LanguageModelLoss
+from expertmesh.system.train.rebalancing import Rebalancing
 from expertmesh.system.train.snapshot import RunState, load_optimizer, read_state, save
 
 Record = dict[str, Any]
@@ -57,16 +59,18 @@ class Trainer:
         settings: dict[str, Any],
         resume_from: Path | None,
         begin_with: Checkpoint | None = None,
+        dispatch: DispatchConfig | None = None,
     ) -> None:
         """`begin_with`: where the weights of step 0 come from; None: drawn from the seed."""
         self.config, self.run_dir, self.groups, self.device, self.settings = config, run_dir, groups, device, settings
         self.dataset = TokenDataset(run_dir / "data")
         self.traffic = Traffic()
-        dispatcher: Dispatcher = LocalDispatcher()
-        if groups.expert is not None:
-            dispatcher = AllToAllDispatcher(groups.expert, self.traffic)
+        dispatcher = build_dispatcher(groups.expert, dispatch or DispatchConfig(), self.traffic, device.name)
         with torch.device(device.name):
             self.model = Transformer(model_config, groups.expert_rank, groups.expert_size)
+            self.rebalancing = Rebalancing(self.model, groups) if config.rebalance_every else None
+            if self.rebalancing:
+                dispatcher = PlacedDispatcher(dispatcher, self.rebalancing.placements, groups.expert_rank)
             self.loss = LanguageModelLoss(self.model, dispatcher, groups)
         self.state = RunState(step=0, settings=settings)
         if resume_from is not None:
@@ -98,6 +102,11 @@ class Trainer:
             self.state = RunState(step, self.settings)
             report(record)
             last = step == config.steps
+            if self.rebalancing and config.rebalance_every and step % config.rebalance_every == 0 and not last:
+                decisions = self.rebalancing.rebalance(self.zero, min(config.rebalance_every, config.steps - step))
+                moved = sum(decision.moved for decision in decisions)
+                why = [str(decision) for decision in decisions]
+                report({"kind": "event", "what": "rebalanced", "step": step, "moved": moved, "why": why})
             if last or step % config.validate_every == 0:
                 report({"kind": "validation", "step": step, "loss": self.validate()})
             if last or step % config.checkpoint_every == 0:
@@ -127,10 +136,12 @@ class Trainer:
         grad_norm = self.zero.step(loss_of_batch, rate)
         batch = losses[0]
         self.model.balance(batch.loads_N)
+        if self.rebalancing:
+            self.rebalancing.count(batch.loads_N)
         share = 1 / self.groups.data_size
         layers = len(batch.loads_N)
         means = torch.cat([batch.balance_L.detach(), batch.z_L.detach(), batch.entropy_L]) * share
-        sent, saved, cross_entropy, *of_layers = self._sum_over_ranks(
+        sent, saved, far, cross_entropy, *of_layers = self._sum_over_ranks(
             *self.traffic.take(), batch.cross_entropy.item() * share, *means.tolist()
         )
         balance_L, z_L, entropy_L = (of_layers[i * layers : (i + 1) * layers] for i in range(3))
@@ -160,6 +171,7 @@ class Trainer:
             "zero_computation_share": 1 - ffn_share,
             "dispatch_bytes": int(sent),
             "dispatch_bytes_saved": int(saved),
+            "dispatch_bytes_between_nodes": int(far),
             "seconds": seconds,
         }
 
