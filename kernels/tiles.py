@@ -67,6 +67,7 @@ class Build(NamedTuple):
     arguments: dict[str, Any]  # by parameter: "*bf16:16", "i32:16", "desc:bf16[1, 64, 64]", or the constant itself
     tile: Tile
     accumulators: int = 1  # products of the tile's size in one step of the inner loop
+    operand_bytes: int = 2  # of a number as the tensor cores read it
 
 
 def choose_tile(rows: int, experts: int, columns: int, itemsize: int, chip: Chip, wide: bool = True) -> Tile:

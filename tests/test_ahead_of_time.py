@@ -15,14 +15,15 @@ import pytest
 from commands import expertmesh, expertmesh_json
 
 from expertmesh.kernels import ahead_of_time
+from expertmesh.kernels.quantised_weights import Scheme
 from expertmesh.kernels.tiles import CHIPS
 
 KEYS = {
     *("kernel", "tile", "target", "registers", "spill_bytes", "shared_bytes", "tensor_core_instructions", "tma"),
     *("instructions_per_step", "issue_share"),
 }
-PRODUCTS = r"^(multiply|outer|up|hidden)"
-FULL_HEIGHT = PRODUCTS + r".*, (128|256)x"
+PRODUCTS = r"^(multiply|outer|up|hidden|quantised)"
+FULL_HEIGHT = PRODUCTS + r".*, (128|256)x|^quantised.*, 64x"
 
 
 @cache
@@ -49,7 +50,10 @@ def test_nothing_spills_and_everything_fits(target):
 @pytest.mark.parametrize("target", CHIPS)
 def test_products_use_tensor_cores_and_wide_accesses(target):
     products = [row for row in judged(target) if re.match(PRODUCTS, row["kernel"])]
-    assert {row["kernel"] for row in products} >= {"multiply", "multiply transposed", "outer", "up", "hidden"}
+    assert {row["kernel"] for row in products} >= {
+        *("multiply", "multiply transposed", "outer", "up", "hidden"),
+        *(f"quantised {scheme}" for scheme in Scheme),
+    }
     for row in products:
         assert row["tensor_core_instructions"] > 0 and row["load_bytes"] == 16, row
         # A column of a matrix instruction is 4 numbers on AMD.
@@ -80,6 +84,12 @@ LIMITS = [
     # Beyond the issue's limits, by their nature:
     Limit("hidden", "128x128x64", 0.34, 128, "8 warps, for the epilogue; two programs share a multiprocessor"),
     Limit("outer gathered", "256x128x64", 0.26, 180, "reads an index and gathers in the loop"),
+    # FP8 multiplies twice as fast, and every step's sums are added once more, in float32:
+    Limit("quantised fp8-channel", "128x128x128", 0.62, 255, "half of a step is that addition"),
+    Limit(
+        "quantised fp8-block", "128x128x128", 1.15, 255, "32 scales of rows a thread and step; bound by instructions"
+    ),
+    Limit("quantised int4-fp8", "128x128x128", 1.85, 255, "unpacks 64 numbers a thread and step; bound by that"),
 ]
 
 
