@@ -9,12 +9,12 @@ fp8-block is DeepSeek-V3's (arXiv 2412.19437, section 3.3.2). int4-fp8 is FireQ'
 
     weight ~ q s / c        s = max(fp8(max |c w| / 7), 2^-9)        q = round(c w / s), from -7 to 7
 
-c is a power of two, of a whole matrix, that lifts small weights above the least scale: the largest with max |c w| <= 448.
+c is a power of two, of a whole matrix, that lifts small weights above the least scale: the largest with |c w| <= 448.
 Three things differ from FireQ. Of the c that let the least underflow it takes the smallest; the largest leaves no more,
-and scales where E4M3 has all its bits (N(0, 0.02^2) weights: error 0.1174 of their deviation, not 0.1190; float32 scales
-0.1174). Its kernel multiplies with fp8(q s); here q meets the row and s the sum of 128, so nothing is rounded twice. And
-q = -8, which only a scale that was rounded down by far would ask for, is -7: a sign and 3 bits unpack without a table
-(quantised_gemm_triton.py).
+and scales where E4M3 has all its bits (weights of N(0, 0.02^2): an error of 0.1174 of their deviation and not 0.1190;
+with float32 scales 0.1174). Its kernel multiplies with fp8(q s); here q meets the row and s the sum of 128, so nothing
+is rounded twice. And q = -8, which only a scale that was rounded down by far would ask for, is -7: a sign and 3 bits
+unpack without a table (quantised_gemm_triton.py).
 
 Legend: E experts, N output width, K inner width, P parts: matrices that lie one after the other in N (gate, up).
 """

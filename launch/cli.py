@@ -47,7 +47,7 @@ JsonOption = Annotated[bool, typer.Option("--json", help="print the result as JS
 
 
 convert = typer.Typer(
-    help="Bring checkpoints of Hugging Face in, or take one out; cut a smaller model out of a nested one.",
+    help="Bring checkpoints of Hugging Face in, or take one out; cut a nested model; quantise experts.",
     no_args_is_help=True,
 )
 app.add_typer(convert, name="convert")
@@ -314,6 +314,29 @@ def extract_nested(
         from expertmesh.system.convert.extract import extract
 
         show_conversion(extract(checkpoint_folder(path), out, width), as_json)
+
+
+@convert.command("quantize")
+def quantize(
+    path: AnyCheckpointArgument,
+    out: OutArgument,
+    scheme: Annotated[str, typer.Option(help="fp8-block, fp8-channel, int4-fp8")],
+    as_json: JsonOption = False,
+) -> None:
+    """Write a checkpoint with its routed experts in FP8 or INT4, and say what that costs in quality."""
+    with failures(), wrong_input():
+        from expertmesh.kernels.quantised_weights import Scheme
+        from expertmesh.launch.find_checkpoint import find_checkpoint
+        from expertmesh.system.convert.quantise_checkpoint import quantise
+
+        if scheme not in list(Scheme):
+            raise ValueError(f"--scheme {scheme}: supported: {', '.join(Scheme)}")
+        done = quantise(find_checkpoint(path), out, Scheme(scheme))
+        if as_json:
+            written = asdict(done)
+            show_json(written.pop("quality") | written | {"checkpoint": str(done.checkpoint)})
+            return
+        typer.echo(done.summary())
 
 
 def show_conversion(done: Conversion, as_json: bool) -> None:

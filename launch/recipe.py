@@ -191,6 +191,9 @@ def _sections_in(annotation: Any) -> Iterator[type[BaseModel]]:
 def check_together(recipe: Recipe, model: ModelConfig) -> None:
     """Rules between the sections and the model. Raises ValueError."""
     moe, ep, dp = model.moe, recipe.parallel.ep, recipe.parallel.dp
+    if moe.quantization:
+        told = f"start_from={recipe.start_from}" if recipe.start_from else "model.moe.quantization"
+        raise ValueError(f"{told}: quantised experts are not trained; train the model before `convert quantize`")
     for experts in moe.pyramid or (moe.ffn_experts,):
         if experts % ep == 0:
             continue

@@ -1,4 +1,4 @@
-"""Quantised weights: what each scheme keeps, against its formulas written out weight by weight; bounds; corner cases."""
+"""Quantised weights: what each scheme keeps, against its formulas written out weight by weight, and its bounds."""
 
 from __future__ import annotations
 

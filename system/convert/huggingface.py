@@ -122,14 +122,10 @@ def from_hf(path: Path, out: Path, shard_bytes: int = SHARD_BYTES) -> Conversion
     """Write the Hugging Face checkpoint in `path` as ours to `out`. Raises ValueError with one line if it cannot."""
     found = open_hf(path)
     copies = list(found.copies.values())
-    content = found.family.text_config(read_json(path / "config.json"))
     with written_aside(out) as folder:
         peak_bytes = write_shards(copies, folder, shard_bytes)
         write_config(folder, found.config, found.dtype)
-        copy_tokenizer(path, folder)
-        token_ids = {key: content[key] for key in TOKEN_IDS if content.get(key) is not None}
-        if token_ids and not (folder / GENERATION).exists():  # our config has no place for them
-            write_json(token_ids, folder / GENERATION)
+        copy_texts(found, folder)
     return _conversion(out, found.family, found.config, peak_bytes, copies, found.skipped)
 
 
@@ -233,6 +229,16 @@ def copy_tokenizer(source: Path, target: Path) -> None:
     for name in TOKENIZER_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
+
+
+def copy_texts(found: Checkpoint, folder: Path) -> None:
+    """What belongs to a checkpoint beside config and weights: its tokenizer, and the ids that end a text."""
+    copy_tokenizer(found.folder, folder)
+    if isinstance(found, HuggingFaceCheckpoint) and not (folder / GENERATION).exists():
+        content = found.family.text_config(read_json(found.folder / "config.json"))
+        token_ids = {key: content[key] for key in TOKEN_IDS if content.get(key) is not None}
+        if token_ids:  # our config has no place for them
+            write_json(token_ids, folder / GENERATION)
 
 
 def _token_ids(path: Path) -> dict[str, Any]:

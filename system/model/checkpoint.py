@@ -143,6 +143,10 @@ def fill(views: dict[str, torch.Tensor], index: Path, weight_map: dict[str, str]
                 f"{index.parent / weight_map[name]}: {name} has shape {list(tensor.shape)}, "
                 f"config.json says {list(views[name].shape)}"
             )
+        if views[name].dtype.itemsize == 1 and tensor.dtype != views[name].dtype:  # bytes of a format of their own
+            raise CheckpointError(
+                f"{index.parent / weight_map[name]}: {name} is {tensor.dtype}, config.json asks for {views[name].dtype}"
+            )
         views[name].copy_(tensor)
 
 
