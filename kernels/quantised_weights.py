@@ -28,7 +28,7 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional
 
-from expertmesh.kernels.quantise import BLOCK, FP8, FP8_MAX, LEAST_SCALE, quantise_rows
+from expertmesh.kernels.quantise import BLOCK, FP8, FP8_MAX, LEAST_SCALE, quantise_rows, widened
 
 LEAST_INT4_SCALE = 2.0**-9  # the least positive number of E4M3
 LARGEST_INT4 = 7
@@ -142,20 +142,18 @@ _QUANTISE = {
     Scheme.INT4_FP8: _quantise_int4,
 }
 
-_NIBBLE = torch.tensor([float(m) for m in range(8)] + [-float(m) for m in range(8)])
-_HALVES = torch.stack([_NIBBLE.repeat(16), _NIBBLE.repeat_interleave(16)], 1)  # of each byte: low, high
-
-
 def dequantise_expert(weights: QuantisedWeights, expert: int) -> torch.Tensor:
     """[N, K] float32: what is kept of one expert stands for. Exact but for one rounding of value times scale."""
     values, scales = weights.values[expert], weights.scales[expert].float()
     N, K, parts = len(values), weights.width, weights.parts
     if weights.scheme == Scheme.INT4_FP8:
         assert weights.factors_EP is not None
-        halves = _HALVES.to(values.device)[values.int()].view(N, -1, BLOCK // 2, 2)
-        scales = scales / weights.factors_EP[expert].repeat_interleave(N // parts)[:, None]
-        return (halves.transpose(2, 3).reshape(N, -1, BLOCK) * scales[:, :, None]).view(N, -1)[:, :K].contiguous()
-    wide = values.float()
+        packed = values.view(N, -1, 1, BLOCK // 2)
+        low, high = (packed & 7) | ((packed & 8) << 4), ((packed >> 4) & 7) | (packed & 128)
+        q = widened(torch.cat([low, high], 2).view(FP8))  # as bytes of E4M3 they are 2^-9 of themselves
+        scales = scales * (512 / weights.factors_EP[expert].repeat_interleave(N // parts)[:, None])
+        return q.view(N, -1, BLOCK).mul_(scales[:, :, None]).view(N, -1)[:, :K].contiguous()
+    wide = widened(values)
     if weights.scheme == Scheme.FP8_CHANNEL:
         return wide.mul_(scales)
     part_rows = N // parts

@@ -111,6 +111,7 @@ def test_rounding_is_to_the_nearest_and_a_tie_to_the_even():
     assert torch.equal(round_to_fp8_ref(torch.tensor([500.0, -1e9])), torch.tensor([448.0, -448.0]).double())
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("block", [0, 64, BLOCK])
 def test_triton_gives_the_bits_of_the_cpu(block, dtype):
@@ -161,15 +162,16 @@ def test_a_row_gets_the_same_bits_in_any_batch():
         assert torch.equal(whole[1], torch.cat([one[1] for one in alone]))
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered")
 @pytest.mark.usefixtures("by_triton")
 @pytest.mark.parametrize("bad", [float("inf"), float("nan")])
 def test_what_is_not_finite_is_seen_and_stays_in_its_row(bad):
     x_RD = torch.ones(3, 256)
     x_RD[1, 3] = bad
     by_row = dequantise_rows(quantise_rows(x_RD), torch.float32)
-    assert by_row[1].isnan().all() and torch.equal(by_row[[0, 2]], torch.ones(2, 256))
+    assert not by_row[1].isfinite().any() and torch.equal(by_row[[0, 2]], torch.ones(2, 256))
     by_block = dequantise_rows(quantise_blocks(x_RD), torch.float32)
-    assert by_block[1, :BLOCK].isnan().all() and torch.equal(by_block[1, BLOCK:], torch.ones(128))
+    assert not by_block[1, :BLOCK].isfinite().any() and torch.equal(by_block[1, BLOCK:], torch.ones(128))
 
 
 def test_an_outlier_costs_its_own_block_only():

@@ -14,10 +14,11 @@ from tiny import prepare_tiny_data, tiny_model, write_random_checkpoint
 
 from expertmesh.kernels.quantised_weights import Scheme, quantise_weights
 from expertmesh.launch.recipe import load_recipe
+from expertmesh.launch.train_job import find_start
 from expertmesh.system.convert.huggingface import to_hf
 from expertmesh.system.convert.quantise_checkpoint import quantise
 from expertmesh.system.model.checkpoint import CheckpointError, load_weights, open_checkpoint, read_config
-from expertmesh.system.model.transformer import Transformer
+from expertmesh.system.model.transformer import ExpertPool, Transformer
 
 CONFIG = tiny_model(
     moe={"expert": {"hidden_size": 144}, "shared": {"hidden_size": 24}}, dense_layers=(1,), dense={"hidden_size": 40}
@@ -83,9 +84,28 @@ def test_fp8_loses_less_than_int4(run, tmp_path):
     assert max(lost[Scheme.FP8_BLOCK], lost[Scheme.FP8_CHANNEL]) < lost[Scheme.INT4_FP8]
 
 
+@torch.inference_mode()
 @pytest.mark.parametrize("scheme", Scheme)
-def test_the_verb_and_the_same_tokens_joined_and_split(run, tmp_path, scheme):
-    result = expertmesh_json("convert", "quantize", run / "random", "q", "--scheme", scheme, folder=tmp_path)
+def test_shards_of_the_experts_answer_as_all_of_them(run, tmp_path, scheme):
+    """What an FFN worker reads of the checkpoint is its own experts, and they say the same."""
+    found = open_checkpoint(quantise(open_checkpoint(run / "random"), tmp_path / "q", scheme).checkpoint)
+    rows_RD, counts_E = torch.randn(9, CONFIG.hidden_size), torch.tensor([3, 0, 2, 4])
+    whole = ExpertPool(found.config, 0, 1)
+    found.load(whole)
+    parts = [ExpertPool(found.config, rank, 2) for rank in range(2)]
+    for part in parts:
+        found.load(part)
+    for layer in CONFIG.moe_layers:
+        want = whole(layer, rows_RD, counts_E)
+        got = [
+            part(layer, rows, counts)
+            for part, rows, counts in zip(parts, rows_RD.split([3, 6]), counts_E.split(2), strict=True)
+        ]
+        assert torch.equal(torch.cat(got), want)
+
+
+def test_the_verb_and_the_same_tokens_joined_and_split(run, tmp_path):
+    result = expertmesh_json("convert", "quantize", run / "random", "q", "--scheme", "int4-fp8", folder=tmp_path)
     assert result.keys() >= {
         *("checkpoint", "parameters", "active_parameters", "tensors", "peak_bytes", "max_logit_difference"),
         *("scheme", "bytes", "bytes_before", "cross_entropy_before", "cross_entropy_after"),
@@ -133,7 +153,8 @@ def test_wrong_words(run, tmp_path):
 def test_training_is_refused_with_one_line(run, tmp_path):
     with pytest.raises(ValueError, match="quantised experts are not trained"):
         load_recipe("quickstart", ["model.moe.quantization.scheme=fp8-block"])
-    quantise(open_checkpoint(run / "random"), tmp_path / "q", Scheme.FP8_BLOCK)
-    done = expertmesh("train", "quickstart", "start_from=q", "run_dir=new", folder=tmp_path)
-    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
-    assert "start_from=q: quantised experts are not trained" in done.stderr and not (tmp_path / "new").exists()
+    quantised = quantise(open_checkpoint(run / "random"), tmp_path / "q", Scheme.FP8_BLOCK).checkpoint
+    recipe = load_recipe("quickstart", [f"start_from={quantised}", f"run_dir={tmp_path / 'new'}"])
+    with pytest.raises(ValueError, match=r"^start_from=.*/q: quantised experts are not trained"):
+        find_start(recipe, fresh=False)
+    assert not (tmp_path / "new").exists()

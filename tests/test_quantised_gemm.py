@@ -111,6 +111,20 @@ def test_every_int4_number_is_read_right(chip, monkeypatch):
     torch.testing.assert_close(got, want, rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("k", [70, 130, 200])
+@pytest.mark.parametrize("multiply", IMPLEMENTATIONS, ids=NAMES.get)
+def test_what_pads_int4_weights_meets_zeros(multiply, k):
+    """Past its end a row reads as zeros, and not as the row after it."""
+    weights = quantise_weights(torch.randn(2, 3, k, generator=torch.Generator().manual_seed(k)), Scheme.INT4_FP8)
+    rows = quantise_rows(torch.ones(5, k))
+    arguments = (rows, None, torch.tensor([2, 3]))
+    want = multiply(*arguments, weights, torch.float32)
+    filled = weights.values.clone()
+    for j in range(k % 128, 128):
+        filled[:, :, -64 + j % 64] |= 7 << 4 * (j // 64)
+    assert torch.equal(multiply(*arguments, weights._replace(values=filled), torch.float32), want)
+
+
 @pytest.mark.parametrize("multiply", IMPLEMENTATIONS, ids=NAMES.get)
 def test_a_repeated_call_gives_the_same_bits(multiply):
     rows, index_R, counts_E, weights = inputs_for(CASES[3], Scheme.FP8_BLOCK)
