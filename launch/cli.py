@@ -327,11 +327,13 @@ def quantize(
     with failures(), wrong_input():
         from expertmesh.kernels.quantised_weights import Scheme
         from expertmesh.launch.find_checkpoint import find_checkpoint
+        from expertmesh.launch.held_out import held_out_tokens
         from expertmesh.system.convert.quantise_checkpoint import quantise
 
         if scheme not in list(Scheme):
             raise ValueError(f"--scheme {scheme}: supported: {', '.join(Scheme)}")
-        done = quantise(find_checkpoint(path), out, Scheme(scheme))
+        found = find_checkpoint(path)
+        done = quantise(found, out, Scheme(scheme), held_out_tokens(found))
         if as_json:
             written = asdict(done)
             show_json(written.pop("quality") | written | {"checkpoint": str(done.checkpoint)})

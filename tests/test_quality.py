@@ -1,4 +1,4 @@
-"""What a change of the weights does: cross entropy as training validates it, logits, and which text is read."""
+"""What a change of the weights does: cross entropy as training validates it, logits, and the prompt."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tiny import context_of, prepare_tiny_data, tiny_model, write_random_checkpo
 
 from expertmesh.parallel.dispatchers import LocalDispatcher
 from expertmesh.parallel.groups import Groups
-from expertmesh.system.convert.quality import SEQUENCES, compare
+from expertmesh.system.convert.quality import compare
 from expertmesh.system.model.checkpoint import load_weights, open_checkpoint
 from expertmesh.system.model.transformer import Transformer
 from expertmesh.system.train.dataset import TokenDataset
@@ -48,47 +48,29 @@ def model_of(folder: Path) -> Transformer:
 @torch.inference_mode()
 def test_cross_entropy_is_what_training_validates(run, tmp_path):
     other = changed(run / "random", tmp_path / "other")
-    quality = compare(open_checkpoint(run / "random"), open_checkpoint(other))
-    (tokens_BS1,) = TokenDataset(run / "data").validation_batches(SEQUENCES, CONFIG.context_length, 1)
+    (tokens_BS1,) = TokenDataset(run / "data").validation_batches(7, CONFIG.context_length, 1)
+    quality = compare(open_checkpoint(run / "random"), open_checkpoint(other), tokens_BS1)
     for folder, got in ((run / "random", quality.cross_entropy_before), (other, quality.cross_entropy_after)):
         loss = LanguageModelLoss(model_of(folder), LocalDispatcher(), Groups())
         assert got == pytest.approx(loss(tokens_BS1).cross_entropy.item(), rel=1e-5)
-    assert quality.held_out and quality.tokens == SEQUENCES * CONFIG.context_length
+    assert quality.held_out and quality.tokens == 7 * CONFIG.context_length
     first_S = tokens_BS1[0, :-1]
-    before, after = (
-        (model := model_of(folder)).lm_head(model(first_S, context_of(len(first_S))).hidden_TD)
-        for folder in (run / "random", other)
-    )
+    models = (model_of(folder) for folder in (run / "random", other))
+    before, after = (model.lm_head(model(first_S, context_of(len(first_S))).hidden_TD) for model in models)
     assert quality.max_logit_difference == pytest.approx((before - after).abs().max().item(), rel=1e-4)
     assert quality.largest_logit == pytest.approx(before.abs().max().item(), rel=1e-4)
 
 
 def test_nothing_changed_nothing_lost(run):
-    quality = compare(open_checkpoint(run / "random"), open_checkpoint(run / "random"))
+    found = open_checkpoint(run / "random")
+    quality = compare(found, found, torch.arange(40).view(2, 20))
     assert quality.cross_entropy_before == quality.cross_entropy_after and quality.max_logit_difference == 0
 
 
-def test_a_checkpoint_where_a_run_has_it_finds_the_runs_tokens(run, tmp_path):
-    shutil.copytree(run / "data", tmp_path / "data")
-    shutil.copytree(run / "random", tmp_path / "checkpoints" / "step-000001")
-    found = open_checkpoint(tmp_path / "checkpoints" / "step-000001")
-    assert compare(found, found).held_out
-
-
-def test_a_checkpoint_of_no_run_reads_a_prompt_within_its_context(run, tmp_path):
-    shutil.copytree(run / "random", tmp_path / "a" / "b" / "alone")
-    config = tmp_path / "a" / "b" / "alone" / "config.json"
+def test_a_prompt_is_read_within_the_context(run, tmp_path):
+    shutil.copytree(run / "random", tmp_path / "short")
+    config = tmp_path / "short" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"context_length": 5}))
     found = open_checkpoint(config.parent)
-    quality = compare(found, found)
+    quality = compare(found, found, None)
     assert (quality.held_out, quality.tokens, quality.cross_entropy_before) == (False, 5, None)
-
-
-def test_tokens_that_the_model_does_not_know_are_not_read(run, tmp_path):
-    """Data beside a checkpoint may be another model's."""
-    shutil.copytree(run / "data", tmp_path / "data")
-    meta = json.loads((tmp_path / "data" / "meta.json").read_text())
-    (tmp_path / "data" / "meta.json").write_text(json.dumps(meta | {"vocab_size": 513}))
-    shutil.copytree(run / "random", tmp_path / "random")
-    found = open_checkpoint(tmp_path / "random")
-    assert not compare(found, found).held_out

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from tiny import prepare_tiny_data, tiny_model, write_random_checkpoint
 
 from expertmesh.kernels.quantised_weights import Scheme, quantise_weights
+from expertmesh.launch.held_out import held_out_tokens
 from expertmesh.launch.recipe import load_recipe
 from expertmesh.launch.train_job import find_start
 from expertmesh.system.convert.huggingface import to_hf
@@ -64,7 +65,8 @@ def test_every_matrix_of_the_experts_and_nothing_else(run, tmp_path, scheme):
 
 @pytest.mark.parametrize("scheme", Scheme)
 def test_quality_is_of_the_held_out_tokens(run, tmp_path, scheme):
-    done = quantise(open_checkpoint(run / "random"), tmp_path / "out", scheme)
+    found = open_checkpoint(run / "random")
+    done = quantise(found, tmp_path / "out", scheme, held_out_tokens(found))
     quality = done.quality
     assert quality.held_out and quality.tokens == 32 * 64
     assert 0 < abs(quality.cross_entropy_after - quality.cross_entropy_before) < 0.1
@@ -73,8 +75,7 @@ def test_quality_is_of_the_held_out_tokens(run, tmp_path, scheme):
 
 
 def test_without_a_run_a_prompt_is_read(run, tmp_path):
-    shutil.copytree(run / "random", tmp_path / "a" / "b" / "alone")
-    done = quantise(open_checkpoint(tmp_path / "a" / "b" / "alone"), tmp_path / "out", Scheme.FP8_CHANNEL)
+    done = quantise(open_checkpoint(run / "random"), tmp_path / "out", Scheme.FP8_CHANNEL)
     assert not done.quality.held_out and done.quality.cross_entropy_before is None
     assert done.quality.max_logit_difference > 0 and "over a prompt" in done.summary()
 

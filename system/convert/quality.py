@@ -1,7 +1,7 @@
 """What a change of the weights does to a model's answers: held-out cross entropy before and after, and logits.
 
-The text is the checkpoint's own: the held-out tokens of the run that it lies in. A checkpoint without a run is asked to
-read one prompt, and how far its logits moved is all that can be told. Models are held one after the other.
+Where no held-out tokens are known, one prompt is read, and how far its logits moved is all that can be told. The models
+are held one after the other.
 """
 
 from __future__ import annotations
@@ -19,11 +19,8 @@ from expertmesh.system.model.checkpoint import Checkpoint
 from expertmesh.system.model.context import Context
 from expertmesh.system.model.transformer import Transformer
 from expertmesh.system.tokenizer import Tokenizer
-from expertmesh.system.train.dataset import TokenDataset
 
 PROMPT = "The quality of a model is what it says about text that it has not seen, such as this sentence here."
-LONGEST = 256  # tokens of a sequence
-SEQUENCES = 32
 
 
 @dataclass(frozen=True)
@@ -38,31 +35,23 @@ class Quality:
     largest_logit: float  # of it, before
 
 
-def compare(before: Checkpoint, after: Checkpoint) -> Quality:
-    """Read the tokens that belong to `before` with both."""
-    held_out = _held_out(before)
-    tokens_BS1 = _prompt(before) if held_out is None else held_out
+def compare(before: Checkpoint, after: Checkpoint, held_out_BS1: torch.Tensor | None) -> Quality:
+    """Read the same tokens with both.
+
+    Args:
+        held_out_BS1: [B, S+1] int64 tokens that neither was trained on; position s predicts token s+1. None: a prompt.
+    """
+    told = held_out_BS1 is not None
+    tokens_BS1 = _prompt(before) if held_out_BS1 is None else held_out_BS1
     first, second = _read(before, tokens_BS1), _read(after, tokens_BS1)
     return Quality(
         tokens=tokens_BS1[:, 1:].numel(),
-        held_out=held_out is not None,
-        cross_entropy_before=None if held_out is None else first.cross_entropy,
-        cross_entropy_after=None if held_out is None else second.cross_entropy,
+        held_out=told,
+        cross_entropy_before=first.cross_entropy if told else None,
+        cross_entropy_after=second.cross_entropy if told else None,
         max_logit_difference=float((first.logits_SV - second.logits_SV).abs().max()),
         largest_logit=float(first.logits_SV.abs().max()),
     )
-
-
-def _held_out(checkpoint: Checkpoint) -> torch.Tensor | None:
-    """[B, S+1] int64: up to SEQUENCES windows of the run's held-out tokens; None for a checkpoint of no run."""
-    for folder in list(checkpoint.folder.resolve().parents)[:2]:  # RUN/checkpoints/step-000300, or beside the data
-        if (folder / "data" / "meta.json").is_file():
-            dataset = TokenDataset(folder / "data")
-            length = min(LONGEST, checkpoint.config.context_length, dataset.validation_tokens - 1)
-            if length < 1 or dataset.vocab_size > (checkpoint.config.vocab_size or 0):
-                return None
-            return next(dataset.validation_batches(SEQUENCES, length, 1))
-    return None
 
 
 def _prompt(checkpoint: Checkpoint) -> torch.Tensor:

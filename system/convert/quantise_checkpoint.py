@@ -74,8 +74,16 @@ class Quantisation:
         return "\n".join([*lines, f"checkpoint  {self.checkpoint}"])
 
 
-def quantise(found: Checkpoint, out: Path, scheme: Scheme, shard_bytes: int = SHARD_BYTES) -> Quantisation:
+def quantise(
+    found: Checkpoint,
+    out: Path,
+    scheme: Scheme,
+    held_out_BS1: torch.Tensor | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> Quantisation:
     """Write `found` with quantised experts to `out`, and measure what that changes.
+
+    `held_out_BS1`: the tokens to measure it on, see `quality.compare`.
 
     Raises:
         ValueError: with one line, for a model whose experts cannot be quantised, or an `out` that is taken.
@@ -90,7 +98,7 @@ def quantise(found: Checkpoint, out: Path, scheme: Scheme, shard_bytes: int = SH
         peak_bytes = write_shards(copies, folder, shard_bytes)
         write_config(folder, config, found.dtype)
         copy_texts(found, folder)
-        quality = compare(found, open_checkpoint(folder))
+        quality = compare(found, open_checkpoint(folder), held_out_BS1)
     return Quantisation(
         checkpoint=out.absolute(),
         scheme=scheme.value,
