@@ -7,8 +7,8 @@ import torch
 from numerics import assert_close
 from torch.nn import functional
 
-from expertmesh.kernels import quantised_gemm as module
 from expertmesh.kernels import quantise as quantise_module
+from expertmesh.kernels import quantised_gemm as module
 from expertmesh.kernels.quantise import dequantise_rows
 from expertmesh.kernels.quantised_gemm import quantised_gemm_ref, rows_for
 from expertmesh.kernels.quantised_swiglu import quantised_swiglu, quantised_swiglu_ref

@@ -125,6 +125,14 @@ def test_int4_by_hand():
     assert dequantise_expert(quantised, 0)[0, [0, 1, 2, 3, 64]].tolist() == [7, -7, 3, -1, -2]
 
 
+def test_a_group_below_the_least_scale_keeps_what_that_can_say():
+    w = torch.zeros(1, 2, 128)
+    w[0, 0, 0] = 448.0  # so that c is 1
+    w[0, 1, :3] = torch.tensor([2.0, -0.6, 0.4]) * 2.0**-9
+    back = dequantise_expert(quantise_weights(w, Scheme.INT4_FP8), 0)
+    assert (back[1, :3] * 2.0**9).tolist() == [2.0, -1.0, 0.0]
+
+
 @pytest.mark.parametrize(
     ("largest", "factor", "reason"),
     [

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from pydantic import ValidationError
 
-from expertmesh.kernels.quantised_weights import Layout, Scheme, layout, quantise_weights
+from expertmesh.kernels.quantised_weights import Scheme, layout, quantise_weights
 from expertmesh.system.convert.huggingface import HuggingFaceCheckpoint, copy_texts, match_tensors, tensor_shapes
 from expertmesh.system.convert.quality import Quality, compare
 from expertmesh.system.convert.stream import (
@@ -156,9 +156,9 @@ def _quantised(copy: Copy, scheme: Scheme) -> list[Copy]:
         return make
 
     copies = []
-    for field, name in enumerate(Layout._fields):
-        if told[field] is not None:
-            shape, dtype = told[field]
+    for field, (name, kept_as) in enumerate(told._asdict().items()):
+        if kept_as is not None:
+            shape, dtype = kept_as
             held = copy.nbytes + made
             copies.append(Copy(copy.name + SUFFIXES[name], NAMES[dtype], shape, (Made(kept(field), held),)))
     assert all(copy.dtype in DTYPE_BYTES for copy in copies)
