@@ -27,12 +27,13 @@ class Chip(NamedTuple):
     name: str
     descriptors: bool  # tensor memory access: blocks are fetched by hardware, bounds included
     shared_bytes: int  # that one program may have
+    multiprocessors: int
 
 
-SM_80 = Chip("sm_80", False, 163 * 1024)
-SM_90 = Chip("sm_90", True, 227 * 1024)
-SM_100 = Chip("sm_100", True, 227 * 1024)
-GFX942 = Chip("gfx942", False, 64 * 1024)
+SM_80 = Chip("sm_80", False, 163 * 1024, 108)
+SM_90 = Chip("sm_90", True, 227 * 1024, 132)
+SM_100 = Chip("sm_100", True, 227 * 1024, 148)
+GFX942 = Chip("gfx942", False, 64 * 1024, 304)
 CHIPS = {chip.name: chip for chip in (SM_80, SM_90, SM_100, GFX942)}
 
 

@@ -23,12 +23,13 @@ KEYS = {
 }
 PRODUCTS = r"^(multiply|outer|up|hidden)"
 FULL_HEIGHT = PRODUCTS + r".*, (128|256)x"
+PAGED = r"^paged [\w ]+"
 
 
 @cache
 def judged(target: str) -> list[dict[str, Any]]:
-    """Everything for sm_90; for the others the products at their full height, which are what can go wrong."""
-    only = [] if target == "sm_90" else ["--only", FULL_HEIGHT]
+    """Everything for sm_90; for the others what can go wrong: products at their full height, attention to pages."""
+    only = [] if target == "sm_90" else ["--only", f"{FULL_HEIGHT}|{PAGED}(?<!in parts), "]
     return expertmesh_json("kernels", "--target", target, *only, folder=Path(gettempdir()))
 
 
@@ -55,6 +56,25 @@ def test_products_use_tensor_cores_and_wide_accesses(target):
         # A column of a matrix instruction is 4 numbers on AMD.
         assert row["store_bytes"] >= (8 if target.startswith("gfx") else 16), row
         assert (row["tma"] > 0) == CHIPS[target].descriptors, row
+
+
+@pytest.mark.parametrize("target", CHIPS)
+def test_attention_to_pages_uses_tensor_cores_and_wide_accesses(target):
+    paged = [row for row in judged(target) if re.match(PAGED, row["kernel"])]
+    assert {row["kernel"] for row in paged} >= {"paged grouped queries", "paged MFA", "paged MLA"}
+    for row in paged:
+        assert row["tensor_core_instructions"] > 0 and row["load_bytes"] == 16, row
+        assert row["store_bytes"] >= (8 if target.startswith("gfx") else 16), row
+
+
+def test_attention_to_pages_is_bound_by_memory_on_sm_90():
+    """A step's instructions take less of a multiprocessor's time than its keys and values: an H100 brings 3.35e12 bytes
+    a second to 132 of them at 1.755e9 clocks, 14.5 bytes a clock. Not MLA's: 128 heads to a key are bound by sums."""
+    for row in judged("sm_90"):
+        if re.match("paged (grouped|MFA)", row["kernel"]):
+            _, columns, depth, warps = map(int, re.match(r"(\d+)x(\d+)x(\d+), (\d+) warps", row["tile"]).groups())
+            issued = row["instructions_per_step"] * warps / ahead_of_time.ISSUE_SLOTS_PER_CLOCK
+            assert issued < 0.6 * depth * 2 * columns * 2 / 14.5, row
 
 
 def test_tokens_are_read_and_written_16_bytes_at_a_time():
