@@ -26,6 +26,7 @@ from triton.compiler.compiler import ASTSource
 from expertmesh.kernels import (
     combine_triton,
     grouped_gemm_triton,
+    grouped_gemv_triton,
     grouped_swiglu_triton,
     paged_attention_triton,
     router_sums,
@@ -38,7 +39,8 @@ from expertmesh.kernels.tiles import CHIPS, Build, Chip
 
 FAMILIES = (
     *(grouped_gemm_triton, grouped_swiglu_triton, rows, combine_triton),
-    *(routing_triton, slot_order_triton, router_sums, paged_attention_triton),
+    *(routing_triton, slot_order_triton, router_sums),
+    *(grouped_gemv_triton, paged_attention_triton),
 )
 MACS_PER_CLOCK = {"sm_80": 1024, "sm_90": 2048, "sm_100": 4096}  # bfloat16, dense, of a multiprocessor
 ISSUE_SLOTS_PER_CLOCK = 4

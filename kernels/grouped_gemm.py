@@ -22,6 +22,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from expertmesh.kernels import grouped_gemm_triton as kernels
+from expertmesh.kernels import grouped_gemv_triton
 from expertmesh.kernels.device import by_triton
 from expertmesh.kernels.ops import operation
 
@@ -71,7 +72,7 @@ def _outer_segments(
     return out_ENK
 
 
-TRITON = Products(kernels.multiply, kernels.outer)
+TRITON = Products(grouped_gemv_triton.multiply, kernels.outer)
 SEGMENTS = Products(_multiply_segments, _outer_segments)
 
 

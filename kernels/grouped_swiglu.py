@@ -21,7 +21,7 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from expertmesh.kernels import grouped_swiglu_triton
+from expertmesh.kernels import grouped_gemv_triton, grouped_swiglu_triton
 from expertmesh.kernels.device import by_triton
 from expertmesh.kernels.grouped_gemm import PRODUCTS, SEGMENTS, check_groups, grouped_gemm_ref
 from expertmesh.kernels.grouped_swiglu_triton import Hidden, Up
@@ -84,7 +84,7 @@ def _hidden_segments(
 
 
 BY_SEGMENTS = Steps(_up_segments, _hidden_segments)
-BY_TRITON = Steps(grouped_swiglu_triton.up, grouped_swiglu_triton.hidden)
+BY_TRITON = Steps(grouped_gemv_triton.up, grouped_swiglu_triton.hidden)
 
 
 def steps_for(rows: torch.Tensor) -> Steps:

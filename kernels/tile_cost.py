@@ -15,7 +15,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from expertmesh.kernels.paged_attention_triton import part_span
-from expertmesh.kernels.tiles import Tile
+from expertmesh.kernels.tiles import Cut, Tile
 
 
 class Cost(NamedTuple):
@@ -46,6 +46,20 @@ def multiply_cost(counts: list[int], n: int, k: int, itemsize: int, tile: Tile, 
         bytes=read + rows * n * itemsize,
         least_bytes=rows * k * itemsize + used * n * weights + rows * n * itemsize,
         flops=2 * tiles * blocks * accumulators * tile.rows * tile.columns * depth,
+        least_flops=2 * rows * n * k * accumulators,
+    )
+
+
+def few_rows_cost(counts: list[int], n: int, k: int, itemsize: int, cut: Cut, accumulators: int = 1) -> Cost:
+    """Of the same products where rows are few: a tile fetches the rows that there are, parts go through memory."""
+    rows, used = sum(counts), sum(1 for count in counts if count)
+    blocks = -(-n // cut.tile.columns)
+    weights, out = accumulators * k * itemsize, rows * n * itemsize
+    between = 2 * cut.parts * rows * accumulators * n * 4 if cut.parts > 1 else 0
+    return Cost(
+        bytes=blocks * (rows * k * itemsize + used * cut.tile.columns * weights) + between + out,
+        least_bytes=rows * k * itemsize + used * n * weights + out,
+        flops=2 * used * blocks * accumulators * cut.tile.rows * cut.tile.columns * k,
         least_flops=2 * rows * n * k * accumulators,
     )
 

@@ -89,6 +89,37 @@ def choose_tile(rows: int, experts: int, columns: int, itemsize: int, chip: Chip
     return Tile(height, width, depth, warps, stages)
 
 
+class Cut(NamedTuple):
+    """How a product of few rows is spread over a chip."""
+
+    tile: Tile
+    parts: int  # of the inner width
+
+
+FEW_ROWS = 32  # the rows of all experts together
+
+
+def few_rows_cut(
+    rows: int, experts: int, columns: int, inner: int, itemsize: int, chip: Chip, accumulators: int = 1
+) -> Cut | None:
+    """The cut of a product of so few rows that one tile holds them, whosever they are; None where there are more.
+
+    Two programs for each multiprocessor are wanted, with a step's operands three times in half of its shared memory.
+    Narrow tiles give them for nothing, since each row of weights is still 256 bytes in a piece; parts of the inner
+    width cost a second kernel, and are 4 steps at least.
+    """
+    if not 0 < rows <= FEW_ROWS:
+        return None
+    active, wanted = min(rows, experts), 2 * chip.multiprocessors
+    widths = [width for width in (128, 64, 32) if width * accumulators <= 128]
+    width = next((w for w in widths if active * triton.cdiv(columns, w) >= wanted), widths[-1])
+    programs, height = active * triton.cdiv(columns, width), 16 if rows <= 16 else 32
+    fits = 3 * (height + width * accumulators) * 256 <= chip.shared_bytes // 2
+    depth = (256 if fits else 128) // itemsize
+    parts = max(1, min(triton.cdiv(wanted, programs), inner // (4 * depth)))
+    return Cut(Tile(height, width, depth, 4, 2 if chip == GFX942 else 3), parts)
+
+
 @triton.jit
 def _tile_table_kernel(
     counts_ptr,  # [E] int64

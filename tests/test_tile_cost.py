@@ -8,8 +8,8 @@ import torch
 from expertmesh.kernels import grouped_gemm_triton as kernels
 from expertmesh.kernels.grouped_swiglu_triton import swiglu_tile
 from expertmesh.kernels.paged_attention_triton import SHIPPED, Heads, attention_tile, parts_for
-from expertmesh.kernels.tile_cost import multiply_cost, outer_cost, paged_attention_cost
-from expertmesh.kernels.tiles import SM_90, Tile, choose_tile, tile_table
+from expertmesh.kernels.tile_cost import few_rows_cost, multiply_cost, outer_cost, paged_attention_cost
+from expertmesh.kernels.tiles import SM_90, Cut, Tile, choose_tile, few_rows_cut, tile_table
 
 
 def test_the_example():
@@ -57,13 +57,26 @@ def test_training_computes_little_that_nobody_needs(shape):
         assert cost.flops / cost.bytes > 43, (name, cost.flops / cost.bytes)
 
 
-def test_decode_reads_the_weights_of_each_expert_once():
+@pytest.mark.parametrize("tokens", [1, 2, 4])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_decode_reads_the_weights_of_each_active_expert_once(shape, tokens):
     """Few tokens: all that matters is that no weight is read twice, and none of an expert without rows."""
-    counts = [1, 0, 3, 0, 2, 0, 0, 1]
-    tile = choose_tile(sum(counts), len(counts), 4096, 2, SM_90)
-    cost = multiply_cost(counts, 4096, 2048, 2, tile)
-    weights = 4 * 4096 * 2048 * 2
-    assert weights < cost.bytes < 1.15 * cost.least_bytes
+    _, experts, top_k, d, f = shape
+    generator = torch.Generator().manual_seed(tokens)
+    choices = torch.rand(tokens, experts, generator=generator).argsort(1)[:, :top_k]
+    counts, rows = torch.bincount(choices.flatten(), minlength=experts).tolist(), tokens * top_k
+    for n, k, accumulators in ((f, d, 2), (d, f, 1)):
+        cut = few_rows_cut(rows, experts, n, k, 2, SM_90, accumulators)
+        cost = few_rows_cost(counts, n, k, 2, cut, accumulators)
+        assert sum(count > 0 for count in counts) * accumulators * n * k * 2 < cost.bytes < 1.1 * cost.least_bytes
+
+
+def test_few_rows_by_hand():
+    """3 rows of two experts, 64 columns in two blocks, 256 inner in two parts: partial sums are written and read."""
+    cost = few_rows_cost([2, 0, 1], 64, 256, 2, Cut(Tile(16, 32, 128, 4, 3), 2))
+    assert cost.least_bytes == 3 * 256 * 2 + 2 * 64 * 256 * 2 + 3 * 64 * 2
+    assert cost.bytes == cost.least_bytes + 3 * 256 * 2 + 2 * 2 * 3 * 64 * 4
+    assert (cost.flops, cost.least_flops) == (2 * 2 * 16 * 64 * 256, 2 * 3 * 64 * 256)
 
 
 def attention_cost(heads: Heads, groups: int, lengths: list[int], capacity: int):
@@ -82,7 +95,7 @@ def test_attention_by_hand():
 
 
 def test_grouped_queries_and_mfa_read_the_cache_once():
-    """8 key-value heads at 32 requests, and Step-3 at its 128 of a chip, of 4096 tokens and more: whole, and in 2 parts."""
+    """8 key-value heads at 32 requests, and Step-3 at its 128 of a chip: 4096 tokens and more, whole and in 2 parts."""
     grouped, mfa, _ = SHIPPED
     lengths = [4096 + 61 * (i % 7) for i in range(128)]
     assert attention_cost(grouped, 8, lengths[:32], 65536).bytes_ratio < 1.01
