@@ -103,13 +103,13 @@ def _gemv_kernel(
             x = tl.load(row_ptrs, mask=there, other=0.0)
             gate = dot(tl.load(weight_ptrs), x, gate, WIDEN)
             if TWO:
-                up = dot(tl.load(weight_ptrs + N.to(tl.int64) * stride_n), x, up, WIDEN)
+                up = dot(tl.load(weight_ptrs + tl.cast(N, tl.int64) * stride_n), x, up, WIDEN)
         else:
             inside = k < K - k_start
             x = tl.load(row_ptrs, mask=inside[:, None] & there, other=0.0)
             gate = dot(tl.load(weight_ptrs, mask=inside[None, :], other=0.0), x, gate, WIDEN)
             if TWO:
-                up_ptrs = weight_ptrs + N.to(tl.int64) * stride_n
+                up_ptrs = weight_ptrs + tl.cast(N, tl.int64) * stride_n
                 up = dot(tl.load(up_ptrs, mask=inside[None, :], other=0.0), x, up, WIDEN)
         row_ptrs += BLOCK_K
         weight_ptrs += BLOCK_K
@@ -151,7 +151,7 @@ def _add_parts_kernel(
         gate += tl.load(at, mask=inside, other=0.0)
         if TWO:
             up += tl.load(at + N, mask=inside, other=0.0)
-        at += R.to(tl.int64) * (WIDTH * N)
+        at += R * (WIDTH * N)
     factor = tl.load(factors_ptr + r) if WEIGHTED else 1.0
     _finish(gate, up, factor, r, n, N, inside, h_ptr, out_ptr, TWO, SAVED)
 
