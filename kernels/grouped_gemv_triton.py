@@ -235,7 +235,7 @@ def shipped(chip: Chip) -> list[Build]:
     common: dict[str, Any] = pointers | numbers | {"index_ptr": "*i64:16", "counts_ptr": "*i64:16", "BLOCK_E": 128}
     common |= {"factors_ptr": "*fp32:16", "EVEN": True, "WIDEN": False, "SAVED": False}
     for two in (False, True):
-        for rows, columns, inner in ((8, 1 << 16, 4096), (8, 2048, 4096), (8, 512, 4096), (32, 1 << 16, 4096)):
+        for rows, columns, inner in ((8, 1 << 16, 4096), (8, 512, 4096), (32, 1 << 16, 4096)):
             cut = few_rows_cut(rows, 8, columns, inner, 2, chip, accumulators=2 if two else 1)
             assert cut is not None
             tile, split = cut.tile, cut.parts > 1
