@@ -239,13 +239,13 @@ def shipped(chip: Chip) -> list[Build]:
             cut = few_rows_cut(rows, 8, columns, inner, 2, chip, accumulators=2 if two else 1)
             assert cut is not None
             tile, split = cut.tile, cut.parts > 1
-            arguments = {"TWO": two, "GATHERED": two, "WEIGHTED": two, "SPLIT": split}
+            arguments: dict[str, Any] = {"TWO": two, "GATHERED": two, "WEIGHTED": two, "SPLIT": split}
             arguments |= {"BLOCK_R": tile.rows, "BLOCK_N": tile.columns, "BLOCK_K": tile.depth}
             arguments |= {"out_ptr": "*fp32:16"} if split else {}
             name = f"few rows {'up' if two else 'multiply'}{' in parts' if split else ''}"
             build = Build(name, _gemv_kernel, common | arguments, tile, accumulators=2 if two else 1)
             if build not in builds:
                 builds.append(build)
-        add = {"parts_ptr": "*fp32:16", "BLOCK_N": ADD_TILE.columns, "TWO": two, "WEIGHTED": two}
+        add: dict[str, Any] = {"parts_ptr": "*fp32:16", "BLOCK_N": ADD_TILE.columns, "TWO": two, "WEIGHTED": two}
         builds.append(Build("few rows add up" if two else "few rows add", _add_parts_kernel, common | add, ADD_TILE))
     return builds
