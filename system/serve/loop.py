@@ -6,7 +6,7 @@ import queue
 import threading
 from collections.abc import Callable, Iterator
 
-from expertmesh.system.serve.engine import Engine
+from expertmesh.system.serve.engine import Engine, EngineCounts
 from expertmesh.system.serve.request import Output, Request
 
 
@@ -21,11 +21,16 @@ class EngineLoop:
         self._thread.start()
 
     def submit(self, request: Request) -> None:
-        """Queue a request that the engine will accept (its length was checked at the door)."""
-        self._inbox.put(lambda: self._engine.add(request))
+        """Queue a request. Raises ValueError where the engine cannot compute it."""
+        self._engine.check(request)
+        self._order(lambda: self._engine.add(request))
 
     def cancel(self, request_id: str) -> None:
-        self._inbox.put(lambda: self._engine.cancel(request_id))
+        self._order(lambda: self._engine.cancel(request_id))
+
+    def counts(self) -> EngineCounts:
+        """What the engine tells about itself; numbers of one moment may be of two neighbouring steps."""
+        return self._engine.counts()
 
     def outputs(self) -> Iterator[list[Output]]:
         """The outputs of each step as one list, until `close`. One caller at a time."""
@@ -35,17 +40,23 @@ class EngineLoop:
             yield batch
 
     def close(self) -> None:
-        self._inbox.put(None)
+        self._order(None)
         self._thread.join()
+
+    def _order(self, order: Callable[[], None] | None) -> None:
+        self._inbox.put(order)
+        self._engine.wake()
 
     def _run(self) -> None:
         try:
             while self._take_orders():
-                if self._engine.has_work:
-                    self._outbox.put(self._engine.step())
+                if self._engine.has_work and (outputs := self._engine.step()):
+                    self._outbox.put(outputs)
             self._outbox.put(None)
         except BaseException as error:
             self._outbox.put(error)
+        finally:
+            self._engine.close()
 
     def _take_orders(self) -> bool:
         """Carry out what callers asked for; wait for it when there is nothing else to do. False: stop."""

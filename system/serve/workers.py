@@ -59,7 +59,7 @@ def joined_engine(checkpoint: Checkpoint, config: ServeConfig) -> EngineLoop:
     device = choose_device().name
     model = held(Transformer(checkpoint.config), checkpoint, device)
     eos_ids = Tokenizer.load(checkpoint.folder).eos_ids
-    return EngineLoop(Engine(model, eos_ids, [LocalDispatcher()], Lock(), config.max_running, device))
+    return EngineLoop(Engine(model, eos_ids, config, device, [LocalDispatcher()], Lock()))
 
 
 def attention_engine(
@@ -74,7 +74,7 @@ def attention_engine(
     compute, traffic = Lock(), Traffic()
     most = checkpoint.config.moe.ffn_experts
     micro_batches = [LinkDispatcher(links, index, compute, traffic, most) for index in range(config.micro_batches)]
-    return EngineLoop(Engine(model, eos_ids, micro_batches, compute, config.max_running, device))
+    return EngineLoop(Engine(model, eos_ids, config, device, micro_batches, compute))
 
 
 def run_ffn_worker(
