@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 from collections import defaultdict
 from collections.abc import Collection
-from threading import Lock
 from typing import Any, NamedTuple
 
 import pytest
@@ -13,6 +12,7 @@ import torch
 from tiny import context_of, tiny_model
 
 from expertmesh.parallel.dispatchers import LocalDispatcher
+from expertmesh.parallel.timeline import Turns
 from expertmesh.system.model.transformer import Transformer
 from expertmesh.system.model.weights import initialise
 from expertmesh.system.serve.config import ServeConfig
@@ -56,7 +56,7 @@ def engine_of(
     model: Transformer, running: int = 3, micro_batches: int = 1, eos_ids: Collection[int] = (), **changes: Any
 ) -> Engine:
     config = ServeConfig(**{"max_running": running, "page_size": 4, **changes})
-    return Engine(model, eos_ids, config, "cpu", [LocalDispatcher() for _ in range(micro_batches)], Lock())
+    return Engine(model, eos_ids, config, "cpu", [LocalDispatcher() for _ in range(micro_batches)], Turns())
 
 
 def drive(
@@ -315,7 +315,7 @@ def test_requests_run_in_the_order_they_came(model):
 
 @pytest.mark.parametrize("seed", range(6))
 def test_page_accounts_after_any_mix(model, seed):
-    """Requests that begin alike or not, few pages, cancelled at random while in flight: nothing is lost, nobody errs."""
+    """Requests that begin alike or not, few pages, cancelled at random while in flight: nothing is lost."""
     draw = random.Random(seed)
     engine = engine_of(
         model,

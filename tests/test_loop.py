@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from threading import Event, Lock
 from typing import Any
 
@@ -13,6 +11,7 @@ import pytest
 from tiny import tiny_model
 
 from expertmesh.parallel.dispatchers import Dispatched, LocalDispatcher
+from expertmesh.parallel.timeline import Turns
 from expertmesh.system.model.transformer import Transformer
 from expertmesh.system.model.weights import initialise
 from expertmesh.system.serve.config import ServeConfig
@@ -23,10 +22,10 @@ from expertmesh.system.serve.request import Output, Request, Sampling
 WAIT = 20  # seconds; nothing here takes one
 
 
-def engine(compute: Lock | None = None) -> Engine:  # type: ignore[valid-type]
+def engine(turns: Turns | None = None) -> Engine:
     model = Transformer(tiny_model(vocab_size=64))
     initialise(model, 1, 0.3)
-    return Engine(model.eval(), [], ServeConfig(max_running=2), "cpu", [LocalDispatcher()], compute or Lock())
+    return Engine(model.eval(), [], ServeConfig(max_running=2), "cpu", [LocalDispatcher()], turns or Turns())
 
 
 def request(name: str, tokens: int = 3) -> Request:
@@ -84,9 +83,9 @@ def test_answers_are_those_of_the_engine():
 
 
 def test_cancel():
-    compute = Lock()
-    loop = EngineLoop(engine(compute))
-    with compute:  # the step that "a" may have begun waits until all orders are given
+    turns = Turns()
+    loop = EngineLoop(engine(turns))
+    with turns.turn(0):  # the step that "a" may have begun waits until all orders are given
         loop.cancel("nobody")
         loop.submit(request("a", tokens=40))
         loop.cancel("a")
@@ -173,14 +172,14 @@ def test_a_request_that_comes_while_a_step_waits_is_begun():
     class Stuck(LocalDispatcher):
         def dispatch(self, *args: Any) -> Dispatched:
             if stuck.acquire(blocking=False):
-                with released(compute):
+                with turns.others(0, 0):
                     free.wait(WAIT)
             return super().dispatch(*args)
 
-    compute = Lock()
+    turns = Turns()
     model = Transformer(tiny_model(vocab_size=64))
     initialise(model, 1, 0.3)
-    loop = EngineLoop(Engine(model.eval(), [], ServeConfig(), "cpu", [Stuck(), Stuck()], compute))
+    loop = EngineLoop(Engine(model.eval(), [], ServeConfig(), "cpu", [Stuck(), Stuck()], turns))
     loop.submit(request("a"))
     while not stuck.locked():
         time.sleep(0.001)
@@ -189,10 +188,3 @@ def test_a_request_that_comes_while_a_step_waits_is_begun():
     free.set()
     assert list(within(WAIT, read, loop, {"a"})) == ["a"]
     within(WAIT, loop.close)
-
-
-@contextmanager
-def released(lock: Lock) -> Iterator[None]:  # type: ignore[valid-type]
-    lock.release()
-    yield
-    lock.acquire()

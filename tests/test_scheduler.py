@@ -228,7 +228,7 @@ def test_any_history_ends_and_keeps_the_books(seed):
     flying: list[Batch] = []
     written: dict[int, int] = {}  # page -> how often it is written to in flight
     coming = 30
-    for step in range(3000):
+    for _ in range(3000):
         if coming and draw.random() < 0.3:
             prompt = [draw.randint(0, 1) for _ in range(draw.randint(1, size * count - 4))]
             scheduler.add(Request(f"r{coming}", prompt, Sampling(max_tokens=4)), 0)

@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 from expertmesh.parallel.recipe_section import RecipeSection
+from expertmesh.parallel.wire import WireName
 
 
 class ServeConfig(RecipeSection):
@@ -23,7 +24,7 @@ class ServeConfig(RecipeSection):
     wire: Literal["routed", "broadcast"] = Field(
         "routed", description="a token goes to the FFN workers that hold its experts, or to all of them"
     )
-    wire_dtype: Literal["exact", "fp8"] = Field("exact", description="of tokens on their way to the FFN pool")
+    wire_format: WireName = Field("native", description="of tokens on their way to the FFN pool; answers keep theirs")
     exchange_timeout_s: float = Field(60.0, gt=0, description="longest wait for an FFN worker's answer")
 
     def room(self, context_length: int) -> int:

@@ -2,12 +2,12 @@
 
 How a token flows:
 
-    1  `add` puts a request into the scheduler's queue                                              scheduler.py
-    2  `step` gives each lane without work a micro-batch: bites of requests, each with its pages     scheduler.py
-    3  a lane's thread runs the model over it; attention reads and writes the pages                  runner.py, kv_cache.py
+    1  `add` puts a request into the scheduler's queue                                   scheduler.py
+    2  `step` gives each lane without work a micro-batch: bites of requests with pages   scheduler.py
+    3  a lane's thread runs the model over it; attention reads and writes the pages      runner.py, kv_cache.py
     4  in a MoE layer the lane's dispatcher keeps the rows here (joined), or sends them to the FFN workers and lets
-       the next lane compute until they are back                                                     parallel/
-    5  the runner draws the next token of every request whose last known one was computed            sampler.py
+       the next lane compute until they are back                                         parallel/link_dispatcher.py
+    5  the runner draws the next token of every request whose last token was computed    sampler.py
     6  `step` takes the first micro-batch that is done: pages that it filled can be found by others, tokens are told
        to the caller, requests that are over give their pages back, and the others are ready for the next micro-batch
 
@@ -19,10 +19,11 @@ from __future__ import annotations
 import queue
 import secrets
 from collections.abc import Collection, Sequence
-from threading import Lock, Thread
+from threading import Thread
 from typing import NamedTuple
 
 from expertmesh.parallel.dispatchers import Dispatcher
+from expertmesh.parallel.timeline import Turns
 from expertmesh.system.model.transformer import Transformer
 from expertmesh.system.serve.config import ServeConfig
 from expertmesh.system.serve.kv_cache import KVCache, pages_for
@@ -51,7 +52,7 @@ class _Lane:
     """A thread and a dispatcher for one micro-batch in flight."""
 
     def __init__(self, runner: Runner, dispatcher: Dispatcher, done: queue.SimpleQueue, index: int) -> None:
-        self._runner, self._dispatcher, self._done = runner, dispatcher, done
+        self._runner, self._dispatcher, self._done, self._index = runner, dispatcher, done, index
         self._inbox: queue.SimpleQueue[Batch | None] = queue.SimpleQueue()
         self.batch: Batch | None = None
         self._thread = Thread(target=self._work, name=f"micro-batch-{index}", daemon=True)
@@ -67,7 +68,7 @@ class _Lane:
     def _work(self) -> None:
         while (batch := self._inbox.get()) is not None:
             try:
-                self._done.put((self, self._runner.run(batch, self._dispatcher)))
+                self._done.put((self, self._runner.run(batch, self._dispatcher, self._index)))
             except BaseException as error:
                 self._done.put((self, error))
 
@@ -75,7 +76,7 @@ class _Lane:
 class Engine:
     """Generates for many requests at once. Not thread-safe but for `wake`: one thread calls `add`, `cancel`, `step`.
 
-    `dispatchers`: one for each micro-batch in flight. `compute`: who holds it computes (see `Runner`).
+    `dispatchers`: one for each micro-batch in flight. `turns`: the compute unit that they share.
     """
 
     def __init__(
@@ -85,7 +86,7 @@ class Engine:
         config: ServeConfig,
         device: str,
         dispatchers: Sequence[Dispatcher],
-        compute: Lock,
+        turns: Turns,
     ) -> None:
         self.eos_ids, self.context_length = frozenset(eos_ids), model.config.context_length
         size, dtype = config.page_size, model.embed_tokens.weight.dtype
@@ -97,7 +98,8 @@ class Engine:
         )
         self._room = min(self.context_length, pages * size)
         self._done: queue.SimpleQueue[tuple[_Lane, Result | BaseException] | None] = queue.SimpleQueue()
-        runner = Runner(model, self.cache, eos_ids, device, compute)
+        runner = Runner(model, self.cache, eos_ids, device, turns)
+        self.timeline = turns.timeline
         self._lanes = [_Lane(runner, dispatcher, self._done, i) for i, dispatcher in enumerate(dispatchers)]
         self._told: dict[str, list[Logprobs]] = {}
         self._generated = 0

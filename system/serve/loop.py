@@ -6,15 +6,19 @@ import queue
 import threading
 from collections.abc import Callable, Iterator
 
+from expertmesh.parallel.timeline import Busy, Span
 from expertmesh.system.serve.engine import Engine, EngineCounts
 from expertmesh.system.serve.request import Output, Request
 
 
 class EngineLoop:
-    """Safe to call from any thread. A step that raises ends the loop, and `outputs` raises the same error."""
+    """Safe to call from any thread. A step that raises ends the loop, and `outputs` raises the same error.
 
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
+    `at_end` is called when the loop has ended, one way or the other.
+    """
+
+    def __init__(self, engine: Engine, at_end: Callable[[], None] = lambda: None) -> None:
+        self._engine, self._at_end = engine, at_end
         self._inbox: queue.Queue[Callable[[], None] | None] = queue.Queue()
         self._outbox: queue.Queue[list[Output] | BaseException | None] = queue.Queue()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -31,6 +35,14 @@ class EngineLoop:
     def counts(self) -> EngineCounts:
         """What the engine tells about itself; numbers of one moment may be of two neighbouring steps."""
         return self._engine.counts()
+
+    def spans(self) -> list[Span]:
+        """What happened when, where the engine was made to keep it."""
+        return self._engine.timeline.spans()
+
+    def busy(self) -> Busy:
+        """How long each stage was at work."""
+        return self._engine.timeline.busy()
 
     def outputs(self) -> Iterator[list[Output]]:
         """The outputs of each step as one list, until `close`. One caller at a time."""
@@ -57,6 +69,7 @@ class EngineLoop:
             self._outbox.put(error)
         finally:
             self._engine.close()
+            self._at_end()
 
     def _take_orders(self) -> bool:
         """Carry out what callers asked for; wait for it when there is nothing else to do. False: stop."""

@@ -6,12 +6,12 @@ Who computes and in which pages was decided (scheduler.py); nothing here outlive
 from __future__ import annotations
 
 from collections.abc import Collection
-from threading import Lock
 from typing import NamedTuple
 
 import torch
 
 from expertmesh.parallel.dispatchers import Dispatcher
+from expertmesh.parallel.timeline import Turns
 from expertmesh.system.model.context import Context
 from expertmesh.system.model.transformer import Transformer
 from expertmesh.system.serve.kv_cache import KVCache, PagedAttend, Span
@@ -28,23 +28,18 @@ class Result(NamedTuple):
 
 
 class Runner:
-    """Several threads may call `run`, each with a dispatcher of its own; one computes at a time.
+    """A micro-batch has a turn of `turns` while it computes; its dispatcher lets others have theirs while it waits."""
 
-    Whoever computes holds `compute`; a dispatcher that waits for the FFN pool lets go of it.
-    """
-
-    def __init__(
-        self, model: Transformer, cache: KVCache, eos_ids: Collection[int], device: str, compute: Lock
-    ) -> None:
+    def __init__(self, model: Transformer, cache: KVCache, eos_ids: Collection[int], device: str, turns: Turns) -> None:
         self.model, self.cache, self.eos_ids = model, cache, frozenset(eos_ids)
-        self.device, self.compute = device, compute
+        self.device, self.turns = device, turns
 
     @torch.inference_mode()
-    def run(self, batch: Batch, dispatcher: Dispatcher) -> Result:
+    def run(self, batch: Batch, dispatcher: Dispatcher, micro_batch: int) -> Result:
         pieces = batch.pieces
         tokens = [token for s, start, length in pieces for token in s.token_ids[start : start + length]]
         positions = [position for _, start, length in pieces for position in range(start, start + length)]
-        with self.compute:
+        with self.turns.timeline.flight(), self.turns.turn(micro_batch):
             for source, target in batch.copies:
                 self.cache.copy(source, target)
             attend = PagedAttend(self.cache, [Span(s.pages, start, length) for s, start, length in pieces])
