@@ -7,6 +7,8 @@ from collections.abc import AsyncIterator
 from contextlib import suppress
 from typing import Protocol
 
+from expertmesh.parallel.timeline import Busy, stages
+from expertmesh.system.serve.engine import EngineCounts
 from expertmesh.system.serve.loop import EngineLoop
 from expertmesh.system.serve.request import Output, Request
 
@@ -17,6 +19,14 @@ class EngineWorker(Protocol):
     async def submit(self, request: Request) -> None: ...
 
     async def cancel(self, request_id: str) -> None: ...
+
+    async def busy(self) -> Busy:
+        """How long each of its stages was at work."""
+        ...
+
+    async def counts(self) -> EngineCounts:
+        """What it tells about its requests and its cache."""
+        ...
 
     def outputs(self) -> AsyncIterator[list[Output]]:
         """One list for each step of the engine."""
@@ -34,6 +44,12 @@ class LocalWorker:
 
     async def cancel(self, request_id: str) -> None:
         self._loop.cancel(request_id)
+
+    async def busy(self) -> Busy:
+        return self._loop.busy()
+
+    async def counts(self) -> EngineCounts:
+        return self._loop.counts()
 
     async def outputs(self) -> AsyncIterator[list[Output]]:
         batches = self._loop.outputs()
@@ -82,6 +98,14 @@ class Client:
             del self._open[index][request.id]
             if not finished and index not in self._failed:
                 await self._workers[index].cancel(request.id)
+
+    async def stages(self) -> dict[str, dict[str, float]]:
+        """Seconds of work and bubble of every stage (see `timeline.stages`)."""
+        return stages([await worker.busy() for worker in self._workers])
+
+    async def counts(self) -> list[EngineCounts]:
+        """What each worker tells about its requests and its cache."""
+        return [await worker.counts() for worker in self._workers]
 
     async def _read(self, index: int) -> None:
         """Hand every output of one worker to its request, until the worker ends."""

@@ -13,6 +13,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 from expertmesh.parallel.recipe_section import RecipeSection
 from expertmesh.parallel.sizes import ParallelSizes
 from expertmesh.system.model.config import ModelConfig
+from expertmesh.system.serve.config import ServeConfig
 from expertmesh.system.train.config import DataConfig, TrainConfig
 
 SHIPPED = Path(__file__).parent / "recipes"
@@ -93,6 +94,23 @@ def load_recipe(name_or_path: str, overrides: list[str]) -> Recipe:
     return recipe
 
 
+class _Served(RecipeSection):
+    """What a checkpoint is served with."""
+
+    serve: ServeConfig = ServeConfig()
+
+
+def serve_settings(changes: list[str]) -> ServeConfig:
+    """The settings of serving with `serve.key=value` changes. Raises ValueError as `load_recipe` does."""
+    content: dict[str, Any] = {}
+    for change in changes:
+        _apply(content, change)
+    try:
+        return _Served(**content).serve
+    except ValidationError as error:
+        raise ValueError(_first_problem(error, _Served)) from None
+
+
 def shipped_recipes() -> list[str]:
     """The names of the recipes that come with the package."""
     return sorted(path.stem for path in SHIPPED.glob("*.yaml"))
@@ -138,10 +156,10 @@ def _apply(content: dict[str, Any], override: str) -> None:
         raise ValueError(f"{override!r}: {text!r} is not a YAML value") from None
 
 
-def _first_problem(error: ValidationError) -> str:
-    """One line for the first thing that is wrong."""
+def _first_problem(error: ValidationError, root: type[BaseModel] | None = None) -> str:
+    """One line for the first thing that is wrong in a recipe, or in another `root`."""
     problem = error.errors()[0]
-    path, section = _in_recipe([str(part) for part in problem["loc"]])
+    path, section = _in_recipe([str(part) for part in problem["loc"]], root or Recipe)
     place = ".".join(path)
     if problem["type"] == "extra_forbidden":
         known = list(section.model_fields)
@@ -154,12 +172,12 @@ def _first_problem(error: ValidationError) -> str:
     return f"{place}={problem['input']}: {message}"
 
 
-def _in_recipe(path: list[str]) -> tuple[list[str], type[BaseModel]]:
+def _in_recipe(path: list[str], root: type[BaseModel]) -> tuple[list[str], type[BaseModel]]:
     """The path as the recipe has it, and the section that holds its last key.
 
     Of a section that has several kinds, pydantic puts the kind's name into the path; a recipe has it in a key.
     """
-    section: type[BaseModel] = Recipe
+    section = root
     kinds: dict[str, type[BaseModel]] = {}
     keys = []
     for name in path:

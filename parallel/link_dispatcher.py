@@ -8,6 +8,7 @@ Legend: T tokens, U tokens sent to one worker, K choices a token, E FFN experts 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -18,7 +19,7 @@ from expertmesh.kernels.routing import Routing, SlotOrder, sort_slots
 from expertmesh.kernels.rows import Rows
 from expertmesh.kernels.zero_computation import ZeroComputation
 from expertmesh.parallel.all_to_all import Traffic
-from expertmesh.parallel.dispatchers import Dispatched, ExpertLayer
+from expertmesh.parallel.dispatchers import Dispatched, Dispatcher, ExpertLayer
 from expertmesh.parallel.exchange import FORMS, BroadcastParts, Layout, RoutedParts, hear_answer
 from expertmesh.parallel.link import Link, naming
 from expertmesh.parallel.placement import expert_shard, shard_sizes
@@ -141,7 +142,7 @@ class BroadcastLinkDispatcher(_LinkDispatcher):
             if holders[ffn] and len(tokens_U):
                 with naming(ffn):
                     FORMS["broadcast"].ask(link, layer.layer, parts, self.pool.layout)
-                sent_bytes += self._bytes(*parts.experts_UK.shape, width)
+                sent_bytes += self._bytes(len(tokens_U), routing.experts_TK.shape[1], width)
         self._count(sent_bytes, rows, routing, width)
         answered = [len(tokens_U) * holds for holds in holders]
         return self._dispatched(_Sent(layer.layer, routing, None, tokens_U, answered, departed, x_TD))
@@ -161,7 +162,10 @@ class BroadcastLinkDispatcher(_LinkDispatcher):
         return tokens * (layout.wire.row_bytes(width, layout.dtype) + 8 * choices + width * layout.dtype.itemsize)
 
 
-DISPATCHERS = {"routed": RoutedLinkDispatcher, "broadcast": BroadcastLinkDispatcher}
+DISPATCHERS: dict[str, Callable[[list[Link], int, Pool], Dispatcher]] = {
+    "routed": RoutedLinkDispatcher,
+    "broadcast": BroadcastLinkDispatcher,
+}
 
 
 def _each_once(tokens_R: torch.Tensor, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -46,6 +46,28 @@ class Busy(NamedTuple):
         return max(0.0, 1 - self.of_track.get(track, 0.0) / self.in_flight) if self.in_flight else 0.0
 
 
+def stages(workers: Sequence[Busy]) -> dict[str, dict[str, float]]:
+    """Seconds of work and bubble of every stage of attention workers 0, 1, ... and of the FFN workers they asked.
+
+    An FFN worker's work is what all attention workers were told of it, and its bubble is of the longest time in flight.
+    Wire and wait have no bubble: they overlap with themselves.
+    """
+    found: dict[str, dict[str, float]] = {}
+    longest = max((busy.in_flight for busy in workers), default=0.0)
+    tracks = sorted({track for busy in workers for track in busy.of_track} - {"attention"})
+    for worker, busy in enumerate(workers):
+        found[f"attention {worker}"] = {
+            "seconds": busy.of_track.get("attention", 0.0),
+            "bubble": busy.bubble("attention"),
+        }
+    for track in tracks:
+        together = Busy(longest, {track: sum(busy.of_track.get(track, 0.0) for busy in workers)})
+        found[track] = {"seconds": together.of_track[track]}
+        if track.startswith("ffn"):
+            found[track]["bubble"] = together.bubble(track)
+    return found
+
+
 class Timeline:
     """Thread-safe. Sums are always kept, single spans only with `keep`."""
 

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from expertmesh.parallel.timeline import Busy, Span, Timeline, Turns, now, write_trace
+from expertmesh.parallel.timeline import Busy, Span, Timeline, Turns, now, stages, write_trace
 
 MS = 1_000_000
 
@@ -95,3 +95,18 @@ def test_trace(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["trace.json"]
     write_trace(tmp_path / "none.json", [])
     assert json.loads((tmp_path / "none.json").read_text())["traceEvents"] == []
+
+
+def test_stages_of_all_workers():
+    two = [
+        Busy(10.0, {"attention": 5.0, "ffn 0": 2.0, "wire 0": 9.0}),
+        Busy(8.0, {"attention": 8.0, "ffn 0": 3.0, "ffn 1": 1.0}),
+    ]
+    assert stages(two) == {
+        "attention 0": {"seconds": 5.0, "bubble": 0.5},
+        "attention 1": {"seconds": 8.0, "bubble": 0.0},
+        "ffn 0": {"seconds": 5.0, "bubble": 0.5},
+        "ffn 1": {"seconds": 1.0, "bubble": 0.9},
+        "wire 0": {"seconds": 9.0},
+    }
+    assert stages([Busy(0.0, {})]) == {"attention 0": {"seconds": 0.0, "bubble": 0.0}}

@@ -22,6 +22,7 @@ from collections.abc import Collection, Sequence
 from threading import Thread
 from typing import NamedTuple
 
+from expertmesh.parallel.all_to_all import Traffic
 from expertmesh.parallel.dispatchers import Dispatcher
 from expertmesh.parallel.timeline import Turns
 from expertmesh.system.model.transformer import Transformer
@@ -46,6 +47,8 @@ class EngineCounts(NamedTuple):
     prompt_tokens: int
     reused_tokens: int  # of the prompts, found in the cache
     generated_tokens: int
+    sent_bytes: int  # to the FFN pool and back
+    saved_bytes: int  # that zero-computation experts did not send
 
 
 class _Lane:
@@ -76,7 +79,8 @@ class _Lane:
 class Engine:
     """Generates for many requests at once. Not thread-safe but for `wake`: one thread calls `add`, `cancel`, `step`.
 
-    `dispatchers`: one for each micro-batch in flight. `turns`: the compute unit that they share.
+    `dispatchers`: one for each micro-batch in flight. `turns`: the compute unit that they share. `traffic`:
+    what they send is counted there.
     """
 
     def __init__(
@@ -87,6 +91,7 @@ class Engine:
         device: str,
         dispatchers: Sequence[Dispatcher],
         turns: Turns,
+        traffic: Traffic | None = None,
     ) -> None:
         self.eos_ids, self.context_length = frozenset(eos_ids), model.config.context_length
         size, dtype = config.page_size, model.embed_tokens.weight.dtype
@@ -101,6 +106,7 @@ class Engine:
         runner = Runner(model, self.cache, eos_ids, device, turns)
         self.timeline = turns.timeline
         self._lanes = [_Lane(runner, dispatcher, self._done, i) for i, dispatcher in enumerate(dispatchers)]
+        self._traffic = traffic or Traffic()
         self._told: dict[str, list[Logprobs]] = {}
         self._generated = 0
 
@@ -167,6 +173,8 @@ class Engine:
             scheduler.counts.prompt_tokens,
             scheduler.counts.reused_tokens,
             self._generated,
+            self._traffic.sent,
+            self._traffic.saved,
         )
 
     def _advance(self, batch: Batch, result: Result) -> list[Output]:

@@ -84,7 +84,7 @@ class PagePool:
         return taken
 
     def give_back(self, pages: Sequence[int]) -> None:
-        """One holder less for each of a request's pages, given in order; of those left free the last is reused first."""
+        """One holder less for each of a request's pages, given in order; of those left free the last goes first."""
         for page in reversed(pages):
             assert self._holders[page] > 0, f"page {page} was given back twice"
             self._holders[page] -= 1

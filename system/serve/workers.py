@@ -84,7 +84,7 @@ def attention_engine(
         for link in (link for mine in links for link in mine):
             link.close()
 
-    return EngineLoop(Engine(model, eos_ids, config, device, dispatchers, pool.turns), hang_up)
+    return EngineLoop(Engine(model, eos_ids, config, device, dispatchers, pool.turns, pool.traffic), hang_up)
 
 
 def run_ffn_worker(
