@@ -105,6 +105,7 @@ class Served(NamedTuple):
     reason: str
 
 
+MLA = {"kind": "mla", "heads": 3, "kv_rank": 5, "nope_head_dim": 4, "rope_head_dim": 2, "value_head_dim": 3}
 MIXTURE = {"kind": "mixture", "experts": 4, "top_k": 2, "heads": 2, "kv_heads": 2, "head_dim": 4}
 SERVED = [
     Served({"heads": 4, "kv_heads": 2, "head_dim": 4, "rope_theta": None, "weighting": "stick_breaking"}, "sticks"),
@@ -122,6 +123,8 @@ SERVED = [
         "ModuleFormer",
     ),
     Served({**MIXTURE, "top_k": 4}, "BAM, shared keys"),
+    Served(MLA, "MLA, absorbed"),
+    Served({**MLA, "query_rank": 7}, "MLA with narrow queries, absorbed"),
     Served({**MIXTURE, "top_k": 4, "own_kv": True, "heads": 4}, "BAM, keys of its own for each expert"),
 ]
 
@@ -145,7 +148,8 @@ def test_cached_decoding_is_the_full_forward(served, steps, reason):
     full = [attention(x_SD, context_of(len(x_SD)))[0] for x_SD in requests]
 
     cache = cache_for(config)
-    cache.keys_LPBGd, cache.values_LPBGe = cache.keys_LPBGd.double(), cache.values_LPBGe.double()
+    cache.keys_LPBGd, values = cache.keys_LPBGd.double(), cache.values_LPBGe.double()
+    cache.values_LPBGe = cache.keys_LPBGd[..., : values.shape[-1]] if cache.values_in_keys else values
     with torch.no_grad():
         for bites in steps:
             places = [(bite.slot, bite.place) for bite in bites]

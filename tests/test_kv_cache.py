@@ -11,6 +11,7 @@ from numerics import assert_close
 from tiny import tiny_model
 
 from expertmesh.system.model.attend import CausalAttend, Look
+from expertmesh.system.model.attention_config import MLAConfig
 from expertmesh.system.serve.kv_cache import pages_for
 
 CONFIG = tiny_model(context_length=16)
@@ -100,3 +101,17 @@ def test_how_many_pages(monkeypatch):
     with pytest.raises(ValueError, match="one request of 41 tokens takes 16896 bytes, cpu has room for 15360"):
         pages_for(tiny_model(context_length=41), 4, 1000, "cpu", torch.float32)
     assert pages_for(tiny_model(context_length=41), 4, 20, "cpu", torch.float32) == 5, "less than a context, as asked"
+
+
+def test_a_latent_vector_is_kept_once():
+    """MLA keeps 12 + 4 numbers a token and layer for all heads, and its values are no tensor of their own."""
+    mla = {"kind": "mla", "heads": 4, "kv_rank": 12, "nope_head_dim": 8, "rope_head_dim": 4, "value_head_dim": 6}
+    config = tiny_model().model_copy(update={"attention": MLAConfig(**mla)})
+    cache = cache_for(config)
+    assert cache.keys_LPBGd.shape[2:] == (2, 1, 16) and cache.values_LPBGe.shape[2:] == (2, 1, 12)
+    assert cache.values_LPBGe.data_ptr() == cache.keys_LPBGd.data_ptr()
+    assert pages_for(config, 4, 64, "cpu", torch.float32) == 16
+    cache.keys_LPBGd.copy_(torch.randn(cache.keys_LPBGd.shape))
+    page = cache.keys_LPBGd[:, 1].clone()
+    cache.copy(1, 0)
+    assert torch.equal(cache.keys_LPBGd[:, 0], page) and torch.equal(cache.keys_LPBGd[:, 1], page)

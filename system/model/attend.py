@@ -7,7 +7,7 @@ run the same layers.
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import ClassVar, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +25,9 @@ class Look(NamedTuple):
 
 class Attend(Protocol):
     """Answers each query from the keys and values it may see."""
+
+    cached: ClassVar[bool]
+    """Whether keys and values are kept for later tokens, so that narrow ones are worth some arithmetic."""
 
     def __call__(
         self, layer: int, q_THd: torch.Tensor, k_TGd: torch.Tensor, v_TGe: torch.Tensor, look: Look
@@ -69,6 +72,8 @@ def causal_mask(queries: int, keys: int, window: int | None, device: torch.devic
 
 class CausalAttend:
     """T tokens are sequences of one length, one after the other; a token sees itself and what came before."""
+
+    cached = False
 
     def __init__(self, sequence_length: int, chosen_T: torch.Tensor | None = None) -> None:
         self.sequence_length, self.chosen_T = sequence_length, chosen_T

@@ -45,14 +45,16 @@ class KVCache:
 
         self.page_size = page_size
         self.keys_LPBGd = paged(config.attention.key_shape)
-        self.values_LPBGe = paged(config.attention.value_shape)
+        heads, width = config.attention.value_shape
+        self.values_in_keys = config.attention.values_in_keys
+        self.values_LPBGe = self.keys_LPBGd[..., :width] if self.values_in_keys else paged((heads, width))
         # Tokens that a mixture of depths sent past a layer have no key there.
         depth_layers = config.layers if config.depth else 0
         self.seen_LPB = torch.zeros(depth_layers, pages, page_size, dtype=torch.bool, device=device)
 
     def copy(self, source: int, target: int) -> None:
         """Copy one page of every layer to another."""
-        for paged in (self.keys_LPBGd, self.values_LPBGe, self.seen_LPB):
+        for paged in (self.keys_LPBGd, self.values_LPBGe, self.seen_LPB):  # values within keys: the same bytes twice
             paged[:, target] = paged[:, source]
 
 
@@ -61,7 +63,9 @@ def pages_for(config: ModelConfig, page_size: int, tokens: int, device: str, dty
 
     Raises ValueError where not even one request of the whole context finds room.
     """
-    numbers = sum(heads * width for heads, width in (config.attention.key_shape, config.attention.value_shape))
+    attention = config.attention
+    kept = [attention.key_shape] if attention.values_in_keys else [attention.key_shape, attention.value_shape]
+    numbers = sum(heads * width for heads, width in kept)
     page_bytes = config.layers * page_size * numbers * dtype.itemsize
     if device == "cpu":
         room = CPU_SHARE * os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -90,6 +94,8 @@ class _Plan(NamedTuple):
 
 class PagedAttend:
     """Attention of one micro-batch: each request's new tokens see its own pages and themselves (see `Attend`)."""
+
+    cached = True
 
     def __init__(self, cache: KVCache, spans: Sequence[Span]) -> None:
         """Spans of one token come first."""
@@ -132,7 +138,8 @@ class PagedAttend:
             self.cache.seen_LPB[layer].flatten().index_copy_(0, self.plan.places_T, chosen_T)
         keys_PBGd, values_PBGe = self.cache.keys_LPBGd[layer], self.cache.values_LPBGe[layer]
         keys_PBGd.flatten(0, 1).index_copy_(0, self.plan.places_T, k_TGd)
-        values_PBGe.flatten(0, 1).index_copy_(0, self.plan.places_T, v_TGe)
+        if not self.cache.values_in_keys:
+            values_PBGe.flatten(0, 1).index_copy_(0, self.plan.places_T, v_TGe)
         if chosen_T is not None or look.weighting != "softmax":
             o_THe = self._gathered(layer, q_THd, look)
             return o_THe if chosen_T is None else o_THe[chosen_T]
