@@ -6,7 +6,7 @@ import asyncio
 import os
 import socket
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -125,10 +125,10 @@ async def bring_up(
         try:
             async with Client([LocalWorker(loop)], context_length) as client:
                 yield client
-                if trace is not None:
-                    write_trace(trace, [loop.spans()])
         finally:
             await asyncio.to_thread(loop.close)
+            if trace is not None:
+                write_trace(trace, [loop.spans()])
         return
 
     from expertmesh.launch.ray_cluster import Pool, cluster
@@ -144,9 +144,12 @@ async def bring_up(
         while not await asyncio.to_thread(attention.finished, linking, 0.2):
             ffn.finished(answering, seconds=0)  # one that cannot load its experts would be waited for in vain
         async with Client([PoolWorker(attention, rank) for rank in range(pools.attention)], context_length) as client:
-            yield client
-            if trace is not None:
-                write_trace(trace, [await attention.ask(rank, "spans") for rank in range(pools.attention)])
+            try:
+                yield client
+            finally:
+                if trace is not None:
+                    with suppress(RuntimeError):  # of a worker that died: there is a better message on its way
+                        write_trace(trace, [await attention.ask(rank, "spans") for rank in range(pools.attention)])
 
 
 class PoolWorker:

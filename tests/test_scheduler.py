@@ -109,6 +109,19 @@ def test_unequal_micro_batches_even_out():
     assert scheduler.schedule() is None and lone.pieces
 
 
+def test_the_oldest_has_its_pages_first():
+    """One page is left; the younger request misses one token and would come first, the older one is in its prompt."""
+    scheduler = Scheduler(4, 2, 1, 8, 3, prefix_cache=False)
+    add(scheduler, "a", 5)
+    run(scheduler, 1)
+    add(scheduler, "b", 3)
+    younger = scheduler.waiting.pop()
+    younger.computed, younger.pages = 2, scheduler.pool.take(1) or []
+    scheduler.running.append(younger)
+    assert scheduler.pool.free == 1
+    assert run(scheduler, 1) == [[("a", 3, 2)]]
+
+
 def test_a_found_beginning_is_not_computed():
     scheduler = scheduler_of()
     add(scheduler, "a", list(range(10)))

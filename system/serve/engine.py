@@ -203,7 +203,7 @@ class Engine:
     def _finish_reason(self, running: Running, token_id: int, answer: int) -> FinishReason | None:
         sampling = running.request.sampling
         ends = ends_of(sampling.stop_token_ids, self.eos_ids, sampling.ignore_eos)
-        if token_id in ends and answer >= sampling.min_tokens:
+        if token_id in ends:
             return "stop"
         if answer == sampling.max_tokens or len(running.token_ids) == self._room:
             return "length"
