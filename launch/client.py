@@ -28,6 +28,10 @@ class EngineWorker(Protocol):
         """What it tells about its requests and its cache."""
         ...
 
+    async def loads(self) -> dict[int, list[int]]:
+        """For each layer with experts, how many choices each of them served so far; FFN experts come first."""
+        ...
+
     def outputs(self) -> AsyncIterator[list[Output]]:
         """One list for each step of the engine."""
         ...
@@ -50,6 +54,9 @@ class LocalWorker:
 
     async def counts(self) -> EngineCounts:
         return self._loop.counts()
+
+    async def loads(self) -> dict[int, list[int]]:
+        return self._loop.loads()
 
     async def outputs(self) -> AsyncIterator[list[Output]]:
         batches = self._loop.outputs()
@@ -106,6 +113,13 @@ class Client:
     async def counts(self) -> list[EngineCounts]:
         """What each worker tells about its requests and its cache."""
         return [await worker.counts() for worker in self._workers]
+
+    async def loads(self) -> dict[int, list[int]]:
+        """What experts served on all workers together."""
+        each = [await worker.loads() for worker in self._workers]
+        return {
+            layer: [sum(counts) for counts in zip(*(loads[layer] for loads in each), strict=True)] for layer in each[0]
+        }
 
     async def _read(self, index: int) -> None:
         """Hand every output of one worker to its request, until the worker ends."""

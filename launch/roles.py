@@ -111,6 +111,9 @@ class AttentionRole:
     def counts(self) -> EngineCounts:
         return self._started.counts()
 
+    def loads(self) -> dict[int, list[int]]:
+        return self._started.loads()
+
     def spans(self) -> list[Span]:
         return self._started.spans()
 

@@ -170,5 +170,8 @@ class PoolWorker:
     async def counts(self) -> EngineCounts:
         return await self._pool.ask(self._rank, "counts")
 
+    async def loads(self) -> dict[int, list[int]]:
+        return await self._pool.ask(self._rank, "loads")
+
     def outputs(self) -> AsyncIterator[list[Output]]:
         return self._pool.stream(self._rank, "outputs")

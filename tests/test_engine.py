@@ -342,3 +342,14 @@ def test_page_accounts_after_any_mix(model, seed):
             assert name in cancels.values(), f"{name} was not cancelled"
             told = answers.get(name, Answer([], None)).token_ids
             assert told == whole.token_ids[: len(told)]
+
+
+def test_what_experts_served_is_counted(model):
+    """Of every token that was computed, in whatever bites, each layer's choices, as the router made them."""
+    request = Request("a", prompt(9, 3), Sampling(max_tokens=4, temperature=0))
+    engine = engine_of(model, step_tokens=4)
+    token_ids = [*request.prompt_token_ids, *drive(engine, {0: [request]})["a"].token_ids]
+    with torch.inference_mode():
+        routings = model(torch.tensor(token_ids[:-1]), context_of(12)).routings  # the last token is not computed
+    want = {i: torch.bincount(r.experts_TK.flatten(), minlength=8).tolist() for i, r in enumerate(routings)}
+    assert engine.runner.loads() == want and all(sum(counts) == 24 for counts in want.values())

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -57,6 +59,44 @@ def test_split_equals_joined(checkpoint, joined, attention, ffn, settings, reaso
 @pytest.mark.parametrize("settings", [{"step_tokens": 5}, {"prefix_cache": False}, {"cache_tokens": 64}], ids=str)
 def test_joined_in_other_ways(checkpoint, joined, settings):
     assert answers(joined_engine(checkpoint, ServeConfig(**settings)), requests()) == joined
+
+
+def test_cancelled_while_their_rows_are_away(checkpoint, joined):
+    """Half of the requests are cancelled at once or after their first token; the others say what they would alone."""
+    store = dist.HashStore()
+    store.set_timeout(timedelta(seconds=30))
+    config = ServeConfig(max_running=4, page_size=4)
+    worker = Thread(target=run_ffn_worker, args=(checkpoint, config, 0, 1, 1, store), daemon=True)
+    worker.start()
+    loop = attention_engine(checkpoint, config, 0, 1, store)
+    kept = {f"{name}-{time_}" for name in joined for time_ in range(2)}
+    said: dict[str, list[int]] = {name: [] for name in kept}
+    for time_ in range(4):
+        for request in requests():
+            loop.submit(replace(request, id=f"{request.id}-{time_}"))
+    for name in joined:
+        loop.cancel(f"{name}-3")
+    ended: set[str] = set()
+    for batch in loop.outputs():
+        for output in batch:
+            name, time_ = output.request_id.split("-")
+            if int(time_) == 2:
+                loop.cancel(output.request_id)
+            elif int(time_) < 2:
+                said[output.request_id].append(output.token_id)
+                ended |= {output.request_id} if output.finish_reason else set()
+        if ended == kept:
+            break
+    for name in joined:
+        loop.cancel(f"{name}-2")
+    deadline = time.monotonic() + 30
+    while loop.counts().pages_used and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert loop.counts()[:2] == (0, 0) and loop.counts().pages_used == 0
+    loop.close()
+    worker.join(30)
+    assert not worker.is_alive()
+    assert said == {name: joined[name.split("-")[0]] for name in kept}
 
 
 def test_fp8_on_the_wire_says_nearly_the_same_wherever_the_experts_are(checkpoint, joined):

@@ -103,7 +103,7 @@ class Engine:
         )
         self._room = min(self.context_length, pages * size)
         self._done: queue.SimpleQueue[tuple[_Lane, Result | BaseException] | None] = queue.SimpleQueue()
-        runner = Runner(model, self.cache, eos_ids, device, turns)
+        self.runner = runner = Runner(model, self.cache, eos_ids, device, turns)
         self.timeline = turns.timeline
         self._lanes = [_Lane(runner, dispatcher, self._done, i) for i, dispatcher in enumerate(dispatchers)]
         self._traffic = traffic or Traffic()

@@ -36,6 +36,10 @@ class EngineLoop:
         """What the engine tells about itself; numbers of one moment may be of two neighbouring steps."""
         return self._engine.counts()
 
+    def loads(self) -> dict[int, list[int]]:
+        """For each layer with experts, how many choices each of them served so far; FFN experts come first."""
+        return self._engine.runner.loads()
+
     def spans(self) -> list[Span]:
         """What happened when, where the engine was made to keep it."""
         return self._engine.timeline.spans()

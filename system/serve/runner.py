@@ -12,7 +12,7 @@ import torch
 
 from expertmesh.parallel.dispatchers import Dispatcher
 from expertmesh.parallel.timeline import Turns
-from expertmesh.system.model.context import Context
+from expertmesh.system.model.context import Context, Decisions
 from expertmesh.system.model.transformer import Transformer
 from expertmesh.system.serve.kv_cache import KVCache, PagedAttend, Span
 from expertmesh.system.serve.request import Logprobs
@@ -33,6 +33,10 @@ class Runner:
     def __init__(self, model: Transformer, cache: KVCache, eos_ids: Collection[int], device: str, turns: Turns) -> None:
         self.model, self.cache, self.eos_ids = model, cache, frozenset(eos_ids)
         self.device, self.turns = device, turns
+        config = model.config
+        self._loads = {
+            i: torch.zeros(config.moe_of(i).num_experts, dtype=torch.float64, device=device) for i in config.moe_layers
+        }
 
     @torch.inference_mode()
     def run(self, batch: Batch, dispatcher: Dispatcher, micro_batch: int) -> Result:
@@ -44,7 +48,8 @@ class Runner:
                 self.cache.copy(source, target)
             attend = PagedAttend(self.cache, [Span(s.pages, start, length) for s, start, length in pieces])
             context = Context(torch.tensor(positions, device=self.device), attend, dispatcher)
-            hidden_TD, _ = self.model(torch.tensor(tokens, device=self.device), context)
+            hidden_TD, decisions = self.model(torch.tensor(tokens, device=self.device), context)
+            self._count(decisions)
             speaking = [piece for piece in pieces if piece.speaks]
             told = self._told(pieces, hidden_TD)
             if not speaking:
@@ -53,6 +58,17 @@ class Runner:
             rows = [row for piece, row in zip(pieces, lasts.tolist(), strict=True) if piece.speaks]
             logits_SV = self.model.lm_head(hidden_TD[torch.tensor(rows, device=self.device)])
             return Result(sample(logits_SV, [self._place(piece) for piece in speaking]), told)
+
+    def loads(self) -> dict[int, list[int]]:
+        """For each layer with experts, how many choices each of them served so far; FFN experts come first."""
+        return {layer: load_N.long().tolist() for layer, load_N in self._loads.items()}
+
+    def _count(self, decisions: list[Decisions]) -> None:
+        for layer, load_N in self._loads.items():
+            routing = decisions[layer].experts
+            if routing is not None:
+                chosen = routing.experts_TK.flatten()
+                load_N.index_add_(0, chosen, torch.ones_like(chosen, dtype=load_N.dtype))
 
     def _place(self, piece: Piece) -> Place:
         sequence = piece.sequence
