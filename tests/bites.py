@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from expertmesh.system.model.config import ModelConfig
-from expertmesh.system.serve.kv_cache import KVCache, PagedAttend, Span
+from expertmesh.system.serve.kv_cache import KVCache, PagedAttend, Span, plan
 
 SEQUENCES, PAGE = 3, 2
 
@@ -35,7 +35,8 @@ def pages_of(slot: int, tokens: int) -> list[int]:
 
 def attend_of(cache: KVCache, bites: Sequence[Bite]) -> PagedAttend:
     """Those of one token must come first."""
-    return PagedAttend(cache, [Span(pages_of(slot, start + n + 1), start, n) for slot, start, n in bites])
+    spans = [Span(pages_of(slot, start + n + 1), start, n) for slot, start, n in bites]
+    return PagedAttend(cache, plan(cache, spans))
 
 
 def positions_of(slot: int, tokens: int) -> list[tuple[int, int]]:

@@ -122,8 +122,11 @@ WAYS = [
     ({"running": 10, "page_size": 24}, "pages of the whole context"),
     ({"running": 10, "prefix_cache": False}, "no prefix cache"),
     ({"running": 10, "cache_tokens": 24}, "pages for the longest request and no more"),
-    ({"running": 10, "cache_tokens": 40, "page_size": 2, "micro_batches": 3, "step_tokens": 9}, "few pages, in bites"),
-    ({"running": 10, "cache_tokens": 40, "prefix_cache": False, "micro_batches": 2}, "few pages, nothing found again"),
+    (
+        {"running": 10, "cache_tokens": 40, "page_size": 2, "micro_batches": 3, "step_tokens": 9},
+        "few pages, three micro-batches in bites",
+    ),
+    ({"running": 10, "cache_tokens": 40, "prefix_cache": False}, "few pages, nothing found again"),
 ]
 
 
@@ -136,7 +139,8 @@ def alone_answers(model) -> dict[str, Answer]:
 def test_text_does_not_depend_on_company(model, alone_answers, way, reason):
     engine = engine_of(model, **way)
     assert drive(engine, mixed_requests()) == alone_answers
-    assert (engine.counts().preemptions > 0) == reason.startswith("few pages"), "there are so few to be fought for"
+    if way.get("micro_batches", 1) == 1:  # else it depends on who is faster
+        assert (engine.counts().preemptions > 0) == reason.startswith("few pages"), "so few that they are fought for"
     said = {tuple(answer.token_ids[:3]) for answer in alone_answers.values()}
     assert len(said) > len(alone_answers) // 2, "a model that always says the same proves nothing"
 

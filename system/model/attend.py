@@ -7,7 +7,7 @@ run the same layers.
 
 from __future__ import annotations
 
-from typing import ClassVar, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +26,7 @@ class Look(NamedTuple):
 class Attend(Protocol):
     """Answers each query from the keys and values it may see."""
 
-    cached: ClassVar[bool]
+    cached: bool
     """Whether keys and values are kept for later tokens, so that narrow ones are worth some arithmetic."""
 
     def __call__(

@@ -81,7 +81,7 @@ def pages_for(config: ModelConfig, page_size: int, tokens: int, device: str, dty
     return min(affordable, wanted)
 
 
-class _Plan(NamedTuple):
+class Plan(NamedTuple):
     """Where the tokens of a micro-batch are written and what they look at: the same for every layer."""
 
     spans: list[Span]
@@ -92,40 +92,41 @@ class _Plan(NamedTuple):
     lengths: list[int]
 
 
+def plan(cache: KVCache, spans: Sequence[Span]) -> Plan:
+    """Spans of one token come first."""
+    single = sum(span.length == 1 for span in spans)
+    assert all(span.length == 1 for span in spans[:single]), "spans of one token come first"
+    size, device = cache.page_size, cache.keys_LPBGd.device
+    places = [
+        span.pages[position // size] * size + position % size
+        for span in spans
+        for position in range(span.start, span.start + span.length)
+    ]
+    lengths = [span.start + span.length for span in spans]
+    used = [span.pages[: -(-length // size)] for span, length in zip(spans, lengths, strict=True)]
+    most = max(map(len, used), default=0)
+    table = [pages + [0] * (most - len(pages)) for pages in used]
+    return Plan(
+        list(spans),
+        torch.tensor(places, dtype=torch.int64, device=device),
+        single,
+        torch.tensor(table, dtype=torch.int32, device=device).view(len(spans), most),
+        torch.tensor(lengths[:single], dtype=torch.int32, device=device),
+        lengths,
+    )
+
+
 class PagedAttend:
     """Attention of one micro-batch: each request's new tokens see its own pages and themselves (see `Attend`)."""
 
     cached = True
 
-    def __init__(self, cache: KVCache, spans: Sequence[Span]) -> None:
-        """Spans of one token come first."""
-        single = sum(span.length == 1 for span in spans)
-        assert all(span.length == 1 for span in spans[:single]), "spans of one token come first"
-        size, device = cache.page_size, cache.keys_LPBGd.device
-        places = [
-            span.pages[position // size] * size + position % size
-            for span in spans
-            for position in range(span.start, span.start + span.length)
-        ]
-        lengths = [span.start + span.length for span in spans]
-        used = [span.pages[: -(-length // size)] for span, length in zip(spans, lengths, strict=True)]
-        most = max(map(len, used), default=0)
-        table = [pages + [0] * (most - len(pages)) for pages in used]
-        self.cache, self.chosen_T = cache, None  # type: KVCache, torch.Tensor | None
-        self.plan = _Plan(
-            list(spans),
-            torch.tensor(places, dtype=torch.int64, device=device),
-            single,
-            torch.tensor(table, dtype=torch.int32, device=device).view(len(spans), most),
-            torch.tensor(lengths[:single], dtype=torch.int32, device=device),
-            lengths,
-        )
+    def __init__(self, cache: KVCache, planned: Plan, chosen_T: torch.Tensor | None = None) -> None:
+        self.cache, self.plan, self.chosen_T = cache, planned, chosen_T
 
     def among(self, chosen_T: torch.Tensor) -> PagedAttend:
         assert self.chosen_T is None, "tokens are chosen once a layer"
-        chosen = PagedAttend.__new__(PagedAttend)
-        chosen.cache, chosen.plan, chosen.chosen_T = self.cache, self.plan, chosen_T
-        return chosen
+        return PagedAttend(self.cache, self.plan, chosen_T)
 
     def __call__(
         self, layer: int, q_THd: torch.Tensor, k_TGd: torch.Tensor, v_TGe: torch.Tensor, look: Look
@@ -164,10 +165,10 @@ class PagedAttend:
 
     def _gathered(self, layer: int, q_THd: torch.Tensor, look: Look) -> torch.Tensor:
         """One sequence after the other, from copies of its keys and values."""
-        cache, plan = self.cache, self.plan
+        cache, planned = self.cache, self.plan
         o_THe = q_THd.new_empty(*q_THd.shape[:2], cache.values_LPBGe.shape[-1])
         first = 0
-        for span, pages_M, end in zip(plan.spans, plan.table_SM, plan.lengths, strict=True):
+        for span, pages_M, end in zip(planned.spans, planned.table_SM, planned.lengths, strict=True):
             new = slice(first, first + span.length)
             keys_GCd, values_GCe = (
                 gather_pages(paged[layer], pages_M, 0, end) for paged in (cache.keys_LPBGd, cache.values_LPBGe)

@@ -14,7 +14,7 @@ from expertmesh.parallel.dispatchers import Dispatcher
 from expertmesh.parallel.timeline import Turns
 from expertmesh.system.model.context import Context, Decisions
 from expertmesh.system.model.transformer import Transformer
-from expertmesh.system.serve.kv_cache import KVCache, PagedAttend, Span
+from expertmesh.system.serve.kv_cache import KVCache, PagedAttend, Span, plan
 from expertmesh.system.serve.request import Logprobs
 from expertmesh.system.serve.sampler import Drawn, Place, sample, told_prompt
 from expertmesh.system.serve.scheduler import Batch, Piece
@@ -46,7 +46,8 @@ class Runner:
         with self.turns.timeline.flight(), self.turns.turn(micro_batch):
             for source, target in batch.copies:
                 self.cache.copy(source, target)
-            attend = PagedAttend(self.cache, [Span(s.pages, start, length) for s, start, length in pieces])
+            spans = [Span(s.pages, start, length) for s, start, length in pieces]
+            attend = PagedAttend(self.cache, plan(self.cache, spans))
             context = Context(torch.tensor(positions, device=self.device), attend, dispatcher)
             hidden_TD, decisions = self.model(torch.tensor(tokens, device=self.device), context)
             self._count(decisions)
