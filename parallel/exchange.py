@@ -115,7 +115,8 @@ class Broadcast:
         weights_UK = weights.view(tokens, choices).clone()
 
         def summed(answers_RD: torch.Tensor) -> torch.Tensor:
-            return combine_rows(answers_RD, order.slots_R, weights_UK.to(answers_RD.device))
+            device = answers_RD.device
+            return combine_rows(answers_RD, order.slots_R.to(device), weights_UK.to(device))
 
         return Work(layer, Rows(x_UD, order.slots_R // choices, order.counts_E), summed)
 

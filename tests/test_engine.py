@@ -124,7 +124,7 @@ WAYS = [
     ({"running": 10, "cache_tokens": 24}, "pages for the longest request and no more"),
     (
         {"running": 10, "cache_tokens": 40, "page_size": 2, "micro_batches": 3, "step_tokens": 9},
-        "few pages, three micro-batches in bites",
+        "few pages, all at once",
     ),
     ({"running": 10, "cache_tokens": 40, "prefix_cache": False}, "few pages, nothing found again"),
 ]

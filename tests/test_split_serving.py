@@ -139,7 +139,7 @@ def test_in_processes_of_their_own(checkpoint, joined):
     try:
         for _ in range(attention):
             assert results.get(timeout=120) == joined
-        deadline = time.monotonic() + 30  # FFN workers end by themselves once the attention workers are gone
+        deadline = time.monotonic() + 120  # FFN workers end by themselves once the attention workers are gone
         for worker in workers:
             worker.join(timeout=max(0.1, deadline - time.monotonic()))
         assert [worker.exitcode for worker in workers] == [0] * len(workers)

@@ -25,6 +25,7 @@ from expertmesh.parallel.exchange import FORMS, Layout
 from expertmesh.parallel.expert_server import Experts, ExpertServer
 from expertmesh.parallel.link import Listener, connect
 from expertmesh.parallel.link_dispatcher import DISPATCHERS, Pool
+from expertmesh.parallel.placement import expert_shard
 from expertmesh.parallel.timeline import Timeline, Turns
 from expertmesh.parallel.wire import WIRES
 from expertmesh.system.model.checkpoint import Checkpoint
@@ -93,7 +94,11 @@ def run_ffn_worker(
     """FFN worker `rank`: answers every attention worker until all of them are gone."""
     device = choose_device().name
     pool = held(ExpertPool(checkpoint.config, rank, ffn_workers), checkpoint, device)
-    experts = Experts(pool, pool.held.__getitem__, device)
+
+    def here(layer: int) -> range:
+        return expert_shard(checkpoint.config.moe_of(layer).ffn_experts, rank, ffn_workers)
+
+    experts = Experts(pool, here, device)
     listener = Listener(store, rank)
     server = ExpertServer(experts, FORMS[config.wire], wire_layout(checkpoint, config, device))
     server.serve(listener, attention_workers * config.micro_batches)
