@@ -11,8 +11,9 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from expertmesh.parallel.recipe_section import RecipeSection
-from expertmesh.parallel.sizes import ParallelSizes
+from expertmesh.parallel.sizes import ParallelSizes, divisors
 from expertmesh.system.model.config import ModelConfig
+from expertmesh.system.model.tensor_parallel import check_split
 from expertmesh.system.train.config import DataConfig, TrainConfig
 
 SHIPPED = Path(__file__).parent / "recipes"
@@ -190,11 +191,16 @@ def _sections_in(annotation: Any) -> Iterator[type[BaseModel]]:
 
 def check_together(recipe: Recipe, model: ModelConfig) -> None:
     """Rules between the sections and the model. Raises ValueError."""
-    moe, ep, dp = model.moe, recipe.parallel.ep, recipe.parallel.dp
+    sizes, moe = recipe.parallel, model.moe
+    for key, size, what in (("pp", sizes.pp, "pipeline"), ("cp", sizes.cp, "context")):
+        if size > 1:
+            raise ValueError(f"parallel.{key}={size}: {what} parallel is not built yet; take {key}=1")
+    tp, ep, dp = sizes.tp, sizes.ep, sizes.dp
+    check_split(model, tp, sizes.etp)
     for experts in moe.pyramid or (moe.ffn_experts,):
         if experts % ep == 0:
             continue
-        fits = [size for size in range(1, dp + 1) if dp % size == 0 and experts % size == 0]
+        fits = [size for size in divisors(sizes.stage_size // sizes.etp) if experts % size == 0]
         raise ValueError(
             f"model.moe.ffn_experts={experts}: parallel.ep={ep} does not divide it; "
             f"take a multiple of {ep} experts, or ep one of {fits}"
@@ -202,6 +208,11 @@ def check_together(recipe: Recipe, model: ModelConfig) -> None:
     if recipe.train.batch_size % dp:
         raise ValueError(
             f"train.batch_size={recipe.train.batch_size}: parallel.dp={dp} does not divide it; take a multiple of {dp}"
+        )
+    if recipe.train.batch_size // dp * recipe.train.sequence_length % tp:
+        raise ValueError(
+            f"train.sequence_length={recipe.train.sequence_length}: parallel.tp={tp} does not divide the tokens of "
+            f"{recipe.train.batch_size // dp} sequences; take a multiple of {tp}"
         )
     if recipe.train.sequence_length > model.context_length:
         raise ValueError(

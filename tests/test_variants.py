@@ -191,7 +191,7 @@ def test_expert_parallel_equals_one_rank(variant):
 
     def rank_main(group: dist.ProcessGroup) -> tuple[tuple[BatchLoss, BatchLoss], dict[str, torch.Tensor]]:
         model = made(config, group.rank(), group.size())
-        groups = Groups(rank=group.rank(), data=group, expert=group)
+        groups = Groups(rank=group.rank(), data=group, token=group, expert=group)
         loss = LanguageModelLoss(model, AllToAllDispatcher(group, Traffic()), groups)
         return both(loss, range(2 * group.rank(), 2 * group.rank() + 2)), gradients(model)
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from expertmesh.parallel.shard import WHOLE, Shard
 from expertmesh.system.convert.families import choose_family, family_of
 from expertmesh.system.convert.family import Family
 from expertmesh.system.convert.layout import Shapes, Theirs, ours_from_theirs, theirs_from_ours
@@ -92,9 +93,9 @@ class HuggingFaceCheckpoint(Checkpoint):
     skipped: dict[str, int]  # tensors that are not: why -> how many
 
     @torch.no_grad()
-    def fill(self, views: dict[str, torch.Tensor]) -> None:
+    def fill(self, views: dict[str, torch.Tensor], shard: Shard = WHOLE) -> None:
         for name, view in views.items():
-            view.copy_(read_tensor(self.copies[name]))
+            view.copy_(read_tensor(self.copies[name])[shard.place(view.shape)])
 
 
 def open_hf(path: Path) -> HuggingFaceCheckpoint:

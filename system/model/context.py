@@ -10,6 +10,7 @@ import torch
 
 from expertmesh.kernels.routing import Routing
 from expertmesh.parallel.dispatchers import Dispatcher
+from expertmesh.parallel.token_split import TokenSplit
 from expertmesh.system.model.attend import Attend
 
 
@@ -53,6 +54,7 @@ class Context(NamedTuple):
     training: TrainingStep | None = None
     width: float = 1.0  # share of the hidden units of nested experts that is used
     layer: int = 0  # the one that is being computed
+    tokens: TokenSplit = TokenSplit()  # positions, lots and what attention sees are of all; between halves lies a part
 
 
 class DepthChoice(NamedTuple):

@@ -14,8 +14,10 @@ from expertmesh.kernels.balance_loss import balance_loss, heterogeneous_eta
 from expertmesh.kernels.mutual_information import mutual_information_loss
 from expertmesh.kernels.routing import Routing, expert_counts
 from expertmesh.kernels.z_loss import z_loss
+from expertmesh.parallel.cross_entropy import total_cross_entropy
 from expertmesh.parallel.dispatchers import Dispatcher
 from expertmesh.parallel.groups import Groups
+from expertmesh.parallel.token_split import TokenSplit
 from expertmesh.system.model.attend import CausalAttend
 from expertmesh.system.model.attention_config import MixtureAttentionConfig
 from expertmesh.system.model.config import ModelConfig
@@ -30,8 +32,8 @@ class BatchLoss(NamedTuple):
     L: the layers that have experts.
     """
 
-    total: torch.Tensor  # what is minimised: cross entropy and the others by their weights
-    cross_entropy: torch.Tensor  # mean over this rank's tokens, nats
+    total: torch.Tensor  # cross entropy and the others by their weights; its gradients are summed over a tensor group
+    cross_entropy: torch.Tensor  # mean over the tokens of this rank's sequences, nats
     balance_L: torch.Tensor
     z_L: torch.Tensor
     loads_N: list[torch.Tensor]  # int64 slots that chose each expert, of each layer
@@ -51,12 +53,15 @@ class LanguageModelLoss(nn.Module):
     """A model that answers a batch of token sequences with its losses.
 
     Balance losses use the load of the whole batch and the probabilities of this rank's tokens. Their mean over ranks
-    is then the loss of the whole batch, so that the number of ranks does not change what is trained.
+    is then the loss of the whole batch, so that the number of ranks does not change what is trained. Ranks of a tensor
+    group have the same sequences and the same cross entropy, of which each has a part of the gradient; of the other
+    losses each adds its own tokens' share.
     """
 
     def __init__(self, model: Transformer, dispatcher: Dispatcher, groups: Groups) -> None:
         super().__init__()
         self.model, self.dispatcher, self.groups = model, dispatcher, groups
+        self.tokens = TokenSplit(groups.tensor)
 
     def forward(self, tokens_BS1: torch.Tensor, training: TrainingStep | None = None) -> BatchLoss:
         """tokens_BS1: int64 [B, S+1], this rank's sequences; position s predicts token s+1. `training` None: no update.
@@ -68,24 +73,26 @@ class LanguageModelLoss(nn.Module):
         batch_size, sequence_length = inputs_BS.shape
         positions_T = torch.arange(sequence_length, device=device).repeat(batch_size)
         width = draw_width(config, training)
-        context = Context(positions_T, CausalAttend(sequence_length), self.dispatcher, training, width)
+        attend = CausalAttend(sequence_length)
+        context = Context(positions_T, attend, self.dispatcher, training, width, tokens=self.tokens)
         hidden_TD, decisions = self.model(inputs_BS.reshape(-1), context)
         logits_TV = self.model.lm_head(hidden_TD).float()
-        cross_entropy = F.cross_entropy(logits_TV, targets_BS.reshape(-1), reduction="sum") / max(targets_BS.numel(), 1)
+        total = total_cross_entropy(logits_TV, targets_BS.reshape(-1), self.groups.tensor)
+        mean_entropy = total / max(targets_BS.numel(), 1)
 
         layers = [config.moe_of(layer) for layer in config.moe_layers]
         routings = [decided.experts for decided in decisions if decided.experts is not None]
         counts = self._count(routings, layers, device)
 
         def stacked(values: list[torch.Tensor]) -> torch.Tensor:
-            return torch.stack(values) if values else cross_entropy.new_zeros(0)
+            return torch.stack(values) if values else mean_entropy.new_zeros(0)
 
         balance_L = stacked([self._balance(*layer) for layer in zip(routings, layers, counts, strict=True)])
         z_L = stacked([z_loss(routing.logits_TN) for routing in routings])
         weighted = config.moe.balance_loss_weight * balance_L.sum() + config.moe.z_loss_weight * z_L.sum()
         return BatchLoss(
-            total=cross_entropy + weighted + self._beside_experts(decisions),
-            cross_entropy=cross_entropy,
+            total=mean_entropy + (weighted + self._beside_experts(decisions)) / self.groups.tensor_size,
+            cross_entropy=mean_entropy,
             balance_L=balance_L,
             z_L=z_L,
             loads_N=[counted.load_N for counted in counts],
@@ -101,8 +108,8 @@ class LanguageModelLoss(nn.Module):
             parts.append(expert_counts(routing.chosen_TK[:, :1], moe.num_experts))
             parts.append((routing.chosen_TK != routing.experts_TK).sum()[None])
         flat = torch.cat(parts)
-        if self.groups.data is not None:
-            dist.all_reduce(flat, group=self.groups.data)
+        if self.groups.token is not None:
+            dist.all_reduce(flat, group=self.groups.token)
         sizes = [size for moe in layers for size in (moe.num_experts, moe.num_experts, 1)]
         pieces = iter(flat.split(sizes))
         return [_Counts(next(pieces), next(pieces), next(pieces)[0]) for _ in layers]
@@ -126,8 +133,8 @@ class LanguageModelLoss(nn.Module):
     def _mean_over_ranks(self, probabilities_TN: torch.Tensor) -> torch.Tensor:
         """Mean probability of each expert over the tokens of all ranks."""
         sums = torch.cat([probabilities_TN.detach().sum(0), probabilities_TN.new_tensor([len(probabilities_TN)])])
-        if self.groups.data is not None:
-            dist.all_reduce(sums, group=self.groups.data)
+        if self.groups.token is not None:
+            dist.all_reduce(sums, group=self.groups.token)
         return sums[:-1] / sums[-1].clamp(min=1)
 
     def _beside_experts(self, decisions: list[Decisions]) -> torch.Tensor | float:

@@ -14,12 +14,14 @@ import torch.distributed as dist
 from expertmesh.kernels.device import Device
 from expertmesh.parallel.all_to_all import Traffic
 from expertmesh.parallel.dispatchers import AllToAllDispatcher, Dispatcher, LocalDispatcher
+from expertmesh.parallel.expert_tensor import ExpertTensorDispatcher
 from expertmesh.parallel.groups import Groups
+from expertmesh.parallel.shard import WHOLE
 from expertmesh.parallel.zero import Zero
 from expertmesh.system.model.checkpoint import Checkpoint, load_weights
 from expertmesh.system.model.config import ModelConfig
 from expertmesh.system.model.context import TrainingStep
-from expertmesh.system.model.transformer import Transformer
+from expertmesh.system.model.tensor_parallel import parallel_transformer
 from expertmesh.system.model.weights import initialise, weights
 from expertmesh.system.train.config import TrainConfig
 from expertmesh.system.train.dataset import TokenDataset
@@ -38,6 +40,16 @@ def learning_rate(step: int, config: TrainConfig) -> float:
     progress = (step - config.warmup_steps) / max(config.steps - config.warmup_steps, 1)
     cosine = (1 + math.cos(math.pi * min(progress, 1.0))) / 2
     return config.min_learning_rate + (config.learning_rate - config.min_learning_rate) * cosine
+
+
+def build_dispatcher(groups: Groups, traffic: Traffic) -> Dispatcher:
+    """What brings tokens to experts that are spread as `groups` says."""
+    dispatcher: Dispatcher = LocalDispatcher()
+    if groups.expert is not None:
+        dispatcher = AllToAllDispatcher(groups.expert, traffic)
+    if groups.expert_tensor is not None:
+        dispatcher = ExpertTensorDispatcher(dispatcher, groups.expert_tensor, traffic)
+    return dispatcher
 
 
 class Trainer:
@@ -62,12 +74,9 @@ class Trainer:
         self.config, self.run_dir, self.groups, self.device, self.settings = config, run_dir, groups, device, settings
         self.dataset = TokenDataset(run_dir / "data")
         self.traffic = Traffic()
-        dispatcher: Dispatcher = LocalDispatcher()
-        if groups.expert is not None:
-            dispatcher = AllToAllDispatcher(groups.expert, self.traffic)
         with torch.device(device.name):
-            self.model = Transformer(model_config, groups.expert_rank, groups.expert_size)
-            self.loss = LanguageModelLoss(self.model, dispatcher, groups)
+            self.model = parallel_transformer(model_config, groups)
+            self.loss = LanguageModelLoss(self.model, build_dispatcher(groups, self.traffic), groups)
         self.state = RunState(step=0, settings=settings)
         if resume_from is not None:
             self.state = read_state(resume_from)
@@ -79,7 +88,8 @@ class Trainer:
 
         self.zero = Zero(
             self.loss,
-            [weight.parameter for weight in weights(self.model) if weight.is_expert and groups.expert is not None],
+            [weight.parameter for weight in weights(self.model) if weight.is_expert],
+            [weight.parameter for weight in weights(self.model) if not weight.is_expert and weight.shard == WHOLE],
             [weight.parameter for weight in weights(self.model) if weight.is_matrix],
             stage=config.zero_stage,
             gradient_clipping=config.gradient_clipping,
@@ -127,7 +137,7 @@ class Trainer:
         grad_norm = self.zero.step(loss_of_batch, rate)
         batch = losses[0]
         self.model.balance(batch.loads_N)
-        share = 1 / self.groups.data_size
+        share = 1 / self.groups.token_size
         layers = len(batch.loads_N)
         means = torch.cat([batch.balance_L.detach(), batch.z_L.detach(), batch.entropy_L]) * share
         sent, saved, cross_entropy, *of_layers = self._sum_over_ranks(
@@ -192,8 +202,8 @@ class Trainer:
         return range(self.groups.data_rank * each, (self.groups.data_rank + 1) * each)
 
     def _sum_over_ranks(self, *values: float) -> list[float]:
-        if self.groups.data is None:
+        if self.groups.token is None:
             return list(values)
         sums = torch.tensor(values, dtype=torch.float64, device=self.device.name)
-        dist.all_reduce(sums, group=self.groups.data)
+        dist.all_reduce(sums, group=self.groups.token)
         return sums.tolist()

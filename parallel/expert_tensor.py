@@ -1,0 +1,60 @@
+"""Experts whose hidden units are split over ranks (expert slicing, DeepSpeed-MoE, arXiv 2201.05596, section 5.2).
+
+Each rank of the group holds F/etp hidden units of the same experts, and tokens of its own. So it computes the rows of
+all ranks of the group, and each answer is the sum of what they give:
+
+    rows of this rank [R] --to all--> rows of the group [S] --F/etp--> parts of answers [S] --to whose they are, sum--> [R]
+
+Rows go to all by one uneven all-to-all of copies, and back by its mirror image: as many bytes as an all-gather and a
+reduce-scatter, which have no uneven form everywhere.
+
+Legend: R rows of this rank, S rows of all ranks of the group, E experts here, D width, G ranks of the group.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from expertmesh.kernels.routing import Routing
+from expertmesh.kernels.rows import Rows
+from expertmesh.kernels.zero_computation import ZeroComputation
+from expertmesh.parallel.all_to_all import Traffic, all_to_all
+from expertmesh.parallel.dispatchers import Dispatched, Dispatcher, ExpertLayer, expert_order
+
+
+class ExpertTensorHandle(NamedTuple):
+    inner: Any
+    rows: Rows  # as the dispatcher within gave them
+    copies: list[int]  # rows of this rank, for each rank of the group
+    arrived: list[int]  # rows of each rank of the group
+    by_expert_S: torch.Tensor  # int64, position among the arrived rows of each row in expert order
+
+
+class ExpertTensorDispatcher:
+    """Around the dispatcher that brings rows to the ranks of their experts; `group` holds the same experts."""
+
+    def __init__(self, inner: Dispatcher, group: dist.ProcessGroup, traffic: Traffic) -> None:
+        self.inner, self.group, self.traffic = inner, group, traffic
+
+    def dispatch(self, x_TD: torch.Tensor, routing: Routing, layer: ExpertLayer) -> Dispatched:
+        rows, inner = self.inner.dispatch(x_TD, routing, layer)
+        rows_RD, ranks = rows.gathered(), self.group.size()
+        arrived_GE = rows.counts_E.new_empty(ranks * len(rows.counts_E))
+        dist.all_gather_single(arrived_GE, rows.counts_E, group=self.group)
+        arrived_GE = arrived_GE.view(ranks, -1)
+        copies, arrived = [len(rows_RD)] * ranks, arrived_GE.sum(1).tolist()
+        rows_SD = all_to_all(rows_RD.repeat(ranks, 1), copies, arrived, self.group, self.traffic)
+        by_expert_S = expert_order(arrived_GE)
+        handle = ExpertTensorHandle(inner, rows, copies, arrived, by_expert_S)
+        return Dispatched(Rows(rows_SD, by_expert_S, arrived_GE.sum(0)), handle)
+
+    def combine(
+        self, answers_RD: torch.Tensor, handle: ExpertTensorHandle, zero: ZeroComputation | None = None
+    ) -> torch.Tensor:
+        as_arrived_SD = answers_RD.index_select(0, handle.by_expert_S.argsort())
+        parts_RD = all_to_all(as_arrived_SD, handle.arrived, handle.copies, self.group, self.traffic)
+        answers_RD = parts_RD.unflatten(0, (self.group.size(), -1)).sum(0)
+        return self.inner.combine(handle.rows.weighted(answers_RD), handle.inner, zero)
