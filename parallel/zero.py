@@ -83,6 +83,26 @@ def _marked(module: nn.Module) -> nn.Module:
     return Marked()
 
 
+def _parameter_groups(parameters: Sequence[nn.Parameter], decays: set[int], weight_decay: float) -> list[dict[str, Any]]:
+    """AdamW's groups: apart by the ranks that hold the parameters, and by weight decay; the same order on every rank.
+
+    DeepSpeed's own function lists names of groups in the order of a set: with two names each process has its own order,
+    and the collectives of one rank meet others of the next.
+    """
+    groups = []
+    for name in ("batch", EXPERTS, REPLICATED):
+        for decayed in (True, False):
+            held = [
+                parameter
+                for parameter in parameters
+                if getattr(parameter, "group_name", "batch") == name and (id(parameter) in decays) == decayed
+            ]
+            if held:
+                decay = weight_decay if decayed else 0.0
+                groups.append({"params": held, "name": name, "weight_decay": decay, "moe": name != "batch"})
+    return groups
+
+
 class Zero:
     """AdamW with ZeRO partitioning, gradient reduction and clipping by DeepSpeed.
 
@@ -113,7 +133,6 @@ class Zero:
         prepare_build()
         os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
         import deepspeed
-        from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
         from deepspeed.utils import logger
         from megatron.core import parallel_state
 
@@ -130,18 +149,9 @@ class Zero:
                 for parameter in held:
                     parameter.allreduce = False  # type: ignore[attr-defined]
                     parameter.group_name = name  # type: ignore[attr-defined]
-        # DeepSpeed stumbles over empty parameters, and over empty groups of them.
+        # DeepSpeed stumbles over empty parameters.
         parameters = [p for p in module.parameters() if p.numel() and p.requires_grad]
-        decays = {id(p) for p in decayed_parameters}
-        decayed = [p for p in parameters if id(p) in decays]
-        plain = [p for p in parameters if id(p) not in decays]
-        split_up = split_params_into_different_moe_groups_for_optimizer(
-            [
-                {"params": decayed, "name": "decayed", "weight_decay": weight_decay},
-                {"params": plain, "name": "plain", "weight_decay": 0.0},
-            ]
-        )
-        parameter_groups = [group for group in split_up if group["params"]]
+        parameter_groups = _parameter_groups(parameters, {id(p) for p in decayed_parameters}, weight_decay)
         self._engine, self._optimizer, *_ = deepspeed.initialize(
             model=marked,
             optimizer=torch.optim.AdamW(parameter_groups, lr=0.0, betas=betas),

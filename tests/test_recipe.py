@@ -34,6 +34,24 @@ WRONG = [
         ["start_from=x", "model.layers=2"],
         "quickstart: start_from=x: leave out model, it comes with that checkpoint",
     ),
+    ("pipeline parallel", ["parallel.pp=2"], "parallel.pp=2: pipeline parallel is not built yet; take pp=1"),
+    ("context parallel", ["parallel.cp=2"], "parallel.cp=2: context parallel is not built yet; take cp=1"),
+    (
+        "heads that tp does not divide",
+        ["parallel.tp=3"],
+        "model.attention.heads=4: parallel.tp=3 does not divide it; take a multiple of 3, or tp one of [1, 2, 4]",
+    ),
+    ("key-value heads fewer than tp", ["parallel.tp=4"], "model.attention.kv_heads=2: parallel.tp=4 does not divide it"),
+    (
+        "hidden units that etp does not divide",
+        ["parallel.dp=3", "parallel.ep=1", "parallel.etp=3", "train.batch_size=15"],
+        "model.moe.expert.hidden_size=256: parallel.etp=3 does not divide it",
+    ),
+    (
+        "tokens that tp does not divide",
+        ["parallel.tp=2", "train.sequence_length=127", "train.batch_size=2"],
+        "train.sequence_length=127: parallel.tp=2 does not divide the tokens of 1 sequences; take a multiple of 2",
+    ),
     ("a minimum above the peak", ["train.min_learning_rate=1"], "min_learning_rate=1.0 is above learning_rate"),
 ]
 
