@@ -110,7 +110,7 @@ class AllToAllDispatcher:
         self._count_saved(x_TD, routing, send_splits)
 
         rows_RD = all_to_all(rows_RD, send_splits, receive_splits, self.group, self.traffic)
-        by_expert_R = expert_order(arriving_SE)
+        by_expert_R = _expert_order(arriving_SE)
         handle = AllToAllHandle(local, send_splits, receive_splits, by_expert_R)
         return Dispatched(Rows(rows_RD, by_expert_R, arriving_SE.sum(0)), handle)
 
@@ -130,7 +130,7 @@ class AllToAllDispatcher:
         self.traffic.saved += round(kept_slots * remote_share(send_splits, self.group.rank()) * row_bytes * crossings)
 
 
-def expert_order(arriving_SE: torch.Tensor) -> torch.Tensor:
+def _expert_order(arriving_SE: torch.Tensor) -> torch.Tensor:
     """Rows arrive sorted by (source, expert); the positions that list them by (expert, source), a stable order."""
     sources, experts = arriving_SE.shape
     expert_of_block = torch.arange(experts, device=arriving_SE.device).repeat(sources)

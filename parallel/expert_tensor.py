@@ -3,7 +3,7 @@
 Each rank of the group holds F/etp hidden units of the same experts, and tokens of its own. So it computes the rows of
 all ranks of the group, and each answer is the sum of what they give:
 
-    rows of this rank [R] --to all--> rows of the group [S] --F/etp--> parts of answers [S] --to whose they are, sum--> [R]
+    rows here [R] --to all--> rows of the group [S] --F/etp--> parts of answers [S] --to whose they are, summed--> [R]
 
 Rows go to all by one uneven all-to-all of copies, and back by its mirror image: as many bytes as an all-gather and a
 reduce-scatter, which have no uneven form everywhere.
@@ -22,7 +22,7 @@ from expertmesh.kernels.routing import Routing
 from expertmesh.kernels.rows import Rows
 from expertmesh.kernels.zero_computation import ZeroComputation
 from expertmesh.parallel.all_to_all import Traffic, all_to_all
-from expertmesh.parallel.dispatchers import Dispatched, Dispatcher, ExpertLayer, expert_order
+from expertmesh.parallel.dispatchers import Dispatched, Dispatcher, ExpertLayer
 
 
 class ExpertTensorHandle(NamedTuple):
@@ -47,7 +47,8 @@ class ExpertTensorDispatcher:
         arrived_GE = arrived_GE.view(ranks, -1)
         copies, arrived = [len(rows_RD)] * ranks, arrived_GE.sum(1).tolist()
         rows_SD = all_to_all(rows_RD.repeat(ranks, 1), copies, arrived, self.group, self.traffic)
-        by_expert_S = expert_order(arrived_GE)
+        experts = torch.arange(len(rows.counts_E), device=arrived_GE.device).repeat(ranks)
+        by_expert_S = experts.repeat_interleave(arrived_GE.flatten()).argsort(stable=True)
         handle = ExpertTensorHandle(inner, rows, copies, arrived, by_expert_S)
         return Dispatched(Rows(rows_SD, by_expert_S, arrived_GE.sum(0)), handle)
 

@@ -32,9 +32,7 @@ class Shard(NamedTuple):
     def place(self, part: Shape) -> tuple[slice, ...]:
         """Where a part of that shape lies in the full tensor."""
         first = self.index * part[self.dim] if part else 0
-        return tuple(
-            slice(first, first + size) if dim == self.dim else slice(0, size) for dim, size in enumerate(part)
-        )
+        return tuple(slice(first, first + size) if dim == self.dim else slice(0, size) for dim, size in enumerate(part))
 
 
 WHOLE = Shard()

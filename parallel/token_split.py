@@ -3,7 +3,7 @@
 Sequence parallelism (arXiv 2205.05198, section 4.2.2). Norms, residuals, routers and dispatch work on a rank's own
 T/tp tokens; a half whose weights are split needs all T, and gives partial sums of all T:
 
-    x [T/tp] --gather--> x [T] --heads or hidden units of this rank--> y [T], a part of the sum --reduce-scatter--> y [T/tp]
+    x [T/tp] --gather--> x [T] --heads or units of this rank--> part of y [T] --reduce-scatter, summed--> y [T/tp]
 
 The gradient of one map is the other. Together they move what the all-reduce of plain tensor parallelism moves, and
 what lies between two halves is stored once and not tp times. So tensor parallelism has no other form here: with
@@ -22,7 +22,7 @@ import torch.distributed as dist
 
 
 class TokenSplit:
-    """How the tokens of one data-parallel rank lie on the ranks of `group`: equal runs in rank order. None: one rank."""
+    """The tokens of one data-parallel rank lie on the ranks of `group` in equal runs, in rank order. None: one rank."""
 
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
         self.group = group

@@ -83,7 +83,9 @@ def _marked(module: nn.Module) -> nn.Module:
     return Marked()
 
 
-def _parameter_groups(parameters: Sequence[nn.Parameter], decays: set[int], weight_decay: float) -> list[dict[str, Any]]:
+def _parameter_groups(
+    parameters: Sequence[nn.Parameter], decays: set[int], weight_decay: float
+) -> list[dict[str, Any]]:
     """AdamW's groups: apart by the ranks that hold the parameters, and by weight decay; the same order on every rank.
 
     DeepSpeed's own function lists names of groups in the order of a set: with two names each process has its own order,

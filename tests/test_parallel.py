@@ -5,7 +5,10 @@ Layouts of one world size are tried by one set of processes, which costs most of
 
 from __future__ import annotations
 
+import itertools
+import shutil
 import traceback
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -13,7 +16,7 @@ import torch
 import torch.distributed as dist
 from numerics import assert_close
 from ranks import run_ranks
-from tiny import tiny_model
+from tiny import losses, prepare_tiny_data, tiny_model, tiny_training, train
 
 from expertmesh.parallel.all_to_all import Traffic
 from expertmesh.parallel.groups import Groups, build_groups
@@ -24,6 +27,7 @@ from expertmesh.system.model.context import TrainingStep
 from expertmesh.system.model.tensor_parallel import parallel_transformer
 from expertmesh.system.model.weights import Weight, initialise, weights
 from expertmesh.system.train.loss import BatchLoss, LanguageModelLoss
+from expertmesh.system.train.snapshot import checkpoints_of
 from expertmesh.system.train.trainer import build_dispatcher
 
 BATCH, LENGTH = 4, 8
@@ -127,6 +131,17 @@ def trained(loss: LanguageModelLoss) -> BatchLoss:
     return answer
 
 
+@torch.no_grad()
+def validated(loss: LanguageModelLoss, tokens_BS1: torch.Tensor) -> torch.Tensor:
+    """Cross entropy of all of these tokens, summed."""
+    groups = loss.groups
+    mine_BS1 = tokens_BS1.tensor_split(groups.data_size)[groups.data_rank]
+    total = loss(mine_BS1).cross_entropy * mine_BS1[:, 1:].numel()
+    if groups.data is not None:
+        dist.all_reduce(total, group=groups.data)
+    return total
+
+
 def gradients(loss: LanguageModelLoss) -> dict[str, torch.Tensor]:
     """Full gradients of the whole batch, of the weights that rank 0 of those who hold parts can put together."""
     groups, found = loss.groups, {}
@@ -174,6 +189,13 @@ def check_layout(row: Row) -> None:
     if row.favourite is not None:
         assert all(load_N[row.favourite] == BATCH * LENGTH for load_N in expected.loads_N)
 
+    # One sequence in all, so that some ranks that split the batch have none; then with one token a rank.
+    tokens_BS1 = tokens_of(0, 1)[0]
+    for few_BS1 in (tokens_BS1[:1], tokens_BS1[:1, : groups.tensor_size + 1]):
+        assert_close(
+            validated(spread, few_BS1), validated(alone, few_BS1), what=f"{few_BS1.shape[1] - 1} tokens in all"
+        )
+
     wanted = gradients(alone)
     for name, gradient in gradients(spread).items():
         # Routers are float32, and what one gets from two experts nearly cancels.
@@ -212,3 +234,108 @@ def problems() -> dict[int, list[str | None]]:
 def test_outputs_losses_and_every_gradient_are_those_of_one_rank(problems, number):
     for rank, problem in enumerate(problems[number]):
         assert problem is None, f"rank {rank}: {problem}"
+
+
+RUNS = [
+    ({}, 1, "one rank"),
+    ({"tp": 2, "ep": 2}, 1, "tensor and expert parallel"),
+    ({"dp": 2, "etp": 2}, 2, "data and expert tensor parallel, ZeRO 2"),
+    ({"tp": 2, "dp": 2, "ep": 2, "etp": 2}, 2, "all of them, ZeRO 2"),
+]
+PAIRS = list(itertools.permutations(range(len(RUNS)), 2))  # who writes a checkpoint, who reads it
+STEPS, HALF = 20, 10
+# Float32 sums in another order: about 1e-7 a step, growing with the steps.
+SAME_LOSS, SAME_NORM = 3e-6, 3e-5
+
+
+def run_model() -> ModelConfig:
+    """Something of each kind: whole and split weights, biases that no gradient moves, dropped slots."""
+    moe = {"gate_mode": "sigmoid", "selection_bias": True, "capacity": {"factor": 1.0}, "shared": {"hidden_size": 24}}
+    return ModelConfig(**tiny_model(layers=2, moe=moe, dense_layers=(), tie_embeddings=True).model_dump())
+
+
+class Job(NamedTuple):
+    """A run in `run_dir`; the sizes and ZeRO stage are those of a row of RUNS."""
+
+    run_dir: Path
+    row: int
+    resume_from: Path | None = None
+
+
+class Result(NamedTuple):
+    losses: list[float]
+    norms: list[float]
+
+
+def run_jobs(jobs: list[Job]) -> list[Result]:
+    """One rank of several runs, one after the other."""
+    from megatron.core import parallel_state
+
+    results = []
+    for job in jobs:
+        sizes, stage, _ = RUNS[job.row]
+        often = {"validate_every": STEPS, "checkpoint_every": HALF, "keep_checkpoints": 3}
+        config = tiny_training(steps=STEPS, zero_stage=stage, gradient_clipping=0.5, **often)
+        records = train(job.run_dir, ParallelSizes(**sizes), run_model(), config, job.resume_from)
+        norms = [record["grad_norm"] for record in records if record["kind"] == "step"]
+        results.append(Result(losses(records), norms))
+        parallel_state.destroy_model_parallel()
+    return results
+
+
+def run_all(jobs: list[Job]) -> dict[Job, Result]:
+    """What rank 0 tells of each; those of one world size by one set of processes."""
+    results = {}
+    for world in sorted({ParallelSizes(**RUNS[job.row][0]).world_size for job in jobs}):
+        mine = [job for job in jobs if ParallelSizes(**RUNS[job.row][0]).world_size == world]
+        results.update(zip(mine, run_ranks(run_jobs, world, mine)[0], strict=True))
+    return results
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("parallel")
+    prepare_tiny_data(folder)
+    return folder / "data"
+
+
+def new_run(data: Path, run_dir: Path) -> Path:
+    shutil.copytree(data, run_dir / "data")
+    return run_dir
+
+
+@pytest.fixture(scope="module")
+def runs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Path, Result]]:
+    """The whole run of each row, and where its checkpoints are."""
+    folder = tmp_path_factory.mktemp("runs")
+    jobs = [Job(new_run(data, folder / str(row)), row) for row in range(len(RUNS))]
+    results = run_all(jobs)
+    return [(job.run_dir, results[job]) for job in jobs]
+
+
+@pytest.mark.parametrize("row", range(1, len(RUNS)), ids=[reason for *_, reason in RUNS[1:]])
+def test_a_run_has_the_losses_and_norms_of_one_rank(runs, row):
+    (_, alone), (_, spread) = runs[0], runs[row]
+    assert len(alone.losses) == STEPS
+    assert max(alone.norms) > 0.5, "clipping is not active"
+    assert spread.losses == pytest.approx(alone.losses, rel=SAME_LOSS)
+    assert spread.norms == pytest.approx(alone.norms, rel=SAME_NORM)
+
+
+@pytest.fixture(scope="module")
+def resumed(data: Path, runs: list[tuple[Path, Result]], tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Result]:
+    """By (who wrote, who read): the second half of a run, from the checkpoint that another layout wrote."""
+    folder = tmp_path_factory.mktemp("resumed")
+    jobs = {}
+    for writer, reader in PAIRS:
+        halfway = checkpoints_of(runs[writer][0])[0]
+        jobs[writer, reader] = Job(new_run(data, folder / f"{writer}-{reader}"), reader, halfway)
+    results = run_all(list(jobs.values()))
+    return {pair: results[job] for pair, job in jobs.items()}
+
+
+@pytest.mark.parametrize("writer, reader", PAIRS, ids=[f"{RUNS[w][2]} -> {RUNS[r][2]}" for w, r in PAIRS])
+def test_any_layout_goes_on_from_what_any_other_saved(runs, resumed, writer, reader):
+    whole, second_half = runs[writer][1], resumed[writer, reader]
+    assert second_half.losses == pytest.approx(whole.losses[HALF:], rel=SAME_LOSS)
+    assert second_half.norms == pytest.approx(whole.norms[HALF:], rel=SAME_NORM)

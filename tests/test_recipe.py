@@ -41,7 +41,11 @@ WRONG = [
         ["parallel.tp=3"],
         "model.attention.heads=4: parallel.tp=3 does not divide it; take a multiple of 3, or tp one of [1, 2, 4]",
     ),
-    ("key-value heads fewer than tp", ["parallel.tp=4"], "model.attention.kv_heads=2: parallel.tp=4 does not divide it"),
+    (
+        "key-value heads fewer than tp",
+        ["parallel.tp=4"],
+        "model.attention.kv_heads=2: parallel.tp=4 does not divide it",
+    ),
     (
         "hidden units that etp does not divide",
         ["parallel.dp=3", "parallel.ep=1", "parallel.etp=3", "train.batch_size=15"],

@@ -1,4 +1,4 @@
-"""How a model is cut into the parts of tensor-parallel ranks: which parts, what is refused, and against Megatron's layers.
+"""How a model is cut into the parts of tensor-parallel ranks: which parts, what is refused, and Megatron's layers.
 
 That the parts train what the whole trains is shown, layout by layout, in test_parallel.py.
 """
@@ -28,7 +28,10 @@ from expertmesh.system.model.weights import initialise, weights
 CHANGES: list[tuple[dict[str, Any], str]] = [
     ({}, "grouped queries, routed experts"),
     ({"tie_embeddings": True, "dense_layers": (1,), "dense": {"hidden_size": 40}}, "tied, a dense layer"),
-    ({"moe": {"shared": {"hidden_size": 24, "mixing": "sigmoid"}}, "share_layers": True}, "a shared expert, one for all"),
+    (
+        {"moe": {"shared": {"hidden_size": 24, "mixing": "sigmoid"}}, "share_layers": True},
+        "a shared expert, one for all",
+    ),
 ]
 
 
@@ -126,7 +129,13 @@ REFUSED: list[tuple[dict[str, Any], int, int, str, str]] = [
         "model.moe.expert.nested: prefixes of the hidden units are not split over ranks yet",
         "nested experts",
     ),
-    ({"attention": MIXTURE}, 2, 1, "model.attention.kind=mixture: attention experts are not split", "attention experts"),
+    (
+        {"attention": MIXTURE},
+        2,
+        1,
+        "model.attention.kind=mixture: attention experts are not split",
+        "attention experts",
+    ),
     (
         {"attention": {"heads": 4, "kv_heads": 2, "head_dim": 8, "qk_norm": "width"}},
         2,

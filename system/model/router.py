@@ -108,7 +108,9 @@ class Router(nn.Module):
             lots_T = training.lots(context.layer, "capacity", 1, device)[:, 0]
         # A sequence's capacity is for all its tokens, those on other ranks too.
         chosen_TK = context.tokens.gather(routing.chosen_TK)
-        served_TK = context.tokens.mine(serve_within(chosen_TK, capacity_N.to(device), training.sequence_length, lots_T))
+        served_TK = context.tokens.mine(
+            serve_within(chosen_TK, capacity_N.to(device), training.sequence_length, lots_T)
+        )
         weights_TK = routing.weights_TK.masked_fill(served_TK == config.num_experts, 0.0)
         if config.gate_mode == "mixtral":  # DeepSpeed's top-2 gate: the weights of those that serve add up to 1
             weights_TK = weights_TK / (weights_TK.sum(-1, keepdim=True) + TINY)
