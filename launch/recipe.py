@@ -192,11 +192,10 @@ def _sections_in(annotation: Any) -> Iterator[type[BaseModel]]:
 def check_together(recipe: Recipe, model: ModelConfig) -> None:
     """Rules between the sections and the model. Raises ValueError."""
     sizes, moe = recipe.parallel, model.moe
-    for key, size, what in (("pp", sizes.pp, "pipeline"), ("cp", sizes.cp, "context")):
-        if size > 1:
-            raise ValueError(f"parallel.{key}={size}: {what} parallel is not built yet; take {key}=1")
+    if sizes.pp > 1:
+        raise ValueError(f"parallel.pp={sizes.pp}: pipeline parallel is not built yet; take pp=1")
     tp, ep, dp = sizes.tp, sizes.ep, sizes.dp
-    check_split(model, tp, sizes.etp)
+    check_split(model, sizes)
     for experts in moe.pyramid or (moe.ffn_experts,):
         if experts % ep == 0:
             continue
@@ -209,11 +208,10 @@ def check_together(recipe: Recipe, model: ModelConfig) -> None:
         raise ValueError(
             f"train.batch_size={recipe.train.batch_size}: parallel.dp={dp} does not divide it; take a multiple of {dp}"
         )
-    if recipe.train.batch_size // dp * recipe.train.sequence_length % tp:
-        raise ValueError(
-            f"train.sequence_length={recipe.train.sequence_length}: parallel.tp={tp} does not divide the tokens of "
-            f"{recipe.train.batch_size // dp} sequences; take a multiple of {tp}"
-        )
+    length, runs = recipe.train.sequence_length, 2 * sizes.cp if sizes.cp > 1 else 1
+    if length % (runs * tp):
+        what = f"2 runs on each of parallel.cp={sizes.cp} ranks" if runs > 1 else f"parallel.tp={tp}"
+        raise ValueError(f"train.sequence_length={length} is not cut evenly by {what}; take a multiple of {runs * tp}")
     if recipe.train.sequence_length > model.context_length:
         raise ValueError(
             f"train.sequence_length={recipe.train.sequence_length} is longer than "

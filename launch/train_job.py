@@ -148,7 +148,7 @@ def run_job(recipe: Recipe, start: Start, dataset: TokenDataset, watch: Callable
     model = start.model
     if recipe.start_from is None:
         model = model.model_copy(update={"vocab_size": dataset.vocab_size})
-        check_split(model, recipe.parallel.tp, recipe.parallel.etp)
+        check_split(model, recipe.parallel)
     opening: list[Record] = [
         {
             "kind": "start",

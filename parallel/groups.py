@@ -20,7 +20,8 @@ class Groups:
     tensor: dist.ProcessGroup | None = None  # ranks that split each dense weight, and the tokens between them
     context: dist.ProcessGroup | None = None  # ranks that split each sequence
     pipeline: dist.ProcessGroup | None = None  # ranks that split the layers
-    data: dist.ProcessGroup | None = None  # ranks that split the batch
+    batch: dist.ProcessGroup | None = None  # ranks that split the batch
+    data: dist.ProcessGroup | None = None  # ranks with the same dense weights: they split the batch, or its sequences
     token: dist.ProcessGroup | None = None  # ranks of one stage: each token of the batch is routed on one of them
     expert: dist.ProcessGroup | None = None  # ranks that together hold every expert once
     expert_tensor: dist.ProcessGroup | None = None  # ranks that split the weights of the same experts
@@ -33,6 +34,14 @@ class Groups:
     @property
     def tensor_rank(self) -> int:
         return _rank(self.tensor)
+
+    @property
+    def batch_size(self) -> int:
+        return _size(self.batch)
+
+    @property
+    def batch_rank(self) -> int:
+        return _rank(self.batch)
 
     @property
     def data_size(self) -> int:
@@ -99,7 +108,8 @@ def build_groups(sizes: ParallelSizes) -> Groups:
         tensor=unless_alone(parallel_state.get_tensor_model_parallel_group()),
         context=unless_alone(parallel_state.get_context_parallel_group()),
         pipeline=unless_alone(parallel_state.get_pipeline_model_parallel_group()),
-        data=unless_alone(parallel_state.get_data_parallel_group()),
+        batch=unless_alone(parallel_state.get_data_parallel_group()),
+        data=unless_alone(parallel_state.get_data_parallel_group(with_context_parallel=True)),
         token=unless_alone(parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)),
         expert=unless_alone(parallel_state.get_expert_model_parallel_group()),
         expert_tensor=unless_alone(parallel_state.get_expert_tensor_parallel_group()),

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from functools import partial
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -37,9 +38,12 @@ def _megatron_adapter() -> SimpleNamespace:
     from megatron.core import parallel_state
 
     adapter = SimpleNamespace()
-    for group in ("tensor_model_parallel", "data_parallel", "pipeline_model_parallel"):
-        for what in ("group", "world_size", "rank"):
+    for what in ("group", "world_size", "rank"):
+        for group in ("tensor_model_parallel", "pipeline_model_parallel"):
             setattr(adapter, f"get_{group}_{what}", getattr(parallel_state, f"get_{group}_{what}"))
+        # Of a sequence that is split, each rank has some tokens: to DeepSpeed it is as if the batch were split further.
+        of_data = getattr(parallel_state, f"get_data_parallel_{what}")
+        setattr(adapter, f"get_data_parallel_{what}", partial(of_data, with_context_parallel=True))
     adapter.get_model_parallel_group = parallel_state.get_tensor_model_parallel_group
     adapter.get_model_parallel_world_size = parallel_state.get_tensor_model_parallel_world_size
     adapter.get_model_parallel_rank = parallel_state.get_tensor_model_parallel_rank
@@ -92,16 +96,16 @@ def _parameter_groups(
     and the collectives of one rank meet others of the next.
     """
     groups = []
-    for name in ("batch", EXPERTS, REPLICATED):
+    for name in ("others", EXPERTS, REPLICATED):
         for decayed in (True, False):
             held = [
                 parameter
                 for parameter in parameters
-                if getattr(parameter, "group_name", "batch") == name and (id(parameter) in decays) == decayed
+                if getattr(parameter, "group_name", "others") == name and (id(parameter) in decays) == decayed
             ]
             if held:
                 decay = weight_decay if decayed else 0.0
-                groups.append({"params": held, "name": name, "weight_decay": decay, "moe": name != "batch"})
+                groups.append({"params": held, "name": name, "weight_decay": decay, "moe": name != "others"})
     return groups
 
 
@@ -109,11 +113,11 @@ class Zero:
     """AdamW with ZeRO partitioning, gradient reduction and clipping by DeepSpeed.
 
     A gradient is summed over the ranks that hold the same parameter, and divided by the number of those that split the
-    batch. Who holds the same one:
+    batch or its sequences. Who holds the same one:
 
         `expert_parameters`        ranks with the same part of the same experts
         `replicated_parameters`    all ranks of a pipeline stage; those of a tensor group see different tokens, or heads
-        all others                 ranks with the same part of dense weights, which split the batch
+        all others                 ranks with the same part of dense weights
 
     So no size changes what is trained, and each number of a gradient lies in one partition on one rank, where it is
     counted once in the norm. `decayed_parameters` are those that weight decay is for. `stage` 1 splits optimizer state,
@@ -144,9 +148,10 @@ class Zero:
             # DeepSpeed would count others on the first rank of a tensor group alone.
             parameter.model_parallel = True  # type: ignore[attr-defined]
         marked = module
-        held_by, batch = _reduction_groups(), dist.get_process_group_ranks(parallel_state.get_data_parallel_group())
+        held_by = _reduction_groups()
+        others = dist.get_process_group_ranks(parallel_state.get_data_parallel_group(with_context_parallel=True))
         for name, held in ((EXPERTS, expert_parameters), (REPLICATED, replicated_parameters)):
-            if held and dist.get_process_group_ranks(held_by[name]) != batch:
+            if held and dist.get_process_group_ranks(held_by[name]) != others:
                 marked = _marked(module)
                 for parameter in held:
                     parameter.allreduce = False  # type: ignore[attr-defined]

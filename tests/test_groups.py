@@ -39,19 +39,19 @@ CASES = [
     Case(
         1,
         {"dp": 2},
-        {"data": [0, 1], "token": [0, 1], "expert_data": [0, 1]},
+        {"batch": [0, 1], "data": [0, 1], "token": [0, 1], "expert_data": [0, 1]},
         "data parallel: experts are copied like everything else",
     ),
     Case(
         1,
         {"dp": 2, "ep": 2},
-        {"data": [0, 1], "token": [0, 1], "expert": [0, 1]},
+        {"batch": [0, 1], "data": [0, 1], "token": [0, 1], "expert": [0, 1]},
         "expert parallel: no copies of an expert",
     ),
     Case(
         2,
         {"dp": 4, "ep": 2},
-        {"data": [0, 1, 2, 3], "token": [0, 1, 2, 3], "expert": [2, 3], "expert_data": [0, 2]},
+        {"batch": [0, 1, 2, 3], "data": [0, 1, 2, 3], "token": [0, 1, 2, 3], "expert": [2, 3], "expert_data": [0, 2]},
         "both: neighbours share out the experts",
     ),
     Case(
@@ -65,6 +65,7 @@ CASES = [
         {"tp": 2, "dp": 4, "ep": 4},
         {
             "tensor": [4, 5],
+            "batch": [1, 3, 5, 7],
             "data": [1, 3, 5, 7],
             "token": list(range(8)),
             "expert": [4, 5, 6, 7],
@@ -77,6 +78,7 @@ CASES = [
         {"tp": 2, "dp": 4, "ep": 2, "etp": 2},
         {
             "tensor": [6, 7],
+            "batch": [0, 2, 4, 6],
             "data": [0, 2, 4, 6],
             "token": list(range(8)),
             "expert": [4, 6],
@@ -92,7 +94,8 @@ CASES = [
             "tensor": [8, 9],
             "context": [9, 11],
             "pipeline": [1, 9],
-            "data": [9, 13],
+            "batch": [9, 13],
+            "data": [9, 11, 13, 15],
             "token": list(range(8, 16)),
             "expert": list(range(8, 16)),
         },
@@ -102,6 +105,7 @@ CASES = [
         1023,
         {"dp": 1024, "ep": 64},
         {
+            "batch": list(range(1024)),
             "data": list(range(1024)),
             "token": list(range(1024)),
             "expert": list(range(960, 1024)),
@@ -123,9 +127,10 @@ def test_members(case):
             group, members = getattr(groups, name), case.members.get(name, [])
             assert (dist.get_process_group_ranks(group) if group else []) == members, name
         assert groups.rank == case.rank
-        assert (groups.data_size, groups.tensor_size, groups.token_size) == (sizes.dp, sizes.tp, sizes.stage_size)
+        assert (groups.batch_size, groups.data_size) == (sizes.dp, sizes.cp * sizes.dp)
+        assert (groups.tensor_size, groups.token_size) == (sizes.tp, sizes.stage_size)
         assert (groups.expert_size, groups.expert_tensor_size) == (sizes.ep, sizes.etp)
-        for name in ("data", "tensor", "expert", "expert_tensor", "expert_data"):
+        for name in ("batch", "data", "tensor", "expert", "expert_tensor", "expert_data"):
             place = case.members[name].index(case.rank) if name in case.members else 0
             assert getattr(groups, f"{name}_rank") == place, name
 
@@ -138,7 +143,21 @@ def test_a_world_of_another_size_is_refused_in_words():
 
 def test_one_process_needs_no_groups():
     groups = Groups()
-    sizes = (groups.data_size, groups.tensor_size, groups.token_size, groups.expert_size, groups.expert_tensor_size)
+    sizes = (
+        groups.batch_size,
+        groups.data_size,
+        groups.tensor_size,
+        groups.token_size,
+        groups.expert_size,
+        groups.expert_tensor_size,
+    )
     assert set(sizes) == {1}
-    ranks = (groups.rank, groups.data_rank, groups.tensor_rank, groups.expert_rank, groups.expert_tensor_rank)
+    ranks = (
+        groups.rank,
+        groups.batch_rank,
+        groups.data_rank,
+        groups.tensor_rank,
+        groups.expert_rank,
+        groups.expert_tensor_rank,
+    )
     assert set(ranks) == {groups.expert_data_rank} == {0}

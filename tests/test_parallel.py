@@ -56,6 +56,12 @@ MLPS = {
     "attention": {"heads": 4, "kv_heads": 4, "head_dim": 8, "qkv_bias": True, "output_gate": "element"},
 }
 WIDE = {"share_layers": True, "moe": {"gating_residual": False, "balance_loss": "mutual_information"}}
+STICKS = {
+    "attention": {
+        **{"heads": 4, "kv_heads": 2, "head_dim": 8, "rope_theta": None},
+        **{"weighting": "stick_breaking", "sliding_window": 5},
+    }
+}
 NO_EXPERTS = {"dense_layers": [0, 1, 2], "dense": {"hidden_size": 32}}
 
 ONE = {"moe": {"gate_mode": "sigmoid", "selection_bias": True, "top_k": 1}}
@@ -83,6 +89,10 @@ ROWS = [
     Row({"tp": 2, "etp": 2}, "networks of two matrices, biases of queries, parallel block", MLPS),
     Row({"tp": 2}, "layers that share their weights; a loss of means over all tokens", WIDE),
     Row({"tp": 2}, "no experts at all", NO_EXPERTS),
+    Row({"cp": 2}, "sequences are split: keys of other ranks"),
+    Row({"cp": 2, "ep": 2}, "capacity and lots of sequences that are split", MIXTURE),
+    Row({"cp": 2, "etp": 2}, "latent attention of sequences that are split", LATENT),
+    Row({"cp": 2}, "sliding windows, stick-breaking weights in order of positions", STICKS),
     Row({"tp": 2, "ep": 2}, "all tokens on one expert: a rank whose experts get none", ONE, 3),
     Row({"tp": 2, "etp": 2}, "all tokens on one expert that is cut", ONE, 0),
     Row({"tp": 4, "ep": 2}, "experts twice on a tensor group", {"attention": {"heads": 4, "kv_heads": 4}}),
@@ -91,6 +101,9 @@ ROWS = [
     Row({"tp": 2, "dp": 2, "etp": 4}, "experts cut across sequences", SHARED),
     Row({"dp": 4, "ep": 2, "etp": 2}, "both for experts, neither for attention", MLPS),
     Row({"tp": 2, "dp": 2, "ep": 4}, "an expert a rank, and all tokens on one", ONE, 2),
+    Row({"tp": 2, "cp": 2, "ep": 4}, "tokens of runs of sequences, split again", MIXTURE),
+    Row({"cp": 2, "dp": 2, "ep": 2, "etp": 2}, "sequences and batch are split, experts cut both ways", SHARED),
+    Row({"tp": 2, "cp": 2, "dp": 2, "ep": 2, "etp": 2}, "every degree of a stage", MIXTURE),
     Row({"tp": 2, "dp": 4, "ep": 2, "etp": 2}, "all of them, experts twice"),
     Row({"tp": 4, "dp": 2, "ep": 4, "etp": 2}, "all of them, experts once", {"attention": {"heads": 4, "kv_heads": 4}}),
     Row({"tp": 2, "dp": 4, "ep": 4}, "latent attention on eight", LATENT),
@@ -125,7 +138,7 @@ def tokens_of(rank: int, ranks: int) -> tuple[torch.Tensor, TrainingStep]:
 
 
 def trained(loss: LanguageModelLoss) -> BatchLoss:
-    tokens_BS1, step = tokens_of(loss.groups.data_rank, loss.groups.data_size)
+    tokens_BS1, step = tokens_of(loss.groups.batch_rank, loss.groups.batch_size)
     answer = loss(tokens_BS1, step)
     answer.total.backward()
     return answer
@@ -135,8 +148,8 @@ def trained(loss: LanguageModelLoss) -> BatchLoss:
 def validated(loss: LanguageModelLoss, tokens_BS1: torch.Tensor) -> torch.Tensor:
     """Cross entropy of all of these tokens, summed."""
     groups = loss.groups
-    mine_BS1 = tokens_BS1.tensor_split(groups.data_size)[groups.data_rank]
-    total = loss(mine_BS1).cross_entropy * mine_BS1[:, 1:].numel()
+    mine_BS1 = tokens_BS1.tensor_split(groups.batch_size)[groups.batch_rank]
+    total = loss(mine_BS1).cross_entropy * mine_BS1[:, 1:].numel() / (groups.data_size // groups.batch_size)
     if groups.data is not None:
         dist.all_reduce(total, group=groups.data)
     return total
@@ -191,7 +204,8 @@ def check_layout(row: Row) -> None:
 
     # One sequence in all, so that some ranks that split the batch have none; then with one token a rank.
     tokens_BS1 = tokens_of(0, 1)[0]
-    for few_BS1 in (tokens_BS1[:1], tokens_BS1[:1, : groups.tensor_size + 1]):
+    fewest = groups.tensor_size if groups.context is None else LENGTH
+    for few_BS1 in (tokens_BS1[:1], tokens_BS1[:1, : fewest + 1]):
         assert_close(
             validated(spread, few_BS1), validated(alone, few_BS1), what=f"{few_BS1.shape[1] - 1} tokens in all"
         )

@@ -35,7 +35,11 @@ WRONG = [
         "quickstart: start_from=x: leave out model, it comes with that checkpoint",
     ),
     ("pipeline parallel", ["parallel.pp=2"], "parallel.pp=2: pipeline parallel is not built yet; take pp=1"),
-    ("context parallel", ["parallel.cp=2"], "parallel.cp=2: context parallel is not built yet; take cp=1"),
+    (
+        "sequences that cp does not divide",
+        ["parallel.cp=3", "parallel.ep=1"],
+        "train.sequence_length=128 is not cut evenly by 2 runs on each of parallel.cp=3 ranks; take a multiple of 6",
+    ),
     (
         "heads that tp does not divide",
         ["parallel.tp=3"],
@@ -53,8 +57,8 @@ WRONG = [
     ),
     (
         "tokens that tp does not divide",
-        ["parallel.tp=2", "train.sequence_length=127", "train.batch_size=2"],
-        "train.sequence_length=127: parallel.tp=2 does not divide the tokens of 1 sequences; take a multiple of 2",
+        ["parallel.tp=2", "train.sequence_length=127"],
+        "train.sequence_length=127 is not cut evenly by parallel.tp=2; take a multiple of 2",
     ),
     ("a minimum above the peak", ["train.min_learning_rate=1"], "min_learning_rate=1.0 is above learning_rate"),
 ]

@@ -162,15 +162,21 @@ REFUSED: list[tuple[dict[str, Any], int, int, str, str]] = [
 
 @pytest.mark.parametrize("changes, tp, etp, words, reason", REFUSED, ids=[reason for *_, reason in REFUSED])
 def test_what_cannot_be_split_is_refused_in_one_line(changes, tp, etp, words, reason):
-    config = config_of(changes)
-    check_split(config, 1, 1)
+    config, sizes = config_of(changes), ParallelSizes(tp=tp, etp=etp, dp=etp)
+    check_split(config, ParallelSizes())
     with pytest.raises(ValueError) as error:
-        check_split(config, tp, etp)
+        check_split(config, sizes)
     assert words in str(error.value) and "\n" not in str(error.value)
 
 
+def test_context_parallel_has_no_mixture_of_depths():
+    config = config_of({"depth": {"layers": [1]}, "moe": {"gating_residual": False}})
+    with pytest.raises(ValueError, match="model.depth: .*; take parallel.cp=1, not 2"):
+        check_split(config, ParallelSizes(cp=2))
+
+
 def test_a_vocabulary_that_is_not_known_yet_is_not_looked_at():
-    check_split(tiny_model(vocab_size=None), 2, 2)
+    check_split(tiny_model(vocab_size=None), ParallelSizes(tp=2, etp=2))
 
 
 def check_against_megatron() -> None:

@@ -28,7 +28,7 @@ from torch import nn
 
 from expertmesh.parallel.groups import Groups
 from expertmesh.parallel.shard import Shard, mark
-from expertmesh.parallel.sizes import divisors
+from expertmesh.parallel.sizes import ParallelSizes, divisors
 from expertmesh.parallel.token_split import TokenSplit
 from expertmesh.system.model.attention import Attention
 from expertmesh.system.model.attention_config import AttentionConfig, MixtureAttentionConfig
@@ -56,9 +56,8 @@ EXPERT_WEIGHTS: dict[type[nn.Module], dict[str, int]] = {
 def parallel_transformer(config: ModelConfig, groups: Groups) -> Transformer:
     """The part of a model of `config` that a rank of `groups` holds; weights are uninitialised.
 
-    Its `config` is that of the whole model. Raises ValueError where the model cannot be split so.
+    Its `config` is that of the whole model, which `check_split` has nothing against.
     """
-    check_split(config, groups.tensor_size, groups.expert_tensor_size)
     narrow = _narrow(config, groups.tensor_size, groups.expert_tensor_size)
     model = Transformer(narrow, groups.expert_rank, groups.expert_size)
     model.config = config
@@ -69,11 +68,18 @@ def parallel_transformer(config: ModelConfig, groups: Groups) -> Transformer:
     return model
 
 
-def check_split(config: ModelConfig, tp: int, etp: int) -> None:
-    """Raise ValueError, in one line, where a model of `config` cannot be split over `tp` ranks, its experts over `etp`.
+def check_split(config: ModelConfig, sizes: ParallelSizes) -> None:
+    """Raise ValueError, in one line, where a model of `config` cannot be split over the ranks of one stage of `sizes`.
 
     A vocabulary that is not known yet is not looked at.
     """
+    tp, etp = sizes.tp, sizes.etp
+    for degree, ranks in (("tp", tp), ("cp", sizes.cp)):
+        if config.depth and ranks > 1:
+            raise ValueError(
+                "model.depth: the choice among all tokens of a sequence is not split over ranks yet; "
+                f"take parallel.{degree}=1, not {ranks}"
+            )
     attention, moe = config.attention, config.moe
     if tp > 1:
         _check_halves(config, tp)
@@ -93,7 +99,7 @@ def check_split(config: ModelConfig, tp: int, etp: int) -> None:
 
 
 def _check_halves(config: ModelConfig, tp: int) -> None:
-    """What holds together over all heads, or over all tokens of a sequence, is not split (yet)."""
+    """What holds together over all heads is not split (yet)."""
     attention, refused = config.attention, None
     if isinstance(attention, MixtureAttentionConfig):
         refused = "model.attention.kind=mixture: attention experts are"
@@ -101,8 +107,6 @@ def _check_halves(config: ModelConfig, tp: int) -> None:
         refused = "model.attention.qk_norm=width: a norm over all heads is"
     elif isinstance(attention, AttentionConfig) and attention.output_bias:
         refused = "model.attention.output_bias=true: a bias behind a sum over ranks is"
-    elif config.depth:
-        refused = "model.depth: the choice among all tokens of a sequence is"
     if refused:
         raise ValueError(f"{refused} not split over ranks yet; take parallel.tp=1, not {tp}")
 

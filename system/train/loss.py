@@ -17,11 +17,12 @@ from expertmesh.kernels.z_loss import z_loss
 from expertmesh.parallel.cross_entropy import total_cross_entropy
 from expertmesh.parallel.dispatchers import Dispatcher
 from expertmesh.parallel.groups import Groups
+from expertmesh.parallel.sequence_split import SequenceSplit
 from expertmesh.parallel.token_split import TokenSplit
-from expertmesh.system.model.attend import CausalAttend
+from expertmesh.system.model.attend import Attend, CausalAttend, ContextAttend
 from expertmesh.system.model.attention_config import MixtureAttentionConfig
 from expertmesh.system.model.config import ModelConfig
-from expertmesh.system.model.context import Context, Decisions, DepthChoice, TrainingStep
+from expertmesh.system.model.context import Context, Decisions, DepthChoice, Spread, TrainingStep
 from expertmesh.system.model.moe_config import MoEConfig
 from expertmesh.system.model.transformer import Transformer
 
@@ -33,7 +34,7 @@ class BatchLoss(NamedTuple):
     """
 
     total: torch.Tensor  # cross entropy and the others by their weights; its gradients are summed over a tensor group
-    cross_entropy: torch.Tensor  # mean over the tokens of this rank's sequences, nats
+    cross_entropy: torch.Tensor  # mean over the tokens of this rank's sequences that its context rank has, nats
     balance_L: torch.Tensor
     z_L: torch.Tensor
     loads_N: list[torch.Tensor]  # int64 slots that chose each expert, of each layer
@@ -61,7 +62,6 @@ class LanguageModelLoss(nn.Module):
     def __init__(self, model: Transformer, dispatcher: Dispatcher, groups: Groups) -> None:
         super().__init__()
         self.model, self.dispatcher, self.groups = model, dispatcher, groups
-        self.tokens = TokenSplit(groups.tensor)
 
     def forward(self, tokens_BS1: torch.Tensor, training: TrainingStep | None = None) -> BatchLoss:
         """tokens_BS1: int64 [B, S+1], this rank's sequences; position s predicts token s+1. `training` None: no update.
@@ -69,16 +69,18 @@ class LanguageModelLoss(nn.Module):
         Only with `training` are slots dropped, is noise added, and does a nested model use a part of its width.
         """
         config, device = self.model.config, tokens_BS1.device
-        inputs_BS, targets_BS = tokens_BS1[:, :-1], tokens_BS1[:, 1:]
-        batch_size, sequence_length = inputs_BS.shape
-        positions_T = torch.arange(sequence_length, device=device).repeat(batch_size)
+        batch_size, sequence_length = len(tokens_BS1), tokens_BS1.shape[1] - 1
+        split = SequenceSplit(self.groups.context, sequence_length)
+        positions_C = split.positions_C(device)
+        inputs_BC, targets_BC = tokens_BS1[:, positions_C], tokens_BS1[:, positions_C + 1]
         width = draw_width(config, training)
-        attend = CausalAttend(sequence_length)
-        context = Context(positions_T, attend, self.dispatcher, training, width, tokens=self.tokens)
-        hidden_TD, decisions = self.model(inputs_BS.reshape(-1), context)
+        attend: Attend = CausalAttend(sequence_length) if self.groups.context is None else ContextAttend(split)
+        context = Context(positions_C.repeat(batch_size), attend, self.dispatcher, training, width)
+        context = context._replace(spread=Spread(split, TokenSplit(self.groups.tensor)))
+        hidden_TD, decisions = self.model(inputs_BC.reshape(-1), context)
         logits_TV = self.model.lm_head(hidden_TD).float()
-        total = total_cross_entropy(logits_TV, targets_BS.reshape(-1), self.groups.tensor)
-        mean_entropy = total / max(targets_BS.numel(), 1)
+        total = total_cross_entropy(logits_TV, targets_BC.reshape(-1), self.groups.tensor)
+        mean_entropy = total / max(targets_BC.numel(), 1)
 
         layers = [config.moe_of(layer) for layer in config.moe_layers]
         routings = [decided.experts for decided in decisions if decided.experts is not None]

@@ -193,13 +193,13 @@ class Trainer:
 
     def _my_rows(self, tokens_BS1: torch.Tensor) -> torch.Tensor:
         """This rank's sequences, in order; a short validation batch may leave some ranks with none."""
-        mine_BS1 = tokens_BS1.tensor_split(self.groups.data_size)[self.groups.data_rank]
+        mine_BS1 = tokens_BS1.tensor_split(self.groups.batch_size)[self.groups.batch_rank]
         return mine_BS1.to(self.device.name)
 
     def _my_sequences(self) -> range:
         """The numbers of this rank's sequences in the whole batch."""
-        each = self.config.batch_size // self.groups.data_size
-        return range(self.groups.data_rank * each, (self.groups.data_rank + 1) * each)
+        each = self.config.batch_size // self.groups.batch_size
+        return range(self.groups.batch_rank * each, (self.groups.batch_rank + 1) * each)
 
     def _sum_over_ranks(self, *values: float) -> list[float]:
         if self.groups.token is None:
