@@ -24,9 +24,9 @@ class SequenceSplit:
 
     def __init__(self, group: dist.ProcessGroup | None, length: int) -> None:
         self.group, self.length = group, length
-        self._ranks, self._rank = (group.size(), group.rank()) if group is not None else (1, 0)
-        if group is not None:
-            assert length % (2 * self._ranks) == 0, f"{length} positions over 2 x {self._ranks} runs"
+        self._ranks = 1 if group is None else group.size()
+        self._rank = 0 if group is None else group.rank()
+        assert group is None or length % (2 * self._ranks) == 0, f"{length} positions over 2 x {self._ranks} runs"
 
     def positions_C(self, device: torch.device) -> torch.Tensor:
         """int64 [C]: the positions here, in rising order."""

@@ -2,7 +2,7 @@
 
 A layer that splits a weight over ranks marks its parameter once; every reader of weights asks the mark:
 
-    parameter [4, 2] of full [8, 2]       Shard(dim=0, index=1, of=2)       full[4:8, :]
+    parameter [4, 2] of full [8, 2]       Shard(dim=0, rank=1, of=2)       full[4:8, :]
 
 No mark: the rank holds the tensor whole. Parts of one tensor are equal in size and lie in rank order.
 """
@@ -19,10 +19,10 @@ Shape = tuple[int, ...]
 
 
 class Shard(NamedTuple):
-    """The part number `index` of `of` equal ones along `dim` of a tensor."""
+    """The part number `rank` of `of` equal ones along `dim` of a tensor."""
 
     dim: int = 0
-    index: int = 0
+    rank: int = 0
     of: int = 1
 
     def full_shape(self, part: Shape) -> Shape:
@@ -31,7 +31,7 @@ class Shard(NamedTuple):
 
     def place(self, part: Shape) -> tuple[slice, ...]:
         """Where a part of that shape lies in the full tensor."""
-        first = self.index * part[self.dim] if part else 0
+        first = self.rank * part[self.dim] if part else 0
         return tuple(slice(first, first + size) if dim == self.dim else slice(0, size) for dim, size in enumerate(part))
 
 

@@ -238,7 +238,7 @@ def problems() -> dict[int, list[str | None]]:
     found: dict[int, list[str | None]] = {}
     for world in sorted({row.world for row in ROWS}):
         numbers = [number for number, row in enumerate(ROWS) if row.world == world]
-        ranks = run_ranks(check_layouts, world, [ROWS[number] for number in numbers])
+        ranks = run_ranks(check_layouts, world, [ROWS[number] for number in numbers], timeout=600)
         for place, number in enumerate(numbers):
             found[number] = [problem[place] for problem in ranks]
     return found
@@ -302,7 +302,7 @@ def run_all(jobs: list[Job]) -> dict[Job, Result]:
     results = {}
     for world in sorted({ParallelSizes(**RUNS[job.row][0]).world_size for job in jobs}):
         mine = [job for job in jobs if ParallelSizes(**RUNS[job.row][0]).world_size == world]
-        results.update(zip(mine, run_ranks(run_jobs, world, mine)[0], strict=True))
+        results.update(zip(mine, run_ranks(run_jobs, world, mine, timeout=600)[0], strict=True))
     return results
 
 

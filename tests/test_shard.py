@@ -28,8 +28,8 @@ def test_where_a_part_lies(shard, part, full, place, reason):
 
 def test_parts_cover_the_whole_once():
     counts = torch.zeros(6, 4)
-    for index in range(3):
-        counts[Shard(0, index, 3).place((2, 4))] += 1
+    for rank in range(3):
+        counts[Shard(0, rank, 3).place((2, 4))] += 1
     assert torch.equal(counts, torch.ones(6, 4))
 
 

@@ -55,7 +55,7 @@ def test_parts_are_those_of_the_whole_and_cover_it(changes, reason):
         assert model.config == config
         sizes = {}
         for weight in weights(model):
-            assert weight.shard in (WHOLE, weight.shard._replace(index=group.rank(), of=ranks))
+            assert weight.shard in (WHOLE, weight.shard._replace(rank=group.rank(), of=ranks))
             for name, view in weight.split(weight.parameter.detach()).items():
                 assert torch.equal(view, full[name][weight.shard.place(view.shape)]), name
                 sizes[name] = view.numel() * weight.shard.of

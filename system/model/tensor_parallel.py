@@ -112,13 +112,11 @@ def _check_halves(config: ModelConfig, tp: int) -> None:
 
 
 def _check_network(key: str, network: AnyDense | AnyExpert, degree: str, ranks: int) -> None:
-    refused = None
+    refused = f"not split over ranks yet; take parallel.{degree}=1, not {ranks}"
     if not isinstance(network, SwiGLUConfig | MLPConfig):
-        refused = f"model.{key}.kind={network.kind}: this kind of network is"
-    elif isinstance(network, SwiGLUConfig) and network.nested:
-        refused = f"model.{key}.nested: prefixes of the hidden units are"
-    if refused:
-        raise ValueError(f"{refused} not split over ranks yet; take parallel.{degree}=1, not {ranks}")
+        raise ValueError(f"model.{key}.kind={network.kind}: this kind of network is {refused}")
+    if isinstance(network, SwiGLUConfig) and network.nested:
+        raise ValueError(f"model.{key}.nested: prefixes of the hidden units are {refused}")
     _must_divide(f"{key}.hidden_size", network.hidden_size, degree, ranks)
 
 
