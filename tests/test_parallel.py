@@ -254,7 +254,7 @@ RUNS = [
     ({}, 1, "one rank"),
     ({"tp": 2, "ep": 2}, 1, "tensor and expert parallel"),
     ({"dp": 2, "etp": 2}, 2, "data and expert tensor parallel, ZeRO 2"),
-    ({"tp": 2, "dp": 2, "ep": 2, "etp": 2}, 2, "all of them, ZeRO 2"),
+    ({"tp": 2, "cp": 2, "ep": 2, "etp": 2}, 2, "tensors, sequences and experts both ways, ZeRO 2"),
 ]
 PAIRS = list(itertools.permutations(range(len(RUNS)), 2))  # who writes a checkpoint, who reads it
 STEPS, HALF = 20, 10
