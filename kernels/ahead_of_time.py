@@ -26,7 +26,11 @@ from triton.compiler.compiler import ASTSource
 from expertmesh.kernels import (
     combine_triton,
     grouped_gemm_triton,
+    grouped_gemv_triton,
     grouped_swiglu_triton,
+    paged_attention_triton,
+    quantise_triton,
+    quantised_gemm_triton,
     router_sums,
     routing_triton,
     rows,
@@ -38,8 +42,10 @@ from expertmesh.kernels.tiles import CHIPS, Build, Chip
 FAMILIES = (
     *(grouped_gemm_triton, grouped_swiglu_triton, rows, combine_triton),
     *(routing_triton, slot_order_triton, router_sums),
+    *(quantise_triton, quantised_gemm_triton),
+    *(grouped_gemv_triton, paged_attention_triton),
 )
-MACS_PER_CLOCK = {"sm_80": 1024, "sm_90": 2048, "sm_100": 4096}  # bfloat16, dense, of a multiprocessor
+MACS_PER_CLOCK = {"sm_80": 1024, "sm_90": 2048, "sm_100": 4096}  # bfloat16, dense, of a multiprocessor; FP8 twice that
 ISSUE_SLOTS_PER_CLOCK = 4
 REGISTERS, THREADS = 65536, 2048  # of a multiprocessor
 SHARED_BYTES = {"sm_80": 164 * 1024, "sm_90": 228 * 1024, "sm_100": 228 * 1024}  # of it; a program pays 1 KiB more
@@ -111,7 +117,7 @@ def judge(build: Build, chip: Chip) -> Judgement:
             tile = build.tile
             macs = tile.rows * tile.columns * tile.depth * build.accumulators
             issued = code.step_instructions * warps / ISSUE_SLOTS_PER_CLOCK
-            share = round(issued / (macs / MACS_PER_CLOCK[chip.name]), 3)
+            share = round(issued * MACS_PER_CLOCK[chip.name] * 2 / build.operand_bytes / macs, 3)
     return Judgement(
         kernel=build.name,
         tile=str(build.tile),

@@ -22,6 +22,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from expertmesh.kernels import grouped_gemm_triton as kernels
+from expertmesh.kernels import grouped_gemv_triton
 from expertmesh.kernels.device import by_triton
 from expertmesh.kernels.float32_products import products_of
 from expertmesh.kernels.ops import operation
@@ -74,7 +75,7 @@ def zero_others(gradient_E: torch.Tensor, experts: list[int]) -> None:
         gradient_E[expert].zero_()
 
 
-TRITON = Products(kernels.multiply, kernels.outer)
+TRITON = Products(grouped_gemv_triton.multiply, kernels.outer)
 SEGMENTS = Products(_multiply_segments, _outer_segments)
 
 

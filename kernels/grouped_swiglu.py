@@ -21,7 +21,7 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from expertmesh.kernels import grouped_swiglu_cpu
+from expertmesh.kernels import grouped_gemv_triton, grouped_swiglu_cpu
 from expertmesh.kernels import grouped_swiglu_triton as kernels
 from expertmesh.kernels.device import by_triton
 from expertmesh.kernels.grouped_gemm import TRITON, check_groups, grouped_gemm_ref
@@ -48,7 +48,7 @@ def _forward_triton(
     weights_R: torch.Tensor | None,
     saved: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    h_RG, a_RF = kernels.up(source_XD, index_R, counts_E, gate_up_EGD, weights_R, saved)
+    h_RG, a_RF = grouped_gemv_triton.up(source_XD, index_R, counts_E, gate_up_EGD, weights_R, saved)
     return TRITON.multiply(a_RF, down_EDF, counts_E), h_RG
 
 

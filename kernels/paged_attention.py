@@ -28,6 +28,8 @@ from collections.abc import Sequence
 import torch
 from torch.nn import functional
 
+from expertmesh.kernels import paged_attention_triton as kernels
+from expertmesh.kernels.device import by_triton
 from expertmesh.kernels.ops import operation
 
 
@@ -97,7 +99,8 @@ def _fake(q_SHd, keys_PBGd, values_PBGe, table_SM, lengths_S, window, scale):
     _fake,
 )
 def _paged_attention(q_SHd, keys_PBGd, values_PBGe, table_SM, lengths_S, window, scale):
-    return _by_sequence(q_SHd, keys_PBGd, values_PBGe, table_SM, lengths_S, window, scale)
+    way = kernels.paged_attention if by_triton(q_SHd) else _by_sequence
+    return way(q_SHd, keys_PBGd, values_PBGe, table_SM, lengths_S, window, scale)
 
 
 def paged_attention(
@@ -146,12 +149,10 @@ def paged_attention_ref(
     (S, H, d), (_, size, G, _) = q_SHd.shape, keys_PBGd.shape
     o_SHe = q_SHd.new_zeros(S, H, values_PBGe.shape[3])
     for s, length in enumerate(lengths_S.tolist()):
-        positions = range(0 if window is None else max(0, length - window), length)
-        places = [(int(table_SM[s, position // size]), position % size) for position in positions]
-        for h in range(H if places else 0):
-            g = h // (H // G)
-            keys_Cd = torch.stack([keys_PBGd[page, slot, g] for page, slot in places])
-            values_Ce = torch.stack([values_PBGe[page, slot, g] for page, slot in places])
+        positions_C = torch.arange(0 if window is None else max(0, length - window), length)
+        pages_C, places_C = table_SM[s, positions_C // size], positions_C % size
+        for h in range(H if length else 0):
+            keys_Cd, values_Ce = (cache[pages_C, places_C, h // (H // G)] for cache in (keys_PBGd, values_PBGe))
             scores_C = (keys_Cd @ q_SHd[s, h]) * (1 / math.sqrt(d) if scale is None else scale)
             o_SHe[s, h] = scores_C.softmax(0) @ values_Ce
     return o_SHe

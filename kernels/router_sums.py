@@ -209,8 +209,10 @@ def router_sums(logits_TN: torch.Tensor, chosen_TK: torch.Tensor, sigmoid: bool 
         sigmoid: probabilities are sigmoid scores divided by their sum, not a softmax (`route_sigmoid`).
     """
     if by_triton(logits_TN):
-        sums = _RouterSums.apply(logits_TN.contiguous(), chosen_TK.contiguous(), sigmoid)
-        return RouterSums(*sums, len(logits_TN))
+        p_N, z, information, counts_N, firsts_N = _RouterSums.apply(
+            logits_TN.contiguous(), chosen_TK.contiguous(), sigmoid
+        )
+        return RouterSums(p_N, z, information, counts_N, firsts_N, len(logits_TN))
     return router_sums_ref(logits_TN, chosen_TK, sigmoid)
 
 

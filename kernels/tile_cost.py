@@ -14,7 +14,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from expertmesh.kernels.tiles import Tile
+from expertmesh.kernels.paged_attention_triton import part_span
+from expertmesh.kernels.tiles import Cut, Tile
 
 
 class Cost(NamedTuple):
@@ -49,6 +50,20 @@ def multiply_cost(counts: list[int], n: int, k: int, itemsize: int, tile: Tile, 
     )
 
 
+def few_rows_cost(counts: list[int], n: int, k: int, itemsize: int, cut: Cut, accumulators: int = 1) -> Cost:
+    """Of the same products where rows are few: a tile fetches the rows that there are, parts go through memory."""
+    rows, used = sum(counts), sum(1 for count in counts if count)
+    blocks = -(-n // cut.tile.columns)
+    weights, out = accumulators * k * itemsize, rows * n * itemsize
+    between = 2 * cut.parts * rows * accumulators * n * 4 if cut.parts > 1 else 0
+    return Cost(
+        bytes=blocks * (rows * k * itemsize + used * cut.tile.columns * weights) + between + out,
+        least_bytes=rows * k * itemsize + used * n * weights + out,
+        flops=2 * used * blocks * accumulators * cut.tile.rows * cut.tile.columns * k,
+        least_flops=2 * rows * n * k * accumulators,
+    )
+
+
 def outer_cost(counts: list[int], n: int, k: int, itemsize: int, tile: Tile) -> Cost:
     """Of `outer`: every block of every expert's result reads all rows of that expert, of a part of both widths."""
     rows, experts = sum(counts), len(counts)
@@ -61,3 +76,28 @@ def outer_cost(counts: list[int], n: int, k: int, itemsize: int, tile: Tile) -> 
         flops=2 * n_blocks * k_blocks * tile.rows * tile.columns * tile.depth * steps,
         least_flops=2 * rows * n * k,
     )
+
+
+def paged_attention_cost(
+    lengths: list[int], heads: int, groups: int, d: int, e: int, shared: bool, itemsize: int, tile: Tile, parts: int
+) -> Cost:
+    """Of `paged_attention` without a window: each block of the heads of a key-value head reads that head's positions.
+
+    Left out: the table of pages, 4 bytes of each page a block.
+    """
+    per_group = heads // groups
+    blocks = groups * -(-per_group // tile.rows)
+    position, answer = (d + (0 if shared else e)) * itemsize, heads * e * itemsize
+    cost = Cost(0, 0, 0, 0)
+    for length in lengths:
+        span = part_span(length, parts, tile.depth)
+        used = -(-length // span)
+        steps = sum(-(-min(span, length - first) // tile.depth) for first in range(0, length, span))
+        between = 2 * used * heads * (e + 1) * 4 if parts > 1 else 0  # written, and read by the kernel that joins
+        cost = Cost(
+            bytes=cost.bytes + blocks * length * position + used * heads * d * itemsize + between + answer,
+            least_bytes=cost.least_bytes + groups * length * position + heads * d * itemsize + answer,
+            flops=cost.flops + 2 * blocks * steps * tile.rows * tile.depth * (d + e),
+            least_flops=cost.least_flops + 2 * heads * length * (d + e),
+        )
+    return cost

@@ -27,12 +27,13 @@ class Chip(NamedTuple):
     name: str
     descriptors: bool  # tensor memory access: blocks are fetched by hardware, bounds included
     shared_bytes: int  # that one program may have
+    multiprocessors: int
 
 
-SM_80 = Chip("sm_80", False, 163 * 1024)
-SM_90 = Chip("sm_90", True, 227 * 1024)
-SM_100 = Chip("sm_100", True, 227 * 1024)
-GFX942 = Chip("gfx942", False, 64 * 1024)
+SM_80 = Chip("sm_80", False, 163 * 1024, 108)
+SM_90 = Chip("sm_90", True, 227 * 1024, 132)
+SM_100 = Chip("sm_100", True, 227 * 1024, 148)
+GFX942 = Chip("gfx942", False, 64 * 1024, 304)
 CHIPS = {chip.name: chip for chip in (SM_80, SM_90, SM_100, GFX942)}
 
 
@@ -67,6 +68,7 @@ class Build(NamedTuple):
     arguments: dict[str, Any]  # by parameter: "*bf16:16", "i32:16", "desc:bf16[1, 64, 64]", or the constant itself
     tile: Tile
     accumulators: int = 1  # products of the tile's size in one step of the inner loop
+    operand_bytes: int = 2  # of a number as the tensor cores read it
 
 
 def choose_tile(rows: int, experts: int, columns: int, itemsize: int, chip: Chip, wide: bool = True) -> Tile:
@@ -86,6 +88,37 @@ def choose_tile(rows: int, experts: int, columns: int, itemsize: int, chip: Chip
     # 4 warps at 128x128 issue two thirds of what 8 do for a step (sm_90: 0.19 against 0.34 of the issue slots).
     warps = 8 if width == 256 or (height == 128 and not chip.descriptors) else 4
     return Tile(height, width, depth, warps, stages)
+
+
+class Cut(NamedTuple):
+    """How a product of few rows is spread over a chip."""
+
+    tile: Tile
+    parts: int  # of the inner width
+
+
+FEW_ROWS = 32  # the rows of all experts together
+
+
+def few_rows_cut(
+    rows: int, experts: int, columns: int, inner: int, itemsize: int, chip: Chip, accumulators: int = 1
+) -> Cut | None:
+    """The cut of a product of so few rows that one tile holds them, whosever they are; None where there are more.
+
+    Two programs for each multiprocessor are wanted, with a step's operands three times in half of its shared memory.
+    Narrow tiles give them for nothing, since each row of weights is still 256 bytes in a piece; parts of the inner
+    width cost a second kernel, and are 4 steps at least.
+    """
+    if not 0 < rows <= FEW_ROWS:
+        return None
+    active, wanted = min(rows, experts), 2 * chip.multiprocessors
+    widths = [width for width in (128, 64, 32) if width * accumulators <= 128]
+    width = next((w for w in widths if active * triton.cdiv(columns, w) >= wanted), widths[-1])
+    programs, height = active * triton.cdiv(columns, width), 16 if rows <= 16 else 32
+    fits = 3 * (height + width * accumulators) * 256 <= chip.shared_bytes // 2
+    depth = (256 if fits else 128) // itemsize
+    parts = max(1, min(triton.cdiv(wanted, programs), inner // (4 * depth)))
+    return Cut(Tile(height, width, depth, 4, 2 if chip == GFX942 else 3), parts)
 
 
 @triton.jit

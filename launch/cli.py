@@ -41,13 +41,19 @@ AnyCheckpointArgument = Annotated[
 ]
 AttentionOption = Annotated[int | None, typer.Option(help="attention workers; with neither pool: one process")]
 FFNOption = Annotated[int | None, typer.Option(help="FFN workers, each with a share of the experts")]
-MicroBatchesOption = Annotated[int, typer.Option(min=1, max=8, help="parts of a step in flight to the FFN pool")]
+MicroBatchesOption = Annotated[int, typer.Option(min=1, max=4, help="parts of the work in flight to the FFN pool")]
+TraceOption = Annotated[
+    Path | None, typer.Option(help="write what each stage did when, as a Chrome trace, to this file at the end")
+]
+ServeSettingsArgument = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="settings, such as serve.cache_tokens=65536")
+]
 AddressOption = Annotated[str | None, typer.Option(help="a running Ray cluster: auto or host:port; none: its own")]
 JsonOption = Annotated[bool, typer.Option("--json", help="print the result as JSON")]
 
 
 convert = typer.Typer(
-    help="Bring checkpoints of Hugging Face in, or take one out; cut a smaller model out of a nested one.",
+    help="Bring checkpoints of Hugging Face in, or take one out; cut a nested model; quantise experts.",
     no_args_is_help=True,
 )
 app.add_typer(convert, name="convert")
@@ -178,6 +184,8 @@ def submit(
 @app.command()
 def generate(
     checkpoint: AnyCheckpointArgument,
+    settings: ServeSettingsArgument = None,
+    *,
     prompt: Annotated[str, typer.Option(help="the text to continue")],
     max_tokens: Annotated[int, typer.Option(min=1, help="longest answer, in tokens")] = 64,
     temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token each time")] = 0.0,
@@ -185,26 +193,30 @@ def generate(
     seed: Annotated[int | None, typer.Option(help="the same seed gives the same text")] = None,
     attention: AttentionOption = None,
     ffn: FFNOption = None,
-    micro_batches: MicroBatchesOption = 1,
+    micro_batches: MicroBatchesOption = 3,
+    trace: TraceOption = None,
     address: AddressOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Continue a text: in one process, or with attention and experts in separate workers."""
     with wrong_input():
-        from expertmesh.launch.serving import bring_up, check_pools, look_at
-        from expertmesh.system.serve.config import ServeConfig
+        from expertmesh.launch.recipe import serve_settings
+        from expertmesh.launch.serving import bring_up, check_pools, check_trace, look_at
         from expertmesh.system.serve.request import Request, Sampling
 
+        config = serve_settings([f"serve.micro_batches={micro_batches}", *(settings or [])])
         served = look_at(checkpoint)
         pools = check_pools(served.model, attention, ffn)
+        check_trace(trace)
         prompt_token_ids = served.tokenizer.encode(prompt)
-        room = served.model.context_length - len(prompt_token_ids)
+        longest = config.room(served.model.context_length)
+        holder = "the model's context" if longest == served.model.context_length else "the cache"
+        room = longest - len(prompt_token_ids)
         if not prompt_token_ids:
             raise ValueError("--prompt is empty: give at least one character to continue")
         if room < 1:
             raise ValueError(
-                f"--prompt has {len(prompt_token_ids)} tokens; "
-                f"the model's context holds {served.model.context_length}, the answer included"
+                f"--prompt has {len(prompt_token_ids)} tokens; {holder} holds {longest}, the answer included"
             )
     import asyncio
 
@@ -220,7 +232,7 @@ def generate(
             if not as_json:
                 typer.echo(piece, nl=False)
 
-        async with bring_up(served, pools, ServeConfig(micro_batches=micro_batches), address) as client:
+        async with bring_up(served, pools, config, address, trace) as client:
             if not as_json:
                 typer.echo(prompt, nl=False)
             async for output in client.generate(request):
@@ -229,6 +241,7 @@ def generate(
                 if finish_reason != "stop":
                     show(text.push(output.token_id))
             show(text.finish())
+            stages = await client.stages()
         if not as_json:
             typer.echo()
         return {
@@ -237,6 +250,7 @@ def generate(
             "prompt_token_ids": prompt_token_ids,
             "finish_reason": finish_reason,
             "pools": pools._asdict() if pools else {"joined": 1},
+            "stages": stages,
         }
 
     with failures():
@@ -248,9 +262,11 @@ def generate(
 @app.command()
 def serve(
     checkpoint: AnyCheckpointArgument,
+    settings: ServeSettingsArgument = None,
     attention: AttentionOption = None,
     ffn: FFNOption = None,
-    micro_batches: MicroBatchesOption = 1,
+    micro_batches: MicroBatchesOption = 3,
+    trace: TraceOption = None,
     host: Annotated[str, typer.Option(help="address to listen on; 0.0.0.0 is every network")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes any free one")] = 8000,
     model_name: Annotated[str | None, typer.Option(help="name that clients use; none: the checkpoint's folder")] = None,
@@ -259,11 +275,13 @@ def serve(
 ) -> None:
     """Answer OpenAI-compatible requests over HTTP, until interrupted."""
     with wrong_input():
-        from expertmesh.launch.serving import check_pools, listen, look_at, serve_forever
-        from expertmesh.system.serve.config import ServeConfig
+        from expertmesh.launch.recipe import serve_settings
+        from expertmesh.launch.serving import check_pools, check_trace, listen, look_at, serve_forever
 
+        config = serve_settings([f"serve.micro_batches={micro_batches}", *(settings or [])])
         served = look_at(checkpoint)
         pools = check_pools(served.model, attention, ffn)
+        check_trace(trace)
         socket = listen(host, port)
     url = f"http://{host}:{socket.getsockname()[1]}/v1"
     name = model_name or served.name
@@ -278,7 +296,7 @@ def serve(
         )
 
     with failures():
-        serve_forever(served, pools, ServeConfig(micro_batches=micro_batches), name, socket, ready, address)
+        serve_forever(served, pools, config, name, socket, ready, address, trace)
 
 
 @convert.command("from-hf")
@@ -321,6 +339,31 @@ def extract_nested(
         from expertmesh.system.convert.extract import extract
 
         show_conversion(extract(checkpoint_folder(path), out, width), as_json)
+
+
+@convert.command("quantize")
+def quantize(
+    path: AnyCheckpointArgument,
+    out: OutArgument,
+    scheme: Annotated[str, typer.Option(help="fp8-block, fp8-channel, int4-fp8")],
+    as_json: JsonOption = False,
+) -> None:
+    """Write a checkpoint with its routed experts in FP8 or INT4, and say what that costs in quality."""
+    with failures(), wrong_input():
+        from expertmesh.kernels.quantised_weights import Scheme
+        from expertmesh.launch.find_checkpoint import find_checkpoint
+        from expertmesh.launch.held_out import held_out_tokens
+        from expertmesh.system.convert.quantise_checkpoint import quantise
+
+        if scheme not in list(Scheme):
+            raise ValueError(f"--scheme {scheme}: supported: {', '.join(Scheme)}")
+        found = find_checkpoint(path)
+        done = quantise(found, out, Scheme(scheme), held_out_tokens(found))
+        if as_json:
+            written = asdict(done)
+            show_json(written.pop("quality") | written | {"checkpoint": str(done.checkpoint)})
+            return
+        typer.echo(done.summary())
 
 
 def show_conversion(done: Conversion, as_json: bool) -> None:

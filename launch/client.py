@@ -7,6 +7,8 @@ from collections.abc import AsyncIterator
 from contextlib import suppress
 from typing import Protocol
 
+from expertmesh.parallel.timeline import Busy, stages
+from expertmesh.system.serve.engine import EngineCounts
 from expertmesh.system.serve.loop import EngineLoop
 from expertmesh.system.serve.request import Output, Request
 
@@ -17,6 +19,18 @@ class EngineWorker(Protocol):
     async def submit(self, request: Request) -> None: ...
 
     async def cancel(self, request_id: str) -> None: ...
+
+    async def busy(self) -> Busy:
+        """How long each of its stages was at work."""
+        ...
+
+    async def counts(self) -> EngineCounts:
+        """What it tells about its requests and its cache."""
+        ...
+
+    async def loads(self) -> dict[int, list[int]]:
+        """For each layer with experts, how many choices each of them served so far; FFN experts come first."""
+        ...
 
     def outputs(self) -> AsyncIterator[list[Output]]:
         """One list for each step of the engine."""
@@ -34,6 +48,15 @@ class LocalWorker:
 
     async def cancel(self, request_id: str) -> None:
         self._loop.cancel(request_id)
+
+    async def busy(self) -> Busy:
+        return self._loop.busy()
+
+    async def counts(self) -> EngineCounts:
+        return self._loop.counts()
+
+    async def loads(self) -> dict[int, list[int]]:
+        return self._loop.loads()
 
     async def outputs(self) -> AsyncIterator[list[Output]]:
         batches = self._loop.outputs()
@@ -82,6 +105,21 @@ class Client:
             del self._open[index][request.id]
             if not finished and index not in self._failed:
                 await self._workers[index].cancel(request.id)
+
+    async def stages(self) -> dict[str, dict[str, float]]:
+        """Seconds of work and bubble of every stage (see `timeline.stages`)."""
+        return stages([await worker.busy() for worker in self._workers])
+
+    async def counts(self) -> list[EngineCounts]:
+        """What each worker tells about its requests and its cache."""
+        return [await worker.counts() for worker in self._workers]
+
+    async def loads(self) -> dict[int, list[int]]:
+        """What experts served on all workers together."""
+        each = [await worker.loads() for worker in self._workers]
+        return {
+            layer: [sum(counts) for counts in zip(*(loads[layer] for loads in each), strict=True)] for layer in each[0]
+        }
 
     async def _read(self, index: int) -> None:
         """Hand every output of one worker to its request, until the worker ends."""

@@ -11,8 +11,10 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from expertmesh.parallel.recipe_section import RecipeSection
-from expertmesh.parallel.sizes import ParallelSizes
+from expertmesh.parallel.sizes import ParallelSizes, divisors
 from expertmesh.system.model.config import ModelConfig
+from expertmesh.system.model.tensor_parallel import check_split
+from expertmesh.system.serve.config import ServeConfig
 from expertmesh.system.train.config import DataConfig, TrainConfig
 
 SHIPPED = Path(__file__).parent / "recipes"
@@ -94,6 +96,23 @@ def load_recipe(name_or_path: str, overrides: list[str]) -> Recipe:
     return recipe
 
 
+class _Served(RecipeSection):
+    """What a checkpoint is served with."""
+
+    serve: ServeConfig = ServeConfig()
+
+
+def serve_settings(changes: list[str]) -> ServeConfig:
+    """The settings of serving with `serve.key=value` changes. Raises ValueError as `load_recipe` does."""
+    content: dict[str, Any] = {}
+    for change in changes:
+        _apply(content, change)
+    try:
+        return _Served(**content).serve
+    except ValidationError as error:
+        raise ValueError(_first_problem(error, _Served)) from None
+
+
 def shipped_recipes() -> list[str]:
     """The names of the recipes that come with the package."""
     return sorted(path.stem for path in SHIPPED.glob("*.yaml"))
@@ -139,10 +158,10 @@ def _apply(content: dict[str, Any], override: str) -> None:
         raise ValueError(f"{override!r}: {text!r} is not a YAML value") from None
 
 
-def _first_problem(error: ValidationError) -> str:
-    """One line for the first thing that is wrong."""
+def _first_problem(error: ValidationError, root: type[BaseModel] | None = None) -> str:
+    """One line for the first thing that is wrong in a recipe, or in another `root`."""
     problem = error.errors()[0]
-    path, section = _in_recipe([str(part) for part in problem["loc"]])
+    path, section = _in_recipe([str(part) for part in problem["loc"]], root or Recipe)
     place = ".".join(path)
     if problem["type"] == "extra_forbidden":
         known = list(section.model_fields)
@@ -155,12 +174,12 @@ def _first_problem(error: ValidationError) -> str:
     return f"{place}={problem['input']}: {message}"
 
 
-def _in_recipe(path: list[str]) -> tuple[list[str], type[BaseModel]]:
+def _in_recipe(path: list[str], root: type[BaseModel]) -> tuple[list[str], type[BaseModel]]:
     """The path as the recipe has it, and the section that holds its last key.
 
     Of a section that has several kinds, pydantic puts the kind's name into the path; a recipe has it in a key.
     """
-    section: type[BaseModel] = Recipe
+    section = root
     kinds: dict[str, type[BaseModel]] = {}
     keys = []
     for name in path:
@@ -191,11 +210,18 @@ def _sections_in(annotation: Any) -> Iterator[type[BaseModel]]:
 
 def check_together(recipe: Recipe, model: ModelConfig) -> None:
     """Rules between the sections and the model. Raises ValueError."""
-    moe, ep, dp = model.moe, recipe.parallel.ep, recipe.parallel.dp
+    sizes, moe = recipe.parallel, model.moe
+    if moe.quantization:
+        told = f"start_from={recipe.start_from}" if recipe.start_from else "model.moe.quantization"
+        raise ValueError(f"{told}: quantised experts are not trained; train the model before `convert quantize`")
+    if sizes.pp > 1:
+        raise ValueError(f"parallel.pp={sizes.pp}: pipeline parallel is not built yet; take pp=1")
+    tp, ep, dp = sizes.tp, sizes.ep, sizes.dp
+    check_split(model, sizes)
     for experts in moe.pyramid or (moe.ffn_experts,):
         if experts % ep == 0:
             continue
-        fits = [size for size in range(1, dp + 1) if dp % size == 0 and experts % size == 0]
+        fits = [size for size in divisors(sizes.stage_size // sizes.etp) if experts % size == 0]
         raise ValueError(
             f"model.moe.ffn_experts={experts}: parallel.ep={ep} does not divide it; "
             f"take a multiple of {ep} experts, or ep one of {fits}"
@@ -204,10 +230,17 @@ def check_together(recipe: Recipe, model: ModelConfig) -> None:
         raise ValueError(
             f"train.batch_size={recipe.train.batch_size}: parallel.dp={dp} does not divide it; take a multiple of {dp}"
         )
-    if recipe.train.rebalance_every is not None and ep == 1:
-        raise ValueError(
-            f"train.rebalance_every={recipe.train.rebalance_every}: with parallel.ep=1 experts have nowhere to move"
-        )
+    length, runs = recipe.train.sequence_length, 2 * sizes.cp if sizes.cp > 1 else 1
+    if length % (runs * tp):
+        what = f"2 runs on each of parallel.cp={sizes.cp} ranks" if runs > 1 else f"parallel.tp={tp}"
+        raise ValueError(f"train.sequence_length={length} is not cut evenly by {what}; take a multiple of {runs * tp}")
+    if recipe.train.rebalance_every is not None:
+        what = f"train.rebalance_every={recipe.train.rebalance_every}"
+        if ep == 1:
+            raise ValueError(f"{what}: with parallel.ep=1 experts have nowhere to move")
+        for key in ("tp", "cp", "etp"):
+            if (degree := getattr(sizes, key)) > 1:
+                raise ValueError(f"{what}: with parallel.{key}={degree} experts cannot move yet; take {key}=1")
     if recipe.train.sequence_length > model.context_length:
         raise ValueError(
             f"train.sequence_length={recipe.train.sequence_length} is longer than "

@@ -16,9 +16,11 @@ from expertmesh.kernels.device import choose_device
 from expertmesh.launch.recipe import Recipe
 from expertmesh.launch.rendezvous import join
 from expertmesh.parallel.groups import build_groups
+from expertmesh.parallel.timeline import Busy, Span
 from expertmesh.system.model.checkpoint import Checkpoint
 from expertmesh.system.model.config import ModelConfig
 from expertmesh.system.serve.config import ServeConfig
+from expertmesh.system.serve.engine import EngineCounts
 from expertmesh.system.serve.loop import EngineLoop
 from expertmesh.system.serve.request import Output, Request
 from expertmesh.system.serve.workers import attention_engine, run_ffn_worker
@@ -96,15 +98,27 @@ class AttentionRole:
         self._rank, self._host, self._port = rank, host, port
         self._loop: EngineLoop | None = None
 
-    def start(self, checkpoint: Checkpoint, config: ServeConfig, ffn_workers: int) -> None:
-        """Load the model and link up with the FFN pool."""
-        self._loop = attention_engine(checkpoint, config, self._rank, ffn_workers, join(self._host, self._port))
+    def start(self, checkpoint: Checkpoint, config: ServeConfig, ffn_workers: int, trace: bool) -> None:
+        """Load the model and link up with the FFN pool. `trace`: keep what `spans` returns."""
+        self._loop = attention_engine(checkpoint, config, self._rank, ffn_workers, join(self._host, self._port), trace)
 
     def submit(self, request: Request) -> None:
         self._started.submit(request)
 
     def cancel(self, request_id: str) -> None:
         self._started.cancel(request_id)
+
+    def busy(self) -> Busy:
+        return self._started.busy()
+
+    def counts(self) -> EngineCounts:
+        return self._started.counts()
+
+    def loads(self) -> dict[int, list[int]]:
+        return self._started.loads()
+
+    def spans(self) -> list[Span]:
+        return self._started.spans()
 
     def outputs(self) -> Iterator[list[Output]]:
         """One list a step."""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -19,6 +20,8 @@ from expertmesh.system.tokenizer import Tokenizer
 
 if TYPE_CHECKING:  # serving joined does without Ray
     from expertmesh.launch.ray_cluster import Pool
+    from expertmesh.parallel.timeline import Busy
+    from expertmesh.system.serve.engine import EngineCounts
 
 
 class Pools(NamedTuple):
@@ -58,6 +61,12 @@ def check_pools(model: ModelConfig, attention: int | None, ffn: int | None) -> P
     return pools
 
 
+def check_trace(path: Path | None) -> None:
+    """Raises ValueError where no trace can be written, before anything is computed."""
+    if path is not None and (path.is_dir() or not os.access(path.absolute().parent, os.W_OK)):
+        raise ValueError(f"--trace {path}: no file can be written there")
+
+
 def listen(host: str, port: int) -> socket.socket:
     """Take the port now, so that a taken one is known before a model is loaded. Raises OSError."""
     listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
@@ -77,6 +86,7 @@ def serve_forever(
     listener: socket.socket,
     ready: Callable[[], None],
     address: str | None,
+    trace: Path | None = None,
 ) -> None:
     """Answer HTTP requests on `listener` until the process is interrupted; `ready` is called once it does."""
     import uvicorn
@@ -84,7 +94,7 @@ def serve_forever(
     from expertmesh.launch.door import build_app
 
     async def answer() -> None:
-        async with bring_up(served, pools, config, address) as client:
+        async with bring_up(served, pools, config, address, trace) as client:
             app = build_app(client, served.tokenizer, model_name)
             server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
             serving = asyncio.create_task(server.serve(sockets=[listener]))
@@ -98,19 +108,27 @@ def serve_forever(
 
 @asynccontextmanager
 async def bring_up(
-    served: Served, pools: Pools | None, config: ServeConfig, address: str | None = None
+    served: Served,
+    pools: Pools | None,
+    config: ServeConfig,
+    address: str | None = None,
+    trace: Path | None = None,
 ) -> AsyncIterator[Client]:
-    """An engine for `served`, joined (`pools` None) or split; ends with the context."""
-    context_length = served.model.context_length
+    """An engine for `served`, joined (`pools` None) or split; ends with the context. `trace`: written at the end."""
+    from expertmesh.parallel.timeline import write_trace
+
+    context_length = config.room(served.model.context_length)
     if pools is None:
         from expertmesh.system.serve.workers import joined_engine
 
-        loop = joined_engine(served.checkpoint, config)
+        loop = joined_engine(served.checkpoint, config, trace is not None)
         try:
             async with Client([LocalWorker(loop)], context_length) as client:
                 yield client
         finally:
             await asyncio.to_thread(loop.close)
+            if trace is not None:
+                write_trace(trace, [loop.spans()])
         return
 
     from expertmesh.launch.ray_cluster import Pool, cluster
@@ -122,11 +140,16 @@ async def bring_up(
         ffn = Pool("ffn", FFNRole, pools.ffn, 1, store.host, store.port)
         attention = Pool("attention", AttentionRole, pools.attention, 1, store.host, store.port)
         answering = ffn.start("run", served.checkpoint, config, pools.ffn, pools.attention)
-        linking = attention.start("start", served.checkpoint, config, pools.ffn)
+        linking = attention.start("start", served.checkpoint, config, pools.ffn, trace is not None)
         while not await asyncio.to_thread(attention.finished, linking, 0.2):
             ffn.finished(answering, seconds=0)  # one that cannot load its experts would be waited for in vain
         async with Client([PoolWorker(attention, rank) for rank in range(pools.attention)], context_length) as client:
-            yield client
+            try:
+                yield client
+            finally:
+                if trace is not None:
+                    with suppress(RuntimeError):  # of a worker that died: there is a better message on its way
+                        write_trace(trace, [await attention.ask(rank, "spans") for rank in range(pools.attention)])
 
 
 class PoolWorker:
@@ -140,6 +163,15 @@ class PoolWorker:
 
     async def cancel(self, request_id: str) -> None:
         await self._pool.ask(self._rank, "cancel", request_id)
+
+    async def busy(self) -> Busy:
+        return await self._pool.ask(self._rank, "busy")
+
+    async def counts(self) -> EngineCounts:
+        return await self._pool.ask(self._rank, "counts")
+
+    async def loads(self) -> dict[int, list[int]]:
+        return await self._pool.ask(self._rank, "loads")
 
     def outputs(self) -> AsyncIterator[list[Output]]:
         return self._pool.stream(self._rank, "outputs")

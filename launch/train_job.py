@@ -20,6 +20,7 @@ from expertmesh.launch.roles import TrainerRole
 from expertmesh.parallel.deepspeed_build import is_built, prepare_build
 from expertmesh.system.model.checkpoint import Checkpoint, CheckpointError, open_checkpoint
 from expertmesh.system.model.config import ModelConfig
+from expertmesh.system.model.tensor_parallel import check_split
 from expertmesh.system.train.corpus import check_source
 from expertmesh.system.train.dataset import TokenDataset, prepare_tokens
 from expertmesh.system.train.report import read_run, write_report
@@ -147,6 +148,7 @@ def run_job(recipe: Recipe, start: Start, dataset: TokenDataset, watch: Callable
     model = start.model
     if recipe.start_from is None:
         model = model.model_copy(update={"vocab_size": dataset.vocab_size})
+        check_split(model, recipe.parallel)
     opening: list[Record] = [
         {
             "kind": "start",

@@ -8,6 +8,7 @@ the kernel releases with the process, so a lock file found inside is stale by pr
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import logging
 import os
 import shutil
@@ -25,9 +26,14 @@ SHM_OP = "deepspeed_shm_comm"  # all-reduce through shared memory, for ranks on 
 
 
 def build_folder() -> Path:
-    """Where compiled operators are kept: one folder for each pair of torch and DeepSpeed."""
+    """Where compiled operators are kept: a folder for each environment, and pair of torch and DeepSpeed in it.
+
+    The compiler is told paths of the environment, so two that shared a folder would build anew at every turn.
+    """
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "expertmesh" / "torch_extensions" / f"torch-{torch.__version__}-deepspeed-{version('deepspeed')}"
+    environment = hashlib.sha256(sys.prefix.encode()).hexdigest()[:8]
+    versions = f"torch-{torch.__version__}-deepspeed-{version('deepspeed')}"
+    return cache / "expertmesh" / "torch_extensions" / f"{versions}-{environment}"
 
 
 @contextmanager

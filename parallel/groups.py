@@ -17,29 +17,71 @@ class Groups:
     """What this rank belongs to. A group is None where it would hold this rank alone."""
 
     rank: int = 0
-    data: dist.ProcessGroup | None = None  # ranks that split the batch
+    tensor: dist.ProcessGroup | None = None  # ranks that split each dense weight, and the tokens between them
+    context: dist.ProcessGroup | None = None  # ranks that split each sequence
+    pipeline: dist.ProcessGroup | None = None  # ranks that split the layers
+    batch: dist.ProcessGroup | None = None  # ranks that split the batch
+    data: dist.ProcessGroup | None = None  # ranks with the same dense weights: they split the batch, or its sequences
+    token: dist.ProcessGroup | None = None  # ranks of one stage: each token of the batch is routed on one of them
     expert: dist.ProcessGroup | None = None  # ranks that together hold every expert once
-    expert_data: dist.ProcessGroup | None = None  # ranks that hold the same experts
+    expert_tensor: dist.ProcessGroup | None = None  # ranks that split the weights of the same experts
+    expert_data: dist.ProcessGroup | None = None  # ranks that hold the same parts of the same experts
+
+    @property
+    def tensor_size(self) -> int:
+        return _size(self.tensor)
+
+    @property
+    def tensor_rank(self) -> int:
+        return _rank(self.tensor)
+
+    @property
+    def batch_size(self) -> int:
+        return _size(self.batch)
+
+    @property
+    def batch_rank(self) -> int:
+        return _rank(self.batch)
 
     @property
     def data_size(self) -> int:
-        return self.data.size() if self.data else 1
+        return _size(self.data)
 
     @property
     def data_rank(self) -> int:
-        return self.data.rank() if self.data else 0
+        return _rank(self.data)
+
+    @property
+    def token_size(self) -> int:
+        return _size(self.token)
 
     @property
     def expert_size(self) -> int:
-        return self.expert.size() if self.expert else 1
+        return _size(self.expert)
 
     @property
     def expert_rank(self) -> int:
-        return self.expert.rank() if self.expert else 0
+        return _rank(self.expert)
+
+    @property
+    def expert_tensor_size(self) -> int:
+        return _size(self.expert_tensor)
+
+    @property
+    def expert_tensor_rank(self) -> int:
+        return _rank(self.expert_tensor)
 
     @property
     def expert_data_rank(self) -> int:
-        return self.expert_data.rank() if self.expert_data else 0
+        return _rank(self.expert_data)
+
+
+def _size(group: dist.ProcessGroup | None) -> int:
+    return group.size() if group else 1
+
+
+def _rank(group: dist.ProcessGroup | None) -> int:
+    return group.rank() if group else 0
 
 
 def build_groups(sizes: ParallelSizes) -> Groups:
@@ -50,8 +92,11 @@ def build_groups(sizes: ParallelSizes) -> Groups:
     if world != sizes.world_size:
         raise ValueError(f"the process group has {world} ranks, the recipe asks for {sizes.world_size}")
     parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=sizes.tp,
+        pipeline_model_parallel_size=sizes.pp,
+        context_parallel_size=sizes.cp,
         expert_model_parallel_size=sizes.ep,
-        expert_tensor_parallel_size=1,
+        expert_tensor_parallel_size=sizes.etp,
         create_gloo_process_groups=False,  # copies of some groups, for CPU tensors beside NCCL; nobody here uses them
     )
 
@@ -60,7 +105,13 @@ def build_groups(sizes: ParallelSizes) -> Groups:
 
     return Groups(
         rank=dist.get_rank(),
-        data=unless_alone(parallel_state.get_data_parallel_group()),
+        tensor=unless_alone(parallel_state.get_tensor_model_parallel_group()),
+        context=unless_alone(parallel_state.get_context_parallel_group()),
+        pipeline=unless_alone(parallel_state.get_pipeline_model_parallel_group()),
+        batch=unless_alone(parallel_state.get_data_parallel_group()),
+        data=unless_alone(parallel_state.get_data_parallel_group(with_context_parallel=True)),
+        token=unless_alone(parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)),
         expert=unless_alone(parallel_state.get_expert_model_parallel_group()),
+        expert_tensor=unless_alone(parallel_state.get_expert_tensor_parallel_group()),
         expert_data=unless_alone(parallel_state.get_expert_data_parallel_group()),
     )

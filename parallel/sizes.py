@@ -1,6 +1,19 @@
-"""The degrees of parallelism that a recipe asks for, and the arithmetic that says whether they fit together."""
+"""The degrees of parallelism that a recipe asks for, and the arithmetic that says whether they fit together.
+
+Attention and experts choose their own degrees over the same ranks (parallel folding, arXiv 2504.14960, section 3.2):
+
+    attention, dense weights    tp  x cp x dp             ranks of one pipeline stage
+    experts                     etp x ep x expert-dp      the same ranks, cut another way
+
+    tp=2 dp=2, ep=4:    rank                0    1    2    3
+                        heads, vocabulary   half half half half
+                        sequences           a    a    b    b
+                        experts             1st  2nd  3rd  4th quarter
+"""
 
 from __future__ import annotations
+
+import math
 
 from pydantic import Field, model_validator
 
@@ -9,19 +22,24 @@ from expertmesh.parallel.recipe_section import RecipeSection
 
 
 class ParallelSizes(RecipeSection):
-    """How many ranks share the batch and how many share the experts.
+    """How many ranks share each thing."""
 
-    Attention and all dense weights are replicated on `dp` ranks. Each of them holds the experts of one of `ep` equal
-    parts; `dp / ep` ranks hold the same part.
-    """
-
-    dp: int = Field(1, ge=1, description="data parallel: ranks that split the batch; the world size follows from it")
-    ep: int = Field(1, ge=1, description="expert parallel: ranks that split the experts; divides dp")
+    tp: int = Field(1, ge=1, description="tensor parallel: ranks that split heads, hidden units, vocabulary and tokens")
+    pp: int = Field(1, ge=1, description="pipeline parallel: ranks that split the layers")
+    cp: int = Field(1, ge=1, description="context parallel: ranks that split each sequence in attention too")
+    ep: int = Field(1, ge=1, description="expert parallel: ranks that split the experts")
+    etp: int = Field(1, ge=1, description="expert tensor parallel: ranks that split the hidden units of each expert")
+    dp: int = Field(1, ge=1, description="data parallel: ranks that split the batch")
     dispatch: DispatchConfig = DispatchConfig()
 
     @property
     def world_size(self) -> int:
-        return self.dp
+        return self.pp * self.stage_size
+
+    @property
+    def stage_size(self) -> int:
+        """Ranks that hold the same layers."""
+        return self.tp * self.cp * self.dp
 
     @model_validator(mode="after")
     def _nodes_are_equal(self) -> ParallelSizes:
@@ -34,8 +52,27 @@ class ParallelSizes(RecipeSection):
         return self
 
     @model_validator(mode="after")
-    def _experts_fold_into_data(self) -> ParallelSizes:
-        if self.dp % self.ep:
-            fits = [size for size in range(1, self.dp + 1) if self.dp % size == 0]
-            raise ValueError(f"ep={self.ep} does not divide dp={self.dp}; with dp={self.dp}, ep may be one of {fits}")
+    def _experts_fold_into_attention(self) -> ParallelSizes:
+        stage, ranks = self.stage_size, _product(tp=self.tp, cp=self.cp, dp=self.dp)
+        if stage % self.etp:
+            raise ValueError(
+                f"etp={self.etp} does not divide {ranks}; with {ranks}, etp may be one of {divisors(stage)}"
+            )
+        if stage % (self.etp * self.ep):
+            beside = ranks if self.etp == 1 else f"{ranks} and etp={self.etp}"
+            raise ValueError(
+                f"{_product(etp=self.etp, ep=self.ep)} does not divide {ranks}; "
+                f"with {beside}, ep may be one of {divisors(stage // self.etp)}"
+            )
         return self
+
+
+def divisors(number: int) -> list[int]:
+    return [size for size in range(1, number + 1) if number % size == 0]
+
+
+def _product(**degrees: int) -> str:
+    """Those above 1 as "tp=2 x dp=4 = 8"; one alone as "dp=4"; the last if there are none."""
+    told = {key: size for key, size in degrees.items() if size > 1} or dict([list(degrees.items())[-1]])
+    factors = " x ".join(f"{key}={size}" for key, size in told.items())
+    return factors if len(told) == 1 else f"{factors} = {math.prod(told.values())}"

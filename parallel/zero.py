@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from functools import partial
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -21,7 +22,8 @@ from torch import nn
 
 from expertmesh.parallel.deepspeed_build import prepare_build
 
-EXPERT_GROUP = "expertmesh_experts"
+# Names under which DeepSpeed keeps the groups of parameters that are not reduced among the ranks that split the batch.
+EXPERTS, REPLICATED = "expertmesh_experts", "expertmesh_replicated"
 
 
 class AdamState(NamedTuple):
@@ -36,17 +38,30 @@ def _megatron_adapter() -> SimpleNamespace:
     from megatron.core import parallel_state
 
     adapter = SimpleNamespace()
-    for group in ("tensor_model_parallel", "data_parallel", "pipeline_model_parallel"):
-        for what in ("group", "world_size", "rank"):
+    for what in ("group", "world_size", "rank"):
+        for group in ("tensor_model_parallel", "pipeline_model_parallel"):
             setattr(adapter, f"get_{group}_{what}", getattr(parallel_state, f"get_{group}_{what}"))
+        # Of a sequence that is split, each rank has some tokens: to DeepSpeed it is as if the batch were split further.
+        of_data = getattr(parallel_state, f"get_data_parallel_{what}")
+        setattr(adapter, f"get_data_parallel_{what}", partial(of_data, with_context_parallel=True))
     adapter.get_model_parallel_group = parallel_state.get_tensor_model_parallel_group
     adapter.get_model_parallel_world_size = parallel_state.get_tensor_model_parallel_world_size
     adapter.get_model_parallel_rank = parallel_state.get_tensor_model_parallel_rank
     return adapter
 
 
-def _marked(module: nn.Module, experts_of_rank: int) -> nn.Module:
-    """`module` inside the one class whose expert parameters DeepSpeed reduces in their own group."""
+def _reduction_groups() -> dict[str, dist.ProcessGroup]:
+    """The ranks that hold the same parameters, by kind of parameters."""
+    from megatron.core import parallel_state
+
+    return {
+        EXPERTS: parallel_state.get_expert_data_parallel_group(),
+        REPLICATED: parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True),
+    }
+
+
+def _marked(module: nn.Module) -> nn.Module:
+    """`module` inside the one class whose parameters DeepSpeed reduces in groups of their own."""
     from deepspeed.moe.layer import MoE
     from deepspeed.utils import groups as tables
     from megatron.core import parallel_state
@@ -55,17 +70,16 @@ def _marked(module: nn.Module, experts_of_rank: int) -> nn.Module:
         def __init__(self) -> None:
             nn.Module.__init__(self)  # MoE's own would build DeepSpeed's layer
             self.inner = module
-            self.num_local_experts = experts_of_rank
-            self.num_experts = experts_of_rank * parallel_state.get_expert_model_parallel_world_size()
-            self.expert_group_name = EXPERT_GROUP
+            self.num_local_experts = self.num_experts = 1  # DeepSpeed's checkpoints alone read these
+            self.expert_group_name = EXPERTS
 
         def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
             expert = parallel_state.get_expert_model_parallel_group()
-            expert_data = parallel_state.get_expert_data_parallel_group()
-            tables._EXPERT_PARALLEL_GROUP[EXPERT_GROUP] = expert
-            tables._EXPERT_DATA_PARALLEL_GROUP[EXPERT_GROUP] = expert_data
-            tables._EXPERT_PARALLEL_GROUP_RANKS[EXPERT_GROUP] = dist.get_process_group_ranks(expert)
-            tables._EXPERT_DATA_PARALLEL_GROUP_RANKS[EXPERT_GROUP] = dist.get_process_group_ranks(expert_data)
+            for name, group in _reduction_groups().items():
+                tables._EXPERT_PARALLEL_GROUP[name] = expert
+                tables._EXPERT_DATA_PARALLEL_GROUP[name] = group
+                tables._EXPERT_PARALLEL_GROUP_RANKS[name] = dist.get_process_group_ranks(expert)
+                tables._EXPERT_DATA_PARALLEL_GROUP_RANKS[name] = dist.get_process_group_ranks(group)
 
         def forward(self, *args: Any) -> Any:
             return self.inner(*args)
@@ -73,18 +87,48 @@ def _marked(module: nn.Module, experts_of_rank: int) -> nn.Module:
     return Marked()
 
 
+def _parameter_groups(
+    parameters: Sequence[nn.Parameter], decays: set[int], weight_decay: float
+) -> list[dict[str, Any]]:
+    """AdamW's groups: apart by the ranks that hold the parameters, and by weight decay; the same order on every rank.
+
+    DeepSpeed's own function lists names of groups in the order of a set: with two names each process has its own order,
+    and the collectives of one rank meet others of the next.
+    """
+    groups = []
+    for name in ("others", EXPERTS, REPLICATED):
+        for decayed in (True, False):
+            held = [
+                parameter
+                for parameter in parameters
+                if getattr(parameter, "group_name", "others") == name and (id(parameter) in decays) == decayed
+            ]
+            if held:
+                decay = weight_decay if decayed else 0.0
+                groups.append({"params": held, "name": name, "weight_decay": decay, "moe": name != "others"})
+    return groups
+
+
 class Zero:
     """AdamW with ZeRO partitioning, gradient reduction and clipping by DeepSpeed.
 
-    `expert_parameters` are reduced among the ranks that hold the same experts; `decayed_parameters` are those that
-    weight decay is for. Gradients are means over the whole batch, whatever the expert parallel size. `stage` 1 splits
-    optimizer state, 2 gradients too.
+    A gradient is summed over the ranks that hold the same parameter, and divided by the number of those that split the
+    batch or its sequences. Who holds the same one:
+
+        `expert_parameters`        ranks with the same part of the same experts
+        `replicated_parameters`    all ranks of a pipeline stage; those of a tensor group see different tokens, or heads
+        all others                 ranks with the same part of dense weights
+
+    So no size changes what is trained, and each number of a gradient lies in one partition on one rank, where it is
+    counted once in the norm. `decayed_parameters` are those that weight decay is for. `stage` 1 splits optimizer state,
+    2 gradients too.
     """
 
     def __init__(
         self,
         module: nn.Module,
         expert_parameters: Sequence[nn.Parameter],
+        replicated_parameters: Sequence[nn.Parameter],
         decayed_parameters: Sequence[nn.Parameter],
         *,
         stage: int,
@@ -95,26 +139,26 @@ class Zero:
         prepare_build()
         os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
         import deepspeed
-        from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
         from deepspeed.utils import logger
+        from megatron.core import parallel_state
 
         logger.setLevel("WARNING")
         deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
-        for parameter in expert_parameters:
-            parameter.allreduce = False  # type: ignore[attr-defined]
-            parameter.group_name = EXPERT_GROUP  # type: ignore[attr-defined]
-        marked = _marked(module, len(expert_parameters[0])) if expert_parameters else module
+        for parameter in module.parameters():
+            # DeepSpeed would count others on the first rank of a tensor group alone.
+            parameter.model_parallel = True  # type: ignore[attr-defined]
+        marked = module
+        held_by = _reduction_groups()
+        others = dist.get_process_group_ranks(parallel_state.get_data_parallel_group(with_context_parallel=True))
+        for name, held in ((EXPERTS, expert_parameters), (REPLICATED, replicated_parameters)):
+            if held and dist.get_process_group_ranks(held_by[name]) != others:
+                marked = _marked(module)
+                for parameter in held:
+                    parameter.allreduce = False  # type: ignore[attr-defined]
+                    parameter.group_name = name  # type: ignore[attr-defined]
         # DeepSpeed stumbles over empty parameters.
         parameters = [p for p in module.parameters() if p.numel() and p.requires_grad]
-        decays = {id(p) for p in decayed_parameters}
-        decayed = [p for p in parameters if id(p) in decays]
-        plain = [p for p in parameters if id(p) not in decays]
-        parameter_groups = split_params_into_different_moe_groups_for_optimizer(
-            [
-                {"params": decayed, "name": "decayed", "weight_decay": weight_decay},
-                {"params": plain, "name": "plain", "weight_decay": 0.0},
-            ]
-        )
+        parameter_groups = _parameter_groups(parameters, {id(p) for p in decayed_parameters}, weight_decay)
         self._engine, self._optimizer, *_ = deepspeed.initialize(
             model=marked,
             optimizer=torch.optim.AdamW(parameter_groups, lr=0.0, betas=betas),

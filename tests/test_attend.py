@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from bites import Bite, attend_of, cache_for
 from numerics import assert_close
 from tiny import context_of
 
@@ -15,7 +16,6 @@ from expertmesh.system.model.block import build_attention
 from expertmesh.system.model.config import ModelConfig
 from expertmesh.system.model.context import Context
 from expertmesh.system.model.weights import initialise
-from expertmesh.system.serve.kv_cache import CacheAttend, KVCache, Span
 
 HEADS, GROUPS = 4, 2
 
@@ -105,6 +105,7 @@ class Served(NamedTuple):
     reason: str
 
 
+MLA = {"kind": "mla", "heads": 3, "kv_rank": 5, "nope_head_dim": 4, "rope_head_dim": 2, "value_head_dim": 3}
 MIXTURE = {"kind": "mixture", "experts": 4, "top_k": 2, "heads": 2, "kv_heads": 2, "head_dim": 4}
 SERVED = [
     Served({"heads": 4, "kv_heads": 2, "head_dim": 4, "rope_theta": None, "weighting": "stick_breaking"}, "sticks"),
@@ -122,14 +123,16 @@ SERVED = [
         "ModuleFormer",
     ),
     Served({**MIXTURE, "top_k": 4}, "BAM, shared keys"),
+    Served(MLA, "MLA, absorbed"),
+    Served({**MLA, "query_rank": 7}, "MLA with narrow queries, absorbed"),
     Served({**MIXTURE, "top_k": 4, "own_kv": True, "heads": 4}, "BAM, keys of its own for each expert"),
 ]
 
-# The steps in which two requests of 9 and 6 tokens are served; a span is (slot, start, length).
+# The steps in which two requests of 9 and 6 tokens are served; those of one token come first.
 STEPS = [
-    ([[Span(0, 0, 9), Span(1, 0, 6)]], "whole prompts"),
-    ([[Span(0, p, 1)] for p in range(9)] + [[Span(1, p, 1)] for p in range(6)], "token by token"),
-    ([[Span(1, 0, 4), Span(0, 0, 1)], [Span(0, 1, 7)], [Span(0, 8, 1), Span(1, 4, 2)]], "in bites, in company"),
+    ([[Bite(0, 0, 9), Bite(1, 0, 6)]], "whole prompts"),
+    ([[Bite(0, p, 1)] for p in range(9)] + [[Bite(1, p, 1)] for p in range(6)], "token by token"),
+    ([[Bite(0, 0, 1), Bite(1, 0, 4)], [Bite(0, 1, 7)], [Bite(0, 8, 1), Bite(1, 4, 2)]], "in bites, in company"),
 ]
 
 
@@ -144,13 +147,14 @@ def test_cached_decoding_is_the_full_forward(served, steps, reason):
     requests = [torch.randn(length, width, generator=generator, dtype=torch.float64) for length in (9, 6)]
     full = [attention(x_SD, context_of(len(x_SD)))[0] for x_SD in requests]
 
-    cache = KVCache(config, slots=2, device="cpu")
-    cache.keys_LXGCd, cache.values_LXGCe = cache.keys_LXGCd.double(), cache.values_LXGCe.double()
+    cache = cache_for(config)
+    cache.keys_LPBGd, values = cache.keys_LPBGd.double(), cache.values_LPBGe.double()
+    cache.values_LPBGe = cache.keys_LPBGd[..., : values.shape[-1]] if cache.values_in_keys else values
     with torch.no_grad():
-        for spans in steps:
-            places = [(span.slot, slice(span.start, span.start + span.length)) for span in spans]
+        for bites in steps:
+            places = [(bite.slot, bite.place) for bite in bites]
             positions_T = torch.cat([torch.arange(place.start, place.stop) for _, place in places])
-            context = Context(positions_T, CacheAttend(cache, spans), LocalDispatcher(), layer=1)
+            context = Context(positions_T, attend_of(cache, bites), LocalDispatcher(), layer=1)
             y_TD, _ = attention(torch.cat([requests[slot][place] for slot, place in places]), context)
             want_TD = torch.cat([full[slot][place] for slot, place in places])
             # Gates, positions and the router compute in float32 whatever the model.
@@ -173,15 +177,15 @@ def test_a_cache_does_not_see_what_was_not_chosen(look, steps, reason):
         moe={"gating_residual": False},
         depth={"layers": [0]},
     )
-    cache = KVCache(config, slots=2, device="cpu")
-    cache.values_LXGCe = cache.values_LXGCe[..., :3].contiguous()
-    cache.seen_LXC.fill_(True)  # what earlier requests left behind
-    for spans in steps:
-        places = [(span.slot, slice(span.start, span.start + span.length)) for span in spans]
+    cache = cache_for(config)
+    cache.values_LPBGe = cache.values_LPBGe[..., :3].contiguous()
+    cache.seen_LPB.fill_(True)  # what earlier requests left behind
+    for bites in steps:
+        places = [(bite.slot, bite.place) for bite in bites]
         chosen_T = torch.cat([chosen[slot][place] for slot, place in places])
         q_THd, k_TGd, v_TGe = (
             torch.cat([tensors[slot][i][place] for slot, place in places])[chosen_T] for i in range(3)
         )
-        got_THe = CacheAttend(cache, spans).among(chosen_T)(0, q_THd, k_TGd, v_TGe, look)
+        got_THe = attend_of(cache, bites).among(chosen_T)(0, q_THd, k_TGd, v_TGe, look)
         asked = [chosen[slot].cumsum(0)[place][chosen[slot][place]] - 1 for slot, place in places]
         assert_close(got_THe, torch.cat([full[slot][rows] for (slot, _), rows in zip(places, asked, strict=True)]))

@@ -7,6 +7,7 @@ import shutil
 import weakref
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import tiny_model
 
+from expertmesh.parallel.groups import Groups
+from expertmesh.parallel.shard import Shard
 from expertmesh.system.model import checkpoint as checkpoint_module
 from expertmesh.system.model.checkpoint import (
     INDEX,
@@ -21,12 +24,15 @@ from expertmesh.system.model.checkpoint import (
     load_weights,
     open_checkpoint,
     read_config,
+    read_index,
+    read_tensors,
     shard_name,
     write_config,
     write_index,
     write_tensors,
 )
 from expertmesh.system.model.config import ModelConfig
+from expertmesh.system.model.tensor_parallel import parallel_transformer
 from expertmesh.system.model.transformer import ExpertPool, Transformer
 from expertmesh.system.model.weights import initialise, weights
 
@@ -85,6 +91,33 @@ def test_written_by_two_read_by_any(two_shards, whole, make, reason):
     load_weights(module, two_shards)
     for name, tensor in by_name(module).items():
         assert torch.equal(tensor, whole[name]), name
+
+
+def test_of_a_split_weight_only_the_part_is_read(two_shards, whole):
+    """A model that is split reads its parts, whoever wrote the files."""
+    index = two_shards / INDEX
+    weight_map = read_index(index)
+    for name, shard in (("lm_head.weight", Shard(0, 1, 2)), ("layers.1.self_attn.o_proj.weight", Shard(1, 3, 4))):
+        ((_, part),) = read_tensors(index, weight_map, [name], shard)
+        assert part.numel() * shard.of == whole[name].numel()
+        assert torch.equal(part, whole[name][shard.place(tuple(part.shape))])
+
+    for rank in range(2):
+        group: Any = SimpleNamespace(rank=lambda rank=rank: rank, size=lambda: 2)
+        model = parallel_transformer(CONFIG, Groups(tensor=group, expert_tensor=group))
+        load_weights(model, two_shards)
+        for weight in weights(model):
+            for name, view in weight.split(weight.parameter.detach()).items():
+                assert torch.equal(view, whole[name][weight.shard.place(tuple(view.shape))]), name
+
+
+def test_a_file_that_does_not_fit_a_split_model_is_told_with_full_shapes(two_shards):
+    group: Any = SimpleNamespace(rank=lambda: 0, size=lambda: 2)
+    wider = tiny_model(moe={"expert": {"hidden_size": 64}})
+    with pytest.raises(
+        CheckpointError, match=r"has shape \[16, 32\], config.json says \[64, 32\], of which 2 ranks hold"
+    ):
+        load_weights(parallel_transformer(wider, Groups(expert_tensor=group)), two_shards)
 
 
 def test_the_number_of_shards_does_not_change_what_is_written(two_shards, whole, tmp_path):

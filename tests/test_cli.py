@@ -175,7 +175,13 @@ def test_generate_answers_joined(joined):
 def test_generate_split_says_the_same(folder, joined, pools):
     attention, ffn, micro_batches = pools
     sizes = ("--attention", attention, "--ffn", ffn, "--micro-batches", micro_batches)
-    split = expertmesh_json(*GREEDY, *sizes, folder=folder)
+    trace = folder / f"trace-{attention}-{ffn}.json"
+    split = expertmesh_json(*GREEDY, "serve.page_size=8", *sizes, "--trace", trace, folder=folder)
+    events = json.loads(trace.read_text())["traceEvents"]
+    tracks = {event["args"]["name"] for event in events if event["ph"] == "M"}
+    assert {"attention 0", *(f"ffn {f}" for f in range(int(ffn)))} <= tracks
+    assert {name for name in split["stages"] if name.startswith("ffn")} == {f"ffn {f}" for f in range(int(ffn))}
+    assert all(0 <= stage.get("bubble", 0) <= 1 for stage in split["stages"].values())
     assert split["pools"] == {"attention": int(attention), "ffn": int(ffn)}
     assert (split["token_ids"], split["text"]) == (joined["token_ids"], joined["text"])
 
@@ -225,6 +231,18 @@ WRONG = [
     ("an empty prompt", ["generate", "runs/tiny", "--prompt", ""], "--prompt is empty"),
     ("a prompt beyond the context", ["generate", "runs/tiny", "--prompt", "import " * 300], "context holds 96"),
     ("more FFN workers than experts", ["generate", "runs/tiny", "--prompt", "x", "--ffn", "9"], "--ffn 9"),
+    (
+        "an unknown setting",
+        ["generate", "runs/tiny", "serve.step_token=3", "--prompt", "x"],
+        "did you mean step_tokens",
+    ),
+    (
+        "a prompt beyond the cache",
+        ["generate", "runs/tiny", "serve.cache_tokens=16", "--prompt", "a " * 60],
+        "holds 16",
+    ),
+    ("a trace that is a folder", ["generate", "runs/tiny", "--prompt", "x", "--trace", "runs"], "--trace runs"),
+    ("a trace in no folder", ["serve", "runs/tiny", "--port", "0", "--trace", "no/t.json"], "--trace no/t.json"),
     ("an empty pool", ["generate", "runs/tiny", "--prompt", "x", "--attention", "0"], "at least one"),
     ("a dashboard that is not there", ["submit", "tiny.yaml", "--address", "http://127.0.0.1:9"], "127.0.0.1:9"),
     ("an address without http", ["submit", "tiny.yaml", "--address", "here"], "--address 'here'"),

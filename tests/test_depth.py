@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from bites import Bite, attend_of, cache_for, positions_of
 from numerics import assert_close
 from tiny import VOCAB_SIZE, context_of, tiny_model, training_step
 from twin import Weights, attention, moe, rms_norm, shared_gradients, shared_weights
@@ -18,7 +19,7 @@ from expertmesh.system.model.context import Context
 from expertmesh.system.model.depth import DepthRouted, largest, largest_ref
 from expertmesh.system.model.transformer import Transformer, shards
 from expertmesh.system.model.weights import initialise
-from expertmesh.system.serve.kv_cache import CacheAttend, KVCache, Span
+from expertmesh.system.serve.kv_cache import PagedAttend
 
 WIDTH, LENGTH, SEQUENCES = 16, 9, 3
 
@@ -209,10 +210,10 @@ def test_cached_decoding_equals_a_full_pass(bites, reason, window):
     model = Transformer(config)
     initialise(model, 3, 0.4)
     tokens_T = torch.randint(0, VOCAB_SIZE, (9,), generator=torch.Generator().manual_seed(1))
-    cache = KVCache(config, slots=2, device="cpu")
-    cache.seen_LXC.fill_(True)  # what an earlier request left behind
+    cache = cache_for(config)
+    cache.seen_LPB.fill_(True)  # what an earlier request left behind
 
-    def run(attend: CausalAttend | CacheAttend, start: int, end: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    def run(attend: CausalAttend | PagedAttend, start: int, end: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
         context = Context(torch.arange(start, end), attend, LocalDispatcher())
         hidden_TD, decisions = model(tokens_T[start:end], context)
         return hidden_TD, [decided.depth.chosen_T for decided in decisions if decided.depth]
@@ -221,10 +222,11 @@ def test_cached_decoding_equals_a_full_pass(bites, reason, window):
     assert all(0 < int(chosen_T.sum()) < 9 for chosen_T in chosen), "some go through, some past"
     start = 0
     for length in bites:
-        hidden_TD, _ = run(CacheAttend(cache, [Span(1, start, length)]), start, start + length)
+        hidden_TD, _ = run(attend_of(cache, [Bite(1, start, length)]), start, start + length)
         assert_close(hidden_TD, whole_TD[start : start + length], what=f"from token {start}")
         start += length
-    assert torch.equal(cache.seen_LXC[:2, 1, :9], torch.stack(chosen))
+    pages, offsets = zip(*positions_of(1, 9), strict=True)
+    assert torch.equal(cache.seen_LPB[:2, list(pages), list(offsets)], torch.stack(chosen))
 
 
 def test_parts_have_one_name():

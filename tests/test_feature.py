@@ -40,6 +40,7 @@ NOWHERE: list[tuple[ModelConfig, Feature]] = [
     (mixtral({"expert": {"kind": "modulated", "adaptor_size": 24}}), Feature.EXPERT_KIND),
     (mixtral(dense_layers=(1,), dense={"kind": "mlp", "hidden_size": 24}), Feature.EXPERT_KIND),
     (mixtral(dense_layers=DENSE, dense={"kind": "versatile", "hidden_size": 24}), Feature.EXPERT_KIND),
+    (mixtral({"quantization": {"scheme": "fp8-block"}}), Feature.QUANTISED),
     (mixtral({"ffn_experts": [4, 4, 8]}), Feature.PYRAMID),
     (mixtral({"gate": GELU_GATE}), Feature.OTHER_GATE_LAYERS),
     (mixtral({"gate": {"hidden_size": 8}}), Feature.OTHER_GATE_LAYERS),

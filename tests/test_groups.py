@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from typing import NamedTuple
 
 import pytest
@@ -28,36 +29,110 @@ def fake_world(rank: int, size: int) -> Iterator[None]:
 
 class Case(NamedTuple):
     rank: int
-    dp: int
-    ep: int
-    data: list[int]
-    expert: list[int]
-    expert_data: list[int]
+    sizes: dict[str, int]
+    members: dict[str, list[int]]  # of each group that is not this rank alone
     reason: str
 
 
 CASES = [
-    Case(0, 1, 1, [], [], [], "alone: no groups at all"),
-    Case(1, 2, 1, [0, 1], [], [0, 1], "data parallel: experts are copied like everything else"),
-    Case(1, 2, 2, [0, 1], [0, 1], [], "expert parallel: no copies of an expert"),
-    Case(2, 4, 2, [0, 1, 2, 3], [2, 3], [0, 2], "both: neighbours share out the experts"),
-    Case(1023, 1024, 64, list(range(1024)), list(range(960, 1024)), list(range(63, 1024, 64)), "a world of 1024"),
+    Case(0, {}, {}, "alone: no groups at all"),
+    Case(
+        1,
+        {"dp": 2},
+        {"batch": [0, 1], "data": [0, 1], "token": [0, 1], "expert_data": [0, 1]},
+        "data parallel: experts are copied like everything else",
+    ),
+    Case(
+        1,
+        {"dp": 2, "ep": 2},
+        {"batch": [0, 1], "data": [0, 1], "token": [0, 1], "expert": [0, 1]},
+        "expert parallel: no copies of an expert",
+    ),
+    Case(
+        2,
+        {"dp": 4, "ep": 2},
+        {"batch": [0, 1, 2, 3], "data": [0, 1, 2, 3], "token": [0, 1, 2, 3], "expert": [2, 3], "expert_data": [0, 2]},
+        "both: neighbours share out the experts",
+    ),
+    Case(
+        1,
+        {"tp": 2},
+        {"tensor": [0, 1], "token": [0, 1], "expert_data": [0, 1]},
+        "tensor parallel: the experts, which are not cut, are copied",
+    ),
+    Case(
+        5,
+        {"tp": 2, "dp": 4, "ep": 4},
+        {
+            "tensor": [4, 5],
+            "batch": [1, 3, 5, 7],
+            "data": [1, 3, 5, 7],
+            "token": list(range(8)),
+            "expert": [4, 5, 6, 7],
+            "expert_data": [1, 5],
+        },
+        "folding: experts lie across two tensor groups",
+    ),
+    Case(
+        6,
+        {"tp": 2, "dp": 4, "ep": 2, "etp": 2},
+        {
+            "tensor": [6, 7],
+            "batch": [0, 2, 4, 6],
+            "data": [0, 2, 4, 6],
+            "token": list(range(8)),
+            "expert": [4, 6],
+            "expert_tensor": [6, 7],
+            "expert_data": [2, 6],
+        },
+        "folding: the exchange of rows is among equal places of their tensor groups",
+    ),
+    Case(
+        9,
+        {"tp": 2, "cp": 2, "pp": 2, "dp": 2, "ep": 8},
+        {
+            "tensor": [8, 9],
+            "context": [9, 11],
+            "pipeline": [1, 9],
+            "batch": [9, 13],
+            "data": [9, 11, 13, 15],
+            "token": list(range(8, 16)),
+            "expert": list(range(8, 16)),
+        },
+        "context and pipeline: the second stage",
+    ),
+    Case(
+        1023,
+        {"dp": 1024, "ep": 64},
+        {
+            "batch": list(range(1024)),
+            "data": list(range(1024)),
+            "token": list(range(1024)),
+            "expert": list(range(960, 1024)),
+            "expert_data": list(range(63, 1024, 64)),
+        },
+        "a world of 1024",
+    ),
 ]
+NAMES = [field.name for field in fields(Groups) if field.name != "rank"]
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.reason)
 def test_members(case):
-    with fake_world(case.rank, case.dp):
-        groups = build_groups(ParallelSizes(dp=case.dp, ep=case.ep))
-        wanted = {"data": case.data, "expert": case.expert, "expert_data": case.expert_data}
-        for name, members in wanted.items():
-            group = getattr(groups, name)
+    sizes = ParallelSizes(**case.sizes)
+    with fake_world(case.rank, sizes.world_size):
+        groups = build_groups(sizes)
+        for name in NAMES:
+            group, members = getattr(groups, name), case.members.get(name, [])
             assert (dist.get_process_group_ranks(group) if group else []) == members, name
         assert groups.rank == case.rank
-        assert (groups.data_size, groups.data_rank) == (case.dp, case.rank)
-        assert (groups.expert_size, groups.expert_rank) == (case.ep, case.rank % case.ep)
-        assert groups.expert_data_rank == case.rank // case.ep
+        assert (groups.batch_size, groups.data_size) == (sizes.dp, sizes.cp * sizes.dp)
+        assert (groups.tensor_size, groups.token_size) == (sizes.tp, sizes.stage_size)
+        assert (groups.expert_size, groups.expert_tensor_size) == (sizes.ep, sizes.etp)
+        for name in ("batch", "data", "tensor", "expert", "expert_tensor", "expert_data"):
+            place = case.members[name].index(case.rank) if name in case.members else 0
+            assert getattr(groups, f"{name}_rank") == place, name
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
@@ -68,5 +143,21 @@ def test_a_world_of_another_size_is_refused_in_words():
 
 def test_one_process_needs_no_groups():
     groups = Groups()
-    assert (groups.data_size, groups.expert_size) == (1, 1)
-    assert (groups.rank, groups.data_rank, groups.expert_rank, groups.expert_data_rank) == (0, 0, 0, 0)
+    sizes = (
+        groups.batch_size,
+        groups.data_size,
+        groups.tensor_size,
+        groups.token_size,
+        groups.expert_size,
+        groups.expert_tensor_size,
+    )
+    assert set(sizes) == {1}
+    ranks = (
+        groups.rank,
+        groups.batch_rank,
+        groups.data_rank,
+        groups.tensor_rank,
+        groups.expert_rank,
+        groups.expert_tensor_rank,
+    )
+    assert set(ranks) == {groups.expert_data_rank} == {0}

@@ -11,7 +11,6 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from threading import Lock
 from typing import Any, NamedTuple
 
 import pytest
@@ -24,9 +23,11 @@ from safetensors.torch import load_file, save_file
 from tiny import context_of, tiny_model
 
 from expertmesh.parallel.dispatchers import LocalDispatcher
+from expertmesh.parallel.timeline import Turns
 from expertmesh.system.convert.huggingface import Conversion, from_hf, tensor_shapes, to_hf
 from expertmesh.system.model.checkpoint import INDEX, Checkpoint, open_checkpoint, read_config, write_config
 from expertmesh.system.model.transformer import Transformer
+from expertmesh.system.serve.config import ServeConfig
 from expertmesh.system.serve.engine import Engine
 from expertmesh.system.serve.request import Request, Sampling
 from expertmesh.system.tokenizer import Tokenizer
@@ -96,7 +97,7 @@ def test_logits_are_those_of_transformers(pairs, name):
 def test_greedy_texts_are_those_of_transformers(pairs, name):
     """64 tokens with the cache, two requests in one batch."""
     pair = pairs(name)
-    engine = Engine(load(pair.ours), (), [LocalDispatcher()], Lock(), 2, "cpu")
+    engine = Engine(load(pair.ours), (), ServeConfig(max_running=2), "cpu", [LocalDispatcher()], Turns())
     answers: dict[str, list[int]] = {}
     for number, prompt in enumerate(PROMPTS):
         answers[str(number)] = []

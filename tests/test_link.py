@@ -1,96 +1,150 @@
-"""Serving split in two pools gives the tokens of serving joined: processes, real links, a real checkpoint."""
+"""Links carry bytes whole and in order, tell of the other side's end, and let in whoever read the store."""
 
 from __future__ import annotations
 
-import time
+import socket
 from datetime import timedelta
+from threading import Thread
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
-from tiny import prepare_tiny_data, tiny_model, write_random_checkpoint
 
-from expertmesh.system.model.checkpoint import Checkpoint, open_checkpoint
-from expertmesh.system.serve.config import ServeConfig
-from expertmesh.system.serve.request import Request, Sampling
-from expertmesh.system.serve.workers import attention_engine, joined_engine, run_ffn_worker
+from expertmesh.parallel.link import Hello, Link, LinkBroken, Listener, as_bytes, connect, naming
+
+WAIT = timedelta(seconds=20)
 
 
-def requests() -> list[Request]:
-    generator = torch.Generator().manual_seed(1)
-    lengths = (1, 2, 7, 19, 30)
-    prompts = [torch.randint(5, 300, (n,), generator=generator).tolist() for n in lengths]
-    greedy = Sampling(max_tokens=24, temperature=0, ignore_eos=True)
-    drawn = Sampling(max_tokens=24, temperature=0.9, top_p=0.9, seed=7, ignore_eos=True)
-    return [Request(f"r{i}", p, drawn if i == 2 else greedy) for i, p in enumerate(prompts)]
+@pytest.fixture
+def store() -> dist.HashStore:
+    made = dist.HashStore()
+    made.set_timeout(WAIT)
+    return made
 
 
-def answers(loop, wanted: list[Request]) -> dict[str, list[int]]:
-    tokens: dict[str, list[int]] = {request.id: [] for request in wanted}
-    for request in wanted:
-        loop.submit(request)
-    open_requests = len(wanted)
-    for batch in loop.outputs():
-        for output in batch:
-            tokens[output.request_id].append(output.token_id)
-            open_requests -= output.finish_reason is not None
-        if not open_requests:
-            loop.close()
-            return tokens
-    raise AssertionError("the engine stopped early")
+def pair(store: dist.Store, timeout: timedelta = WAIT) -> tuple[Link, Link]:
+    """An attention worker's end and the FFN worker's."""
+    listener = Listener(store, 0)
+    attention = connect(store, 3, 0, 1, timeout)
+    ffn, who = listener.accept()
+    listener.close()
+    assert who == Hello(3, 1)
+    return attention, ffn
 
 
-def _attention(rank: int, port: int, ffn: int, checkpoint: Checkpoint, config: ServeConfig, results) -> None:
-    torch.set_num_threads(1)
-    store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=60))
-    loop = attention_engine(checkpoint, config, rank, ffn, store)
-    results.put(answers(loop, requests()))
+MESSAGES = [
+    ([b""], "nothing"),
+    ([b"a"], "one byte"),
+    ([b"head", b"", b"body"], "an empty buffer between others"),
+    ([bytes(range(256)) * 40_000], "ten megabytes: more than any buffer of the system"),
+    ([b"h", *[bytes([i]) * 1000 for i in range(200)]], "many buffers"),
+]
 
 
-def _ffn(rank: int, port: int, ffn: int, attention: int, checkpoint: Checkpoint, config: ServeConfig) -> None:
-    torch.set_num_threads(1)
-    store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=60))
-    run_ffn_worker(checkpoint, config, rank, ffn, attention, store)
+@pytest.mark.parametrize("buffers, reason", MESSAGES, ids=[reason for _, reason in MESSAGES])
+def test_messages_arrive_whole(store, buffers, reason):
+    attention, ffn = pair(store)
+    sender = Thread(target=attention.send, args=(buffers,), daemon=True)
+    sender.start()
+    whole = b"".join(buffers)
+    memory = ffn.memory(len(whole))
+    ffn.receive(memory)
+    assert bytes(memory) == whole
+    sender.join(20)
+    ffn.send([b"ok"])
+    answer = attention.memory(2)
+    attention.receive(answer)
+    assert bytes(answer) == b"ok"
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
-    run_dir = tmp_path_factory.mktemp("served")
-    prepare_tiny_data(run_dir)
-    return open_checkpoint(write_random_checkpoint(run_dir, tiny_model()))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int32, torch.uint8, torch.float8_e4m3fn])
+def test_tensors_are_bytes(dtype):
+    tensor = torch.arange(6).view(2, 3).to(dtype)
+    data = as_bytes(tensor)
+    assert len(data) == 6 * dtype.itemsize
+    assert torch.equal(torch.frombuffer(data, dtype=torch.uint8), tensor.view(-1).view(torch.uint8))
+    assert len(as_bytes(tensor[:0])) == 0
+    as_bytes(tensor)[:] = bytes(len(data))
+    assert not tensor.float().any(), "the memory itself, not a copy"
 
 
-@pytest.fixture(scope="module")
-def joined(checkpoint: Checkpoint) -> dict[str, list[int]]:
-    return answers(joined_engine(checkpoint, ServeConfig()), requests())
+def test_links_are_their_own(store):
+    """Two micro-batches of one pair: a message of one does not come out of the other."""
+    listener = Listener(store, 0)
+    ends = {}
+    for micro_batch in range(2):
+        attention = connect(store, 0, 0, micro_batch, WAIT)
+        link, who = listener.accept()
+        ends[who.micro_batch] = attention, link
+    ends[1][0].send([b"one"])
+    ends[0][0].send([b"two"])
+    for micro_batch, said in ((0, b"two"), (1, b"one")):
+        memory = ends[micro_batch][1].memory(3)
+        ends[micro_batch][1].receive(memory)
+        assert bytes(memory) == said
 
 
-@pytest.mark.parametrize(
-    "attention, ffn, micro_batches",
-    [(1, 1, 1), (1, 2, 3), (2, 1, 2), (1, 5, 2)],
-    ids=["1:1", "1:2 in three micro-batches", "2:1", "an FFN worker without experts"],
-)
-def test_split_equals_joined(checkpoint, joined, attention, ffn, micro_batches):
-    config = ServeConfig(micro_batches=micro_batches)
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    context = mp.get_context("spawn")
-    results = context.Queue()
-    workers = [
-        context.Process(target=_ffn, args=(rank, store.port, ffn, attention, checkpoint, config)) for rank in range(ffn)
-    ] + [
-        context.Process(target=_attention, args=(rank, store.port, ffn, checkpoint, config, results))
-        for rank in range(attention)
-    ]
-    for worker in workers:
-        worker.start()
-    try:
-        for _ in range(attention):
-            assert results.get(timeout=120) == joined
-        deadline = time.monotonic() + 30  # FFN workers end by themselves once the attention workers are gone
-        for worker in workers:
-            worker.join(timeout=max(0.1, deadline - time.monotonic()))
-        assert [worker.exitcode for worker in workers] == [0] * len(workers)
-    finally:
-        for worker in workers:
-            worker.kill()
+def test_the_other_end_is_gone(store):
+    attention, ffn = pair(store)
+    ffn.close()
+    with pytest.raises(LinkBroken, match="FFN worker 5 is gone"), naming(5):
+        attention.receive(attention.memory(1))
+    with pytest.raises(LinkBroken, match="FFN worker 5 is gone"), naming(5):
+        for _ in range(100):  # the first ones may still be taken by the system
+            attention.send([bytes(1 << 16)])
+
+
+def test_a_thread_that_waits_notices_its_own_end_closing(store):
+    attention, ffn = pair(store)
+    seen = []
+
+    def wait() -> None:
+        try:
+            ffn.receive(ffn.memory(1))
+        except OSError as error:
+            seen.append(error)
+
+    thread = Thread(target=wait, daemon=True)
+    thread.start()
+    ffn.close()
+    thread.join(20)
+    assert seen and attention
+
+
+def test_silence_is_an_end_for_whoever_waits_for_an_answer(store):
+    attention, _ = pair(store, timeout=timedelta(seconds=0.05))
+    with pytest.raises(LinkBroken, match="FFN worker 2 did not answer in time"), naming(2):
+        attention.receive(attention.memory(1))
+
+
+def test_strangers_are_not_let_in(store):
+    listener = Listener(store, 0)
+    host, port, _ = store.get("ffn-0").decode().split()
+    impostor = socket.create_connection((host, int(port)))
+    impostor.sendall(bytes(24))
+    mute = socket.create_connection((host, int(port)))
+    mute.close()
+    friend = connect(store, 1, 0, 0, WAIT)
+    link, who = listener.accept()
+    assert who == Hello(1, 0)
+    impostor.settimeout(20)
+    assert impostor.recv(1) == b"", "it is hung up on"
+    friend.send([b"x"])
+    memory = link.memory(1)
+    link.receive(memory)
+    assert bytes(memory) == b"x"
+
+
+def test_a_worker_that_comes_again_is_found_at_its_new_place(store):
+    first = Listener(store, 0)
+    first.close()
+    second = Listener(store, 0)
+    connect(store, 0, 0, 0, WAIT)
+    assert second.accept()[1] == Hello(0, 0)
+
+
+def test_nobody_there():
+    store = dist.HashStore()
+    store.set("ffn-4", f"127.0.0.1 1 {bytes(16).hex()}")
+    with pytest.raises(LinkBroken, match="FFN worker 4 is gone"):
+        connect(store, 0, 4, 0, WAIT)

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import threading
-from threading import Lock
+import time
+from threading import Event, Lock
 from typing import Any
 
 import pytest
 from tiny import tiny_model
 
-from expertmesh.parallel.dispatchers import LocalDispatcher
+from expertmesh.parallel.dispatchers import Dispatched, LocalDispatcher
+from expertmesh.parallel.timeline import Turns
 from expertmesh.system.model.transformer import Transformer
 from expertmesh.system.model.weights import initialise
+from expertmesh.system.serve.config import ServeConfig
 from expertmesh.system.serve.engine import Engine
 from expertmesh.system.serve.loop import EngineLoop
 from expertmesh.system.serve.request import Output, Request, Sampling
@@ -19,10 +22,10 @@ from expertmesh.system.serve.request import Output, Request, Sampling
 WAIT = 20  # seconds; nothing here takes one
 
 
-def engine() -> Engine:
+def engine(turns: Turns | None = None) -> Engine:
     model = Transformer(tiny_model(vocab_size=64))
     initialise(model, 1, 0.3)
-    return Engine(model.eval(), [], [LocalDispatcher()], Lock(), 2, "cpu")
+    return Engine(model.eval(), [], ServeConfig(max_running=2), "cpu", [LocalDispatcher()], turns or Turns())
 
 
 def request(name: str, tokens: int = 3) -> Request:
@@ -80,9 +83,9 @@ def test_answers_are_those_of_the_engine():
 
 
 def test_cancel():
-    made = engine()
-    loop = EngineLoop(made)
-    with made.compute:  # the step that "a" may have begun waits until all orders are given
+    turns = Turns()
+    loop = EngineLoop(engine(turns))
+    with turns.turn(0):  # the step that "a" may have begun waits until all orders are given
         loop.cancel("nobody")
         loop.submit(request("a", tokens=40))
         loop.cancel("a")
@@ -114,11 +117,13 @@ class Failing:
     """An engine whose third step fails."""
 
     def __init__(self) -> None:
-        self.steps, self.has_work = 0, False
+        self.steps, self.has_work, self.closed = 0, False, False
 
-    def add(self, new: Request) -> None:
+    def check(self, new: Request) -> None:
         if not new.prompt_token_ids:
             raise ValueError("the prompt has 0 tokens")
+
+    def add(self, new: Request) -> None:
         self.has_work = True
 
     def step(self) -> list[Output]:
@@ -127,9 +132,16 @@ class Failing:
             raise RuntimeError("the FFN pool is gone")
         return [Output("a", self.steps)]
 
+    def wake(self) -> None:
+        pass
+
+    def close(self) -> None:
+        self.closed = True
+
 
 def test_a_step_that_raises_surfaces_after_the_outputs_before_it():
-    loop = EngineLoop(Failing())  # type: ignore[arg-type]
+    failing = Failing()
+    loop = EngineLoop(failing)  # type: ignore[arg-type]
     loop.submit(request("a"))
     seen: list[int] = []
 
@@ -141,11 +153,38 @@ def test_a_step_that_raises_surfaces_after_the_outputs_before_it():
         within(WAIT, consume)
     assert seen == [1, 2]
     within(WAIT, loop.close)
+    assert failing.closed
 
 
-def test_a_request_that_the_engine_refuses_surfaces_too():
-    """The door checks requests before they come here; one that slips through must not vanish."""
-    loop = EngineLoop(Failing())  # type: ignore[arg-type]
-    loop.submit(Request("a", []))
+def test_a_request_that_the_engine_refuses_is_refused_at_once():
+    loop = EngineLoop(engine())
     with pytest.raises(ValueError, match="the prompt has 0 tokens"):
-        within(WAIT, list, loop.outputs())
+        loop.submit(Request("a", []))
+    loop.submit(request("b"))
+    assert list(within(WAIT, read, loop, {"b"})) == ["b"], "and nobody else suffers"
+    within(WAIT, loop.close)
+
+
+def test_a_request_that_comes_while_a_step_waits_is_begun():
+    """Two lanes; the first is stuck. A second request must not wait for it."""
+    stuck, free = Lock(), Event()
+
+    class Stuck(LocalDispatcher):
+        def dispatch(self, *args: Any) -> Dispatched:
+            if stuck.acquire(blocking=False):
+                with turns.others(0, 0):
+                    free.wait(WAIT)
+            return super().dispatch(*args)
+
+    turns = Turns()
+    model = Transformer(tiny_model(vocab_size=64))
+    initialise(model, 1, 0.3)
+    loop = EngineLoop(Engine(model.eval(), [], ServeConfig(), "cpu", [Stuck(), Stuck()], turns))
+    loop.submit(request("a"))
+    while not stuck.locked():
+        time.sleep(0.001)
+    loop.submit(request("b"))
+    assert list(within(WAIT, read, loop, {"b"})) == ["b"]
+    free.set()
+    assert list(within(WAIT, read, loop, {"a"})) == ["a"]
+    within(WAIT, loop.close)

@@ -153,7 +153,7 @@ def test_mean_over_ranks_of_the_attentions_loss_is_that_of_the_whole_batch():
     expected.total.backward()
 
     def one_rank(group: dist.ProcessGroup):
-        loss = loss_of_attentions(0.5, Groups(rank=group.rank(), data=group))
+        loss = loss_of_attentions(0.5, Groups(rank=group.rank(), data=group, token=group))
         parts = loss(tokens_BS1.chunk(2)[group.rank()])
         parts.total.backward()
         return parts.total.item(), [block.self_attn.gate.weight.grad for block in loss.model.layers]
@@ -179,7 +179,7 @@ def test_mean_over_ranks_is_the_loss_of_the_whole_batch(ranks):
     expected.total.backward()
 
     def one_rank(group: dist.ProcessGroup):
-        loss = loss_of(Groups(rank=group.rank(), data=group))
+        loss = loss_of(Groups(rank=group.rank(), data=group, token=group))
         parts = loss(tokens_BS1.tensor_split(ranks)[group.rank()])
         parts.total.backward()
         return parts, {name: p.grad for name, p in loss.model.named_parameters()}

@@ -8,11 +8,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from expertmesh.kernels import grouped_gemm as grouped_gemm_module
 from expertmesh.kernels import grouped_swiglu as grouped_swiglu_module
+from expertmesh.kernels import paged_attention as paged_attention_module
 from expertmesh.kernels import router_sums as router_sums_module
 from expertmesh.kernels import routing, rows
 from expertmesh.kernels.combine_triton import combine_triton
 from expertmesh.kernels.grouped_gemm import grouped_gemm
 from expertmesh.kernels.grouped_swiglu import grouped_swiglu
+from expertmesh.kernels.paged_attention import paged_attention
 from expertmesh.kernels.router_sums import router_sums
 from expertmesh.kernels.routing import route
 from expertmesh.kernels.zero_computation import ZeroComputation
@@ -48,6 +50,20 @@ def test_a_layer_of_fake_tensors_has_the_shapes_and_dtypes_of_a_real_one(dtype, 
     for fake, tensor in zip(fakes, layer(dtype), strict=True):
         assert type(fake).__name__ == "FakeTensor"
         assert (fake.shape, fake.dtype, fake.stride()) == (tensor.shape, tensor.dtype, tensor.stride())
+
+
+@pytest.mark.parametrize("width", [8, 6], ids=["values beside the keys", "values in the keys"])
+def test_attention_to_pages_of_fake_tensors_has_the_shape_of_a_real_one(width, monkeypatch):
+    monkeypatch.setattr(paged_attention_module, "by_triton", lambda tensor: True)
+
+    def answer():
+        q_SHd, keys_PBGd = torch.zeros(2, 4, 8), torch.zeros(3, 4, 2, 8)
+        table_SM, lengths_S = torch.zeros(2, 2, dtype=torch.int32), torch.ones(2, dtype=torch.int32)
+        return paged_attention(q_SHd, keys_PBGd, keys_PBGd[..., :width], table_SM, lengths_S, window=3)
+
+    with FakeTensorMode():
+        fake = answer()
+    assert (fake.shape, fake.dtype, fake.stride()) == (answer().shape, torch.float32, answer().stride())
 
 
 def test_experts_compile_to_one_graph():

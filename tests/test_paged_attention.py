@@ -9,12 +9,10 @@ import pytest
 import torch
 from numerics import assert_close
 
-from expertmesh.kernels.paged_attention import (
-    paged_attention,
-    paged_attention_ref,
-    paged_prefill,
-    paged_prefill_ref,
-)
+from expertmesh.kernels import paged_attention as module
+from expertmesh.kernels import paged_attention_triton as kernels
+from expertmesh.kernels.paged_attention import paged_attention, paged_attention_ref, paged_prefill, paged_prefill_ref
+from expertmesh.kernels.tiles import CHIPS, GFX942, SM_90
 
 F32, BF16 = torch.float32, torch.bfloat16
 
@@ -46,6 +44,7 @@ CASES = [
     Case([16, 20], 4, 2, 8, 8, 8, 100, "a window longer than the sequences"),
     Case([300, 1, 129], 8, 2, 32, 32, 16, None, "long and short together: several parts, and one"),
 ]
+LARGEST = [case for case in CASES if sum(case.lengths) > 100]
 
 
 def inputs_for(case: Case, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
@@ -80,21 +79,63 @@ def poisoned():
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.fixture(params=["by sequence", "triton, whole", "triton, parts"])
+def way(request, monkeypatch):
+    """How it is computed: whole sequences, or parts of at least one step, of which a few hold nothing."""
+    monkeypatch.setattr(module, "by_triton", lambda tensor: request.param != "by sequence")
+    monkeypatch.setattr(kernels, "PART_POSITIONS", 1)
+    monkeypatch.setattr(kernels, "parts_for", lambda *_: 3 if request.param == "triton, parts" else 1)
+    return request.param
+
+
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.reason)
-def test_one_new_token(case, dtype):
+def test_one_new_token(case, dtype, way):
+    if dtype == BF16 and way != "by sequence" and case not in LARGEST:
+        return  # the interpreter is slow, and other operands show nothing new about bounds
     inputs = inputs_for(case, dtype)
     got = paged_attention(*inputs, window=case.window)
     assert got.dtype == dtype and got.is_contiguous()
-    assert_close(got, paged_attention_ref(*in_float64(*inputs), window=case.window))
+    # Triton's interpreter truncates to bfloat16 where hardware rounds: an error of up to 2^-7.
+    truncated = {"rms_error": 1e-2} if dtype == BF16 and way != "by sequence" else {}
+    assert_close(got, paged_attention_ref(*in_float64(*inputs), window=case.window), **truncated)
     assert torch.equal(got, paged_attention(*inputs, window=case.window))
+
+
+@pytest.mark.parametrize("heads", kernels.SHIPPED, ids=lambda heads: heads.name)
+def test_tiles_of_models(heads, monkeypatch):
+    """The widths of real models, which cut keys in two and heads over several programs; many sequences stay whole."""
+    monkeypatch.setattr(module, "by_triton", lambda tensor: True)
+    value = 0 if heads.shared else heads.e
+    case = Case([70, 3], heads.shared_by, 1, heads.d, value, 16, None, heads.name)
+    q, keys, values, table, lengths = inputs_for(case, BF16)
+    values = keys[..., : heads.e] if heads.shared else values
+    got = paged_attention(q, keys, values, table, lengths)
+    assert_close(got, paged_attention_ref(*in_float64(q, keys, values, table, lengths)), rms_error=1e-2)
+
+
+@pytest.mark.parametrize("chip", CHIPS.values(), ids=CHIPS)
+@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize("heads", kernels.SHIPPED, ids=lambda heads: heads.name)
+def test_the_buffers_of_a_tile_fit(heads, itemsize, chip):
+    tile = kernels.attention_tile(heads.shared_by, heads.d, heads.e, itemsize, heads.shared, chip)
+    width = heads.d + (0 if heads.shared else heads.e)
+    queries = 0 if chip == GFX942 else tile.rows * heads.d  # there they lie in registers
+    assert (queries + (tile.stages - 1) * tile.depth * width) * itemsize <= chip.shared_bytes
+
+
+def test_few_sequences_are_cut_and_many_are_not():
+    assert kernels.parts_for(8, 65536, SM_90) == 33, "one sequence, 8 key-value heads: two programs a multiprocessor"
+    assert kernels.parts_for(8, 400, SM_90) == 2, "a part shorter than that is not worth the second kernel"
+    assert kernels.parts_for(1, 65536, SM_90) == kernels.PARTS
+    assert kernels.parts_for(400, 65536, SM_90) == 1
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.reason)
 def test_several_new_tokens(case, dtype):
     _, keys, values, table, lengths = inputs_for(case, dtype)
-    queries = [max(length - (7, 0, 2)[s % 3], min(length, 1)) for s, length in enumerate(case.lengths)]
+    queries = [min(length, (9, length, 2)[s % 3]) for s, length in enumerate(case.lengths)]  # some, all, few
     q = torch.randn(sum(queries), case.heads, case.d, generator=torch.Generator().manual_seed(1)).to(dtype)
     inputs = q, keys, values, table, case.lengths, queries
     got = paged_prefill(*inputs, window=case.window)
@@ -102,7 +143,7 @@ def test_several_new_tokens(case, dtype):
     assert_close(got, paged_prefill_ref(*in_float64(*inputs), window=case.window))
 
 
-def test_by_hand():
+def test_by_hand(way):
     """Two positions in two pages, keys 0 and log 3 for a query of 1: weights 1/4 and 3/4."""
     keys = torch.tensor([math.log(3), 0.0, 9.0]).view(3, 1, 1, 1)
     values = torch.tensor([8.0, 4.0, 9.0]).view(3, 1, 1, 1)

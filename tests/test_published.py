@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from threading import Lock
 from typing import Any
 
 import pytest
@@ -18,11 +17,13 @@ from safetensors.torch import load_file
 from tiny import context_of
 
 from expertmesh.parallel.dispatchers import LocalDispatcher
+from expertmesh.parallel.timeline import Turns
 from expertmesh.system.convert.families import choose_family, family_of
 from expertmesh.system.convert.huggingface import from_hf, open_hf, to_hf
 from expertmesh.system.model.checkpoint import Checkpoint, CheckpointError, open_checkpoint
 from expertmesh.system.model.transformer import ExpertPool, Transformer
 from expertmesh.system.model.weights import weights
+from expertmesh.system.serve.config import ServeConfig
 from expertmesh.system.serve.engine import Engine
 from expertmesh.system.serve.request import Request, Sampling
 
@@ -86,7 +87,7 @@ def test_all_kinds_of_moe_plus_plus_experts_are_met(tmp_path):
 def test_greedy_texts_are_those_of_the_equations(tmp_path, twin, config):
     """64 tokens with the cache, from the folder as it lies."""
     tensors = save_twin(twin, tmp_path / "theirs", **config)
-    engine = Engine(loaded(open_hf(tmp_path / "theirs")), (), [LocalDispatcher()], Lock(), 1, "cpu")
+    engine = Engine(loaded(open_hf(tmp_path / "theirs")), (), ServeConfig(), "cpu", [LocalDispatcher()], Turns())
     engine.add(Request("one", TOKENS[:7], Sampling(max_tokens=64, temperature=0.0)))
     answer = []
     while engine.has_work:

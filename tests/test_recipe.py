@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from expertmesh.launch.recipe import SHIPPED, Recipe, load_recipe
+from expertmesh.launch.recipe import SHIPPED, Recipe, load_recipe, serve_settings
 
 WRONG = [
     ("a misspelt key", ["train.step=5"], "unknown key train.step; did you mean steps?"),
@@ -34,6 +34,32 @@ WRONG = [
         "a model beside a checkpoint",
         ["start_from=x", "model.layers=2"],
         "quickstart: start_from=x: leave out model, it comes with that checkpoint",
+    ),
+    ("pipeline parallel", ["parallel.pp=2"], "parallel.pp=2: pipeline parallel is not built yet; take pp=1"),
+    (
+        "sequences that cp does not divide",
+        ["parallel.cp=3", "parallel.ep=1"],
+        "train.sequence_length=128 is not cut evenly by 2 runs on each of parallel.cp=3 ranks; take a multiple of 6",
+    ),
+    (
+        "heads that tp does not divide",
+        ["parallel.tp=3"],
+        "model.attention.heads=4: parallel.tp=3 does not divide it; take a multiple of 3, or tp one of [1, 2, 4]",
+    ),
+    (
+        "key-value heads fewer than tp",
+        ["parallel.tp=4"],
+        "model.attention.kv_heads=2: parallel.tp=4 does not divide it",
+    ),
+    (
+        "hidden units that etp does not divide",
+        ["parallel.dp=3", "parallel.ep=1", "parallel.etp=3", "train.batch_size=15"],
+        "model.moe.expert.hidden_size=256: parallel.etp=3 does not divide it",
+    ),
+    (
+        "tokens that tp does not divide",
+        ["parallel.tp=2", "train.sequence_length=127"],
+        "train.sequence_length=127 is not cut evenly by parallel.tp=2; take a multiple of 2",
     ),
     ("a minimum above the peak", ["train.min_learning_rate=1"], "min_learning_rate=1.0 is above learning_rate"),
 ]
@@ -92,3 +118,32 @@ def test_a_checkpoint_takes_the_place_of_the_recipes_model():
     recipe = load_recipe("quickstart", ["start_from=x"])
     assert recipe.start_from == "x" and "model" not in recipe.model_fields_set
     assert recipe.train == load_recipe("quickstart", []).train
+
+
+def test_settings_of_serving():
+    settings = serve_settings(["serve.micro_batches=2", "serve.wire=broadcast", "serve.wire_format=fp8"])
+    assert (settings.micro_batches, settings.wire, settings.wire_format) == (2, "broadcast", "fp8")
+    assert settings.page_size == 16 and serve_settings([]).micro_batches == 3
+    assert serve_settings(["serve.micro_batches=2", "serve.micro_batches=1"]).micro_batches == 1, "the last one counts"
+
+
+WRONG_SETTINGS = [
+    (["serve.wires=routed"], "unknown key serve.wires; did you mean wire?"),
+    (["micro_batches=2"], "unknown key micro_batches; known keys: serve"),
+    (["serve.micro_batches=5"], "serve.micro_batches=5: Input should be less than or equal to 4"),
+    (["serve.wire=sent"], "serve.wire=sent: Input should be 'routed' or 'broadcast'"),
+    (["serve"], "an override reads section.key=value"),
+]
+
+
+@pytest.mark.parametrize("changes, line", WRONG_SETTINGS, ids=[line for _, line in WRONG_SETTINGS])
+def test_wrong_settings_of_serving(changes, line):
+    with pytest.raises(ValueError) as error:
+        serve_settings(changes)
+    assert line in str(error.value) and "\n" not in str(error.value)
+
+
+def test_the_longest_request():
+    """A page counts whole; a cache that is larger than a context makes no context longer."""
+    rooms = [serve_settings([f"serve.cache_tokens={n}", "serve.page_size=8"]).room(96) for n in (17, 24, 95, 500)]
+    assert rooms == [24, 24, 96, 96] and serve_settings([]).room(96) == 96

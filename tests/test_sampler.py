@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 
 import pytest
 import torch
 
 from expertmesh.system.serve.request import Sampling
-from expertmesh.system.serve.sampler import _nucleus, sample
+from expertmesh.system.serve.sampler import Place, _nucleus, draw, penalised, sample, told_prompt
 
 # Sixteenths, in no order: a softmax of their logarithms gives them back.
 PROBABILITIES = torch.tensor([1, 8, 2, 4, 1]) / 16
@@ -16,8 +17,13 @@ LOGITS = PROBABILITIES.log()
 ALL = {0, 1, 2, 3, 4}
 
 
+def draw_at(logits_V: torch.Tensor, sampling: Sampling, seed: int, position: int) -> int:
+    """After `position` tokens of a prompt."""
+    return draw(logits_V, Place(sampling, seed, [0] * position, position))
+
+
 def draws(sampling: Sampling, logits_V: torch.Tensor = LOGITS, count: int = 400, seed: int = 0) -> Counter[int]:
-    return Counter(sample(logits_V, sampling, seed, position) for position in range(count))
+    return Counter(draw_at(logits_V, sampling, seed, position) for position in range(count))
 
 
 SUPPORTS = [
@@ -41,6 +47,14 @@ SUPPORTS = [
     (Sampling(1, top_p=1.0), ALL, "no limit"),
     (Sampling(1, top_k=2, top_p=0.6), {1}, "top_k first: then the first token has two thirds"),
     (Sampling(1, temperature=9.0, top_p=0.4), {1, 3}, "temperature first: then no token has 0.3"),
+    (Sampling(1, min_p=0.26), {1, 3}, "a half of the best is kept, a quarter is not"),
+    (Sampling(1, min_p=0.24), {1, 3, 2}, "a quarter is kept, an eighth is not"),
+    (Sampling(1, min_p=1.0), {1}, "only the best"),
+    (Sampling(1, temperature=0.5, min_p=0.24), {1, 3}, "temperature first: it squares the quarter"),
+    (Sampling(1, min_p=0.1, top_p=0.74), {1, 3}, "min_p first: two of what is left reach top_p"),
+    (Sampling(1, logit_bias={0: 100.0}), {0}, "a bias that nothing stands against"),
+    (Sampling(1, logit_bias={1: -100.0}), {0, 2, 3, 4}, "a bias that forbids"),
+    (Sampling(1, temperature=0, logit_bias={1: -1.0}), {3}, "greedy, after the bias: 8/e is less than 4"),
 ]
 
 
@@ -77,16 +91,87 @@ def test_distribution(sampling, weights, reason):
 
 def test_seed_and_position_alone_decide():
     sampling, flat_V = Sampling(1), torch.zeros(1000)
-    first = [sample(flat_V, sampling, 7, position) for position in range(20)]
+    first = [draw_at(flat_V, sampling, 7, position) for position in range(20)]
     torch.manual_seed(99)  # the state of torch's own generator is not used
-    assert [sample(flat_V, sampling, 7, position) for position in range(20)] == first
-    assert [sample(flat_V, sampling, 7, position) for position in reversed(range(20))] == first[::-1]
+    assert [draw_at(flat_V, sampling, 7, position) for position in range(20)] == first
+    assert [draw_at(flat_V, sampling, 7, position) for position in reversed(range(20))] == first[::-1]
     assert len(set(first)) > 15, "each position draws anew"
-    assert [sample(flat_V, sampling, 8, position) for position in range(20)] != first
-    assert isinstance(sample(flat_V, sampling, -(2**80), 0), int)  # any whole number will do
+    assert [draw_at(flat_V, sampling, 8, position) for position in range(20)] != first
+    assert isinstance(draw_at(flat_V, sampling, -(2**80), 0), int)  # any whole number will do
 
 
 def test_the_global_generator_is_left_alone():
     before = torch.get_rng_state()
-    sample(LOGITS, Sampling(1), 0, 0)
+    draw_at(LOGITS, Sampling(1), 0, 0)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+SEEN = [3, 3, 0, 2, 2, 2, 0]  # three tokens of prompt, four of answer
+PENALTIES = [
+    (Sampling(1), [0, 0, 0, 0, 0], "none"),
+    (Sampling(1, presence_penalty=0.5), [-0.5, 0, -0.5, 0, 0], "of the answer, once each"),
+    (Sampling(1, frequency_penalty=0.5), [-0.5, 0, -1.5, 0, 0], "of the answer, each time"),
+    (Sampling(1, frequency_penalty=-1, presence_penalty=0.25), [0.75, 0, 2.75, 0, 0], "both, one of them a reward"),
+    (Sampling(1, logit_bias={1: 3.0, 4: -2.0}), [0, 3, 0, 0, -2], "of the named tokens"),
+    (Sampling(1, min_tokens=5), [0, 0, 0, 0, -torch.inf], "it may not end yet"),
+    (Sampling(1, min_tokens=4), [0, 0, 0, 0, 0], "now it may"),
+]
+
+
+@pytest.mark.parametrize("sampling, added, reason", PENALTIES, ids=[row[-1] for row in PENALTIES])
+def test_penalties_and_biases(sampling, added, reason):
+    logits_V = torch.tensor([1.0, -2.0, 3.0, -4.0, 0.0], dtype=torch.float64)
+    place = Place(sampling, 0, SEEN, 3, frozenset([4]))
+    assert penalised(logits_V, place).tolist() == pytest.approx((logits_V + torch.tensor(added)).tolist())
+    assert logits_V.tolist() == [1.0, -2.0, 3.0, -4.0, 0.0], "the logits are left alone"
+
+
+def test_repetition_penalty_counts_the_prompt_too():
+    logits_V = torch.tensor([1.0, -2.0, 3.0, -4.0, 0.0], dtype=torch.float64)
+    place = Place(Sampling(1, repetition_penalty=2.0), 0, SEEN, 3)
+    assert penalised(logits_V, place).tolist() == [0.5, -2.0, 1.5, -8.0, 0.0]
+    bias_first = Place(Sampling(1, repetition_penalty=2.0, logit_bias={3: 6.0}, presence_penalty=1), 0, SEEN, 3)
+    assert penalised(logits_V, bias_first).tolist() == [-0.5, -2.0, 0.5, 1.0, 0.0], "bias, repetition, presence"
+
+
+def test_a_batch_is_its_rows_one_by_one():
+    """Every kind of row at once: greedy, drawn, biased, penalised; each as it would be alone, in any order."""
+    generator = torch.Generator().manual_seed(1)
+    samplings = [
+        Sampling(1, temperature=0),
+        Sampling(1, temperature=0.8, top_p=0.9),
+        Sampling(1, temperature=0, frequency_penalty=2.0),
+        Sampling(1, top_k=7, min_p=0.05, presence_penalty=1.0, logprobs=2),
+        Sampling(1, temperature=0, logprobs=0),
+    ]
+    places = [
+        Place(sampling, seed, torch.randint(0, 50, (9,), generator=generator).tolist(), 4)
+        for seed, sampling in enumerate(samplings)
+    ]
+    logits_SV = 2 * torch.randn(len(places), 50, generator=generator)
+    together = sample(logits_SV, places)
+    assert together == [sample(row[None], [place])[0] for row, place in zip(logits_SV, places, strict=True)]
+    assert together == sample(logits_SV.flip(0), places[::-1])[::-1]
+    assert [drawn.token_id for drawn in together] == [
+        draw(row, place) for row, place in zip(logits_SV, places, strict=True)
+    ]
+    assert [drawn.logprobs is None for drawn in together] == [True, True, True, False, False]
+    assert sample(logits_SV[:0], []) == []
+
+
+def test_logprobs_are_the_models_own():
+    """Neither temperature nor bias changes them."""
+    sampling = Sampling(1, temperature=0.3, logit_bias={4: 100.0}, logprobs=3)
+    (drawn,) = sample(LOGITS[None], [Place(sampling, 0, [], 0)])
+    assert drawn.token_id == 4 and drawn.logprobs is not None
+    assert drawn.logprobs.token.logprob == pytest.approx(math.log(1 / 16))
+    assert [(one.token_id, one.logprob) for one in drawn.logprobs.top] == [
+        (1, pytest.approx(math.log(8 / 16))),
+        (3, pytest.approx(math.log(4 / 16))),
+        (2, pytest.approx(math.log(2 / 16))),
+    ]
+    none, all_ = (Sampling(1, temperature=0, logprobs=count) for count in (0, 99))
+    assert sample(LOGITS[None], [Place(none, 0, [], 0)])[0].logprobs.top == ()
+    assert len(sample(LOGITS[None], [Place(all_, 0, [], 0)])[0].logprobs.top) == 5
+    (told,) = told_prompt(LOGITS[None], [2], 1)
+    assert told.token == (2, pytest.approx(math.log(2 / 16))) and [one.token_id for one in told.top] == [1]

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import dataclass, field
-from datetime import timedelta
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 import pytest
@@ -18,7 +16,7 @@ import torch
 import torch.distributed as dist
 from numerics import assert_close
 from ranks import run_threads
-from test_link import answers
+from serving import answers, split_in_threads
 from tiny import VOCAB_SIZE, prepare_tiny_data, write_random_checkpoint
 
 from expertmesh.launch.recipe import load_recipe, shipped_recipes
@@ -32,7 +30,7 @@ from expertmesh.system.model.transformer import Transformer
 from expertmesh.system.model.weights import initialise, weights
 from expertmesh.system.serve.config import ServeConfig
 from expertmesh.system.serve.request import Request, Sampling
-from expertmesh.system.serve.workers import attention_engine, joined_engine, run_ffn_worker
+from expertmesh.system.serve.workers import joined_engine
 from expertmesh.system.train.loss import BatchLoss, LanguageModelLoss
 
 PLAIN = {"zero_experts": 0, "copy_experts": 0, "constant_experts": 0, "gating_residual": False}
@@ -191,7 +189,7 @@ def test_expert_parallel_equals_one_rank(variant):
 
     def rank_main(group: dist.ProcessGroup) -> tuple[tuple[BatchLoss, BatchLoss], dict[str, torch.Tensor]]:
         model = made(config, group.rank(), group.size())
-        groups = Groups(rank=group.rank(), data=group, expert=group)
+        groups = Groups(rank=group.rank(), data=group, token=group, expert=group)
         loss = LanguageModelLoss(model, AllToAllDispatcher(group, Traffic()), groups)
         return both(loss, range(2 * group.rank(), 2 * group.rank() + 2)), gradients(model)
 
@@ -229,15 +227,7 @@ def test_serving_split_says_what_joined_says(variant, tokenizer, tmp_path):
     ]
     joined = answers(joined_engine(checkpoint, ServeConfig()), requests)
 
-    store, config = dist.HashStore(), ServeConfig(micro_batches=2)
-    store.set_timeout(timedelta(seconds=30))
-    pool = [
-        Thread(target=run_ffn_worker, args=(checkpoint, config, rank, 2, 1, store), daemon=True) for rank in range(2)
-    ]
-    for worker in pool:
-        worker.start()
-    split = answers(attention_engine(checkpoint, config, 0, 2, store), requests)
-    assert split == joined
+    assert split_in_threads(checkpoint, ServeConfig(micro_batches=2), 1, 2, requests) == [joined]
 
 
 def test_selection_bias_moves_towards_an_even_load():

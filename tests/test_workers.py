@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from datetime import timedelta
 from pathlib import Path
-from threading import Thread
 
 import pytest
 import torch
-import torch.distributed as dist
-from test_link import answers, requests
+from serving import answers, requests, split_in_threads
 from tiny import prepare_tiny_data, tiny_model, write_random_checkpoint
 
 from expertmesh.system.model.checkpoint import OwnCheckpoint, open_checkpoint
 from expertmesh.system.model.transformer import ExpertPool, Transformer
 from expertmesh.system.serve import workers
 from expertmesh.system.serve.config import ServeConfig
-from expertmesh.system.serve.workers import attention_engine, held, joined_engine, run_ffn_worker, serving_dtype
+from expertmesh.system.serve.workers import held, joined_engine, serving_dtype
 
 
 @pytest.fixture(scope="module")
@@ -60,9 +57,5 @@ def test_routers_are_float32_whatever_the_model_is(checkpoint, in_bfloat16):
 
 def test_split_equals_joined_in_bfloat16(checkpoint, in_bfloat16):
     joined = answers(joined_engine(checkpoint, ServeConfig()), requests())
-    store, config = dist.HashStore(), ServeConfig()
-    store.set_timeout(timedelta(seconds=30))
-    for rank in range(2):
-        Thread(target=run_ffn_worker, args=(checkpoint, config, rank, 2, 1, store), daemon=True).start()
-    assert answers(attention_engine(checkpoint, config, 0, 2, store), requests()) == joined
+    assert split_in_threads(checkpoint, ServeConfig(), 1, 2, requests()) == [joined]
     assert any(len(set(answer)) > 4 for answer in joined.values())

@@ -66,10 +66,11 @@ class Reference:
 
 
 def zero_of(loss: LanguageModelLoss, stage: int) -> Zero:
-    expert_parameters = [w.parameter for w in weights(loss.model) if w.is_expert and loss.groups.expert]
+    expert_parameters = [w.parameter for w in weights(loss.model) if w.is_expert]
+    replicated = [w.parameter for w in weights(loss.model) if not w.is_expert]
     decayed = [w.parameter for w in weights(loss.model) if w.is_matrix]
     settings = {"gradient_clipping": CLIPPING, "weight_decay": DECAY, "betas": BETAS}
-    return Zero(loss, expert_parameters, decayed, stage=stage, **settings)
+    return Zero(loss, expert_parameters, replicated, decayed, stage=stage, **settings)
 
 
 def make_step(zero: Zero, groups: Groups, step: int) -> float:

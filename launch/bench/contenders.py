@@ -14,7 +14,9 @@ from expertmesh.launch.bench.cases import DTYPES, Problem
 from expertmesh.launch.bench.layer import Layer, ours
 from expertmesh.launch.bench.peers import deepspeed_layer, megatron_layer
 from expertmesh.parallel.all_to_all import Traffic
-from expertmesh.parallel.dispatch_config import DispatchConfig, build_dispatcher
+from expertmesh.parallel.build_dispatcher import build_dispatcher
+from expertmesh.parallel.dispatch_config import DispatchConfig
+from expertmesh.parallel.groups import Groups
 
 OURS = "expertmesh"
 
@@ -52,7 +54,7 @@ def our_contender(what: str, renormalises: bool = True, **keys: Any) -> Contende
     config, traffic = DispatchConfig(**keys), Traffic()
 
     def build(problem: Problem, rank: int, ranks: int) -> Layer:
-        dispatcher = build_dispatcher(dist.group.WORLD, config, traffic, "cpu")
+        dispatcher = build_dispatcher(Groups(expert=dist.group.WORLD), config, traffic, "cpu")
         return ours(problem, renormalises, rank, ranks, dispatcher)
 
     def sent(layer: Layer, problem: Problem) -> int:

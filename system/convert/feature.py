@@ -47,6 +47,7 @@ class Feature(StrEnum):
     NO_POSITIONS = "attention without rotary positions"
     MIXTURE = "a mixture of attentions"
     EXPERT_KIND = "feed-forward networks other than SwiGLU"
+    QUANTISED = "quantised experts"
     PYRAMID = "layers with different numbers of experts"
     GATE_LAYERS = "a router of two layers"
     OTHER_GATE_LAYERS = "a router of two layers that is not 8 times as wide as the experts, with tanh and no bias"
@@ -141,6 +142,7 @@ def _expert_features(config: ModelConfig) -> set[Feature]:
             Feature.ODD_SHARED: mixing == "sum" and not whole_shared,
             Feature.FIRST_DENSE: bool(dense) and first_dense,
             Feature.SOME_DENSE: bool(dense) and not first_dense,
+            Feature.QUANTISED: moe.quantization is not None,
             Feature.PYRAMID: bool(moe.pyramid),
             Feature.GATE_LAYERS: moe.gate is not None,
             Feature.OTHER_GATE_LAYERS: moe.gate not in (None, released_gate),

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from expertmesh.parallel.shard import WHOLE, Shard
 from expertmesh.system.convert.families import choose_family, family_of
 from expertmesh.system.convert.family import Family
 from expertmesh.system.convert.layout import Shapes, Theirs, ours_from_theirs, theirs_from_ours
@@ -92,9 +93,9 @@ class HuggingFaceCheckpoint(Checkpoint):
     skipped: dict[str, int]  # tensors that are not: why -> how many
 
     @torch.no_grad()
-    def fill(self, views: dict[str, torch.Tensor]) -> None:
+    def fill(self, views: dict[str, torch.Tensor], shard: Shard = WHOLE) -> None:
         for name, view in views.items():
-            view.copy_(read_tensor(self.copies[name]))
+            view.copy_(read_tensor(self.copies[name])[shard.place(view.shape)])
 
 
 def open_hf(path: Path) -> HuggingFaceCheckpoint:
@@ -122,14 +123,10 @@ def from_hf(path: Path, out: Path, shard_bytes: int = SHARD_BYTES) -> Conversion
     """Write the Hugging Face checkpoint in `path` as ours to `out`. Raises ValueError with one line if it cannot."""
     found = open_hf(path)
     copies = list(found.copies.values())
-    content = found.family.text_config(read_json(path / "config.json"))
     with written_aside(out) as folder:
         peak_bytes = write_shards(copies, folder, shard_bytes)
         write_config(folder, found.config, found.dtype)
-        copy_tokenizer(path, folder)
-        token_ids = {key: content[key] for key in TOKEN_IDS if content.get(key) is not None}
-        if token_ids and not (folder / GENERATION).exists():  # our config has no place for them
-            write_json(token_ids, folder / GENERATION)
+        copy_texts(found, folder)
     return _conversion(out, found.family, found.config, peak_bytes, copies, found.skipped)
 
 
@@ -233,6 +230,16 @@ def copy_tokenizer(source: Path, target: Path) -> None:
     for name in TOKENIZER_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
+
+
+def copy_texts(found: Checkpoint, folder: Path) -> None:
+    """What belongs to a checkpoint beside config and weights: its tokenizer, and the ids that end a text."""
+    copy_tokenizer(found.folder, folder)
+    if isinstance(found, HuggingFaceCheckpoint) and not (folder / GENERATION).exists():
+        content = found.family.text_config(read_json(found.folder / "config.json"))
+        token_ids = {key: content[key] for key in TOKEN_IDS if content.get(key) is not None}
+        if token_ids:  # our config has no place for them
+            write_json(token_ids, folder / GENERATION)
 
 
 def _token_ids(path: Path) -> dict[str, Any]:

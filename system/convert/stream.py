@@ -16,7 +16,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from io import FileIO
 from pathlib import Path
@@ -85,13 +85,20 @@ class Part(NamedTuple):
         return Part(stored, self.scale.cut(scale_first, block_grid(shape)))
 
 
+class Made(NamedTuple):
+    """A whole tensor that is computed when its turn to be written comes."""
+
+    make: Callable[[], torch.Tensor]
+    held: int  # bytes of tensors in memory meanwhile
+
+
 class Copy(NamedTuple):
     """A tensor to be written: its parts one after the other, or zeros where there are none."""
 
     name: str
     dtype: str  # of all its parts
     shape: tuple[int, ...]
-    parts: tuple[Part, ...]
+    parts: tuple[Part, ...] | tuple[Made]
 
     @property
     def nbytes(self) -> int:
@@ -235,7 +242,12 @@ def _pieces(copy: Copy) -> Iterator[Piece]:
         for done in range(0, copy.nbytes, CHUNK_BYTES):
             zeros = bytes(min(CHUNK_BYTES, copy.nbytes - done))
             yield Piece(memoryview(zeros), len(zeros))
-    for stored, scale in copy.parts:
+    for part in copy.parts:
+        if isinstance(part, Made):
+            content = part.make().contiguous().view(-1).view(torch.uint8)
+            yield Piece(memoryview(content.numpy()), part.held)
+            continue
+        stored, scale = part
         yield from _raw_pieces(stored, CHUNK_BYTES) if scale is None else _dequantised_pieces(stored, scale)
 
 

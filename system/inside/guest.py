@@ -16,8 +16,10 @@ from torch import nn
 from expertmesh.kernels.router_sums import RouterSums
 from expertmesh.kernels.routing import Routing
 from expertmesh.parallel.all_to_all import Traffic
-from expertmesh.parallel.dispatch_config import DispatchConfig, build_dispatcher
+from expertmesh.parallel.build_dispatcher import build_dispatcher
+from expertmesh.parallel.dispatch_config import DispatchConfig
 from expertmesh.parallel.dispatchers import Dispatcher, LocalDispatcher
+from expertmesh.parallel.groups import Groups
 from expertmesh.parallel.placement import expert_shard
 from expertmesh.system.model.attend import CausalAttend
 from expertmesh.system.model.context import Context
@@ -80,9 +82,8 @@ class GuestMoE(nn.Module):
 
     def connect(self, expert_group: dist.ProcessGroup, token_group: dist.ProcessGroup, device: str) -> None:
         """`expert_group` together holds every expert once; `token_group` splits the tokens of a batch."""
-        self.dispatcher = build_dispatcher(
-            expert_group if expert_group.size() > 1 else None, DispatchConfig(), self.traffic, device
-        )
+        groups = Groups(expert=expert_group if expert_group.size() > 1 else None)
+        self.dispatcher = build_dispatcher(groups, DispatchConfig(), self.traffic, device)
         self.token_group = token_group if token_group.size() > 1 else None
 
     def forward(self, x_TD: torch.Tensor) -> tuple[torch.Tensor, RouterLosses]:

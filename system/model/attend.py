@@ -1,8 +1,8 @@
 """What a query may look at: the one thing in attention that differs between training and serving.
 
 A layer makes queries, keys and values (attention.py, latent_attention.py, mixture_attention.py) and hands them to an
-`Attend`: `CausalAttend` for whole training sequences, the serving engine's cache for requests of any length. So both
-run the same layers.
+`Attend`: `CausalAttend` for whole training sequences, `ContextAttend` for those that are split over ranks, the serving
+engine's cache for requests of any length. So all run the same layers.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from expertmesh.kernels.stick_breaking import stick_breaking
+from expertmesh.parallel.sequence_split import SequenceSplit
 from expertmesh.system.model.attention_config import Weighting
 
 
@@ -25,6 +26,9 @@ class Look(NamedTuple):
 
 class Attend(Protocol):
     """Answers each query from the keys and values it may see."""
+
+    cached: bool
+    """Whether keys and values are kept for later tokens, so that narrow ones are worth some arithmetic."""
 
     def __call__(
         self, layer: int, q_THd: torch.Tensor, k_TGd: torch.Tensor, v_TGe: torch.Tensor, look: Look
@@ -55,7 +59,14 @@ def attend_to(
     visible = causal_mask(queries, keys, look.window, q_BHSd.device)
     if seen_BC is not None:
         visible = visible & seen_BC[:, None, None, :]
-    if look.weighting == "stick_breaking":
+    return attend_where(q_BHSd, k_BGCd, v_BGCe, look.weighting, visible)
+
+
+def attend_where(
+    q_BHSd: torch.Tensor, k_BGCd: torch.Tensor, v_BGCe: torch.Tensor, weighting: Weighting, visible: torch.Tensor
+) -> torch.Tensor:
+    """o_BHSe where a query sees the keys of `visible`, bool that fits [B, H, S, C]; keys lie in order of positions."""
+    if weighting == "stick_breaking":
         return stick_breaking(q_BHSd, k_BGCd, v_BGCe, visible)
     return F.scaled_dot_product_attention(q_BHSd, k_BGCd, v_BGCe, attn_mask=visible, enable_gqa=True)
 
@@ -69,6 +80,8 @@ def causal_mask(queries: int, keys: int, window: int | None, device: torch.devic
 
 class CausalAttend:
     """T tokens are sequences of one length, one after the other; a token sees itself and what came before."""
+
+    cached = False
 
     def __init__(self, sequence_length: int, chosen_T: torch.Tensor | None = None) -> None:
         self.sequence_length, self.chosen_T = sequence_length, chosen_T
@@ -89,3 +102,24 @@ class CausalAttend:
         if self.chosen_T is not None:  # to its place among all tokens; nobody looks at the gaps
             x_THd = x_THd.new_zeros(len(self.chosen_T), *x_THd.shape[1:]).index_put((self.chosen_T,), x_THd)
         return x_THd.unflatten(0, (-1, self.sequence_length)).transpose(1, 2)
+
+
+class ContextAttend:
+    """Of every sequence some positions are here, the others on the other ranks of a context-parallel group."""
+
+    cached = False
+
+    def __init__(self, split: SequenceSplit) -> None:
+        self.split = split
+
+    def among(self, chosen_T: torch.Tensor) -> Attend:
+        raise AssertionError("tokens are chosen among those of a whole sequence")
+
+    def __call__(
+        self, layer: int, q_THd: torch.Tensor, k_TGd: torch.Tensor, v_TGe: torch.Tensor, look: Look
+    ) -> torch.Tensor:
+        length, positions_C = self.split.length, self.split.positions_C(q_THd.device)
+        q_BHCd = q_THd.unflatten(0, (-1, len(positions_C))).transpose(1, 2)
+        k_BGSd, v_BGSe = (self.split.gather(t).unflatten(0, (-1, length)).transpose(1, 2) for t in (k_TGd, v_TGe))
+        visible_CS = causal_mask(length, length, look.window, q_THd.device)[positions_C]
+        return attend_where(q_BHCd, k_BGSd, v_BGSe, look.weighting, visible_CS).transpose(1, 2).flatten(0, 1)

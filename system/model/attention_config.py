@@ -7,7 +7,7 @@ mixture   attention experts with a router: chosen (ModuleFormer) or mixed softly
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -25,6 +25,9 @@ def _query_params(hidden_size: int, width: int, rank: int | None) -> int:
 
 class _Counted(RecipeSection):
     """A kind of attention whose parameters can be counted."""
+
+    values_in_keys: ClassVar[bool] = False
+    """Whether a cached value is the first numbers of its key, and so need not be kept."""
 
     def num_params(self, hidden_size: int) -> int:
         raise NotImplementedError
@@ -97,12 +100,14 @@ class MLAConfig(_Counted):
 
     @property
     def key_shape(self) -> Shape:
-        """(heads, width) of the keys that a cache holds for one token."""
-        return self.heads, self.nope_head_dim + self.rope_head_dim
+        """(heads, width) of the keys that a cache holds for one token: the narrow vector and the rotary part."""
+        return 1, self.kv_rank + self.rope_head_dim
 
     @property
     def value_shape(self) -> Shape:
-        return self.heads, self.value_head_dim
+        return 1, self.kv_rank
+
+    values_in_keys: ClassVar[bool] = True
 
     def num_params(self, hidden_size: int) -> int:
         width = self.heads * (self.nope_head_dim + self.rope_head_dim)

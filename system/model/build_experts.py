@@ -14,6 +14,7 @@ from expertmesh.system.model.experts_config import (
 )
 from expertmesh.system.model.modulated_experts import ModulatedExperts, ModulatedFrame
 from expertmesh.system.model.moe_config import MoEConfig
+from expertmesh.system.model.quantised_experts import QuantisedExperts
 from expertmesh.system.model.spark_experts import SparkExperts
 from expertmesh.system.model.structured_experts import StructuredExperts
 
@@ -22,6 +23,8 @@ def build_experts(config: MoEConfig, hidden_size: int, shard: Sequence[int]) -> 
     """The FFN experts of `shard` of a layer of `config`; weights are uninitialised."""
     expert = config.expert
     if isinstance(expert, SwiGLUConfig):
+        if config.quantization:
+            return QuantisedExperts(expert, config.quantization.scheme, hidden_size, shard)
         return SwiGLUExperts(expert, hidden_size, shard)
     if isinstance(expert, MLPConfig):
         return MLPExperts(expert, hidden_size, shard)

@@ -6,7 +6,8 @@
     model.safetensors.index.json         which file holds which weight
     tokenizer.json, tokenizer_config.json
 
-Reading takes from each file just the weights that the module has, so an FFN worker reads its experts and no more.
+Reading takes from each file just the weights that the module has, so an FFN worker reads its experts and no more, and
+of a weight that is split over ranks just the part that is held here.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from pydantic import ValidationError
@@ -24,6 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from expertmesh.parallel.shard import WHOLE, Shard
 from expertmesh.system.model.config import ModelConfig
 from expertmesh.system.model.weights import weights
 
@@ -104,8 +107,13 @@ def read_config(folder: Path) -> ModelConfig:
     return config
 
 
-def read_tensors(index: Path, weight_map: dict[str, str], names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Read the named tensors one by one from the files that `weight_map` gives for them, each file opened once."""
+def read_tensors(
+    index: Path, weight_map: dict[str, str], names: Iterable[str], shard: Shard = WHOLE
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Read the named tensors one by one from the files that `weight_map` gives for them, each file opened once.
+
+    Of each only the part `shard`; a tensor that cannot be cut so is read whole, and has a shape that nobody expects.
+    """
     by_file: dict[str, list[str]] = {}
     for name in names:
         if name not in weight_map:
@@ -116,11 +124,20 @@ def read_tensors(index: Path, weight_map: dict[str, str], names: Iterable[str]) 
         try:
             with safe_open(path, framework="pt") as file:
                 for name in wanted:
-                    yield name, file.get_tensor(name)
+                    yield name, file.get_tensor(name) if shard.of == 1 else _read_part(file, name, shard)
         except FileNotFoundError:
             raise CheckpointError(f"{path}: the file is missing") from None
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{path}: truncated or damaged ({error})") from None
+
+
+def _read_part(file: Any, name: str, shard: Shard) -> torch.Tensor:
+    stored = file.get_slice(name)
+    shape = list(stored.get_shape())
+    if len(shape) <= shard.dim or shape[shard.dim] % shard.of:
+        return file.get_tensor(name)
+    shape[shard.dim] //= shard.of
+    return stored[shard.place(tuple(shape))]
 
 
 def read_index(index: Path) -> dict[str, str]:
@@ -135,13 +152,18 @@ def read_index(index: Path) -> dict[str, str]:
 
 
 @torch.no_grad()
-def fill(views: dict[str, torch.Tensor], index: Path, weight_map: dict[str, str]) -> None:
-    """Copy into each of `views` the tensor of its name."""
-    for name, tensor in read_tensors(index, weight_map, views):
+def fill(views: dict[str, torch.Tensor], index: Path, weight_map: dict[str, str], shard: Shard = WHOLE) -> None:
+    """Copy into each of `views` the part `shard` of the tensor of its name."""
+    for name, tensor in read_tensors(index, weight_map, views, shard):
         if tensor.shape != views[name].shape:
+            part = f", of which {shard.of} ranks hold equal parts" if shard.of > 1 else ""
             raise CheckpointError(
                 f"{index.parent / weight_map[name]}: {name} has shape {list(tensor.shape)}, "
-                f"config.json says {list(views[name].shape)}"
+                f"config.json says {list(shard.full_shape(views[name].shape))}{part}"
+            )
+        if views[name].dtype.itemsize == 1 and tensor.dtype != views[name].dtype:  # bytes of a format of their own
+            raise CheckpointError(
+                f"{index.parent / weight_map[name]}: {name} is {tensor.dtype}, config.json asks for {views[name].dtype}"
             )
         views[name].copy_(tensor)
 
@@ -158,8 +180,8 @@ class Checkpoint(ABC):
     dtype: str  # as torch names it, of most of its bytes
 
     @abstractmethod
-    def fill(self, views: dict[str, torch.Tensor]) -> None:
-        """Copy into each of `views` the tensor of its name. Raises CheckpointError."""
+    def fill(self, views: dict[str, torch.Tensor], shard: Shard = WHOLE) -> None:
+        """Copy into each of `views` the part `shard` of the tensor of its name. Raises CheckpointError."""
 
     def load(self, module: nn.Module) -> None:
         """Fill every parameter of `module`, a whole model or a part of one. Raises CheckpointError.
@@ -167,7 +189,7 @@ class Checkpoint(ABC):
         Numbers take the dtype of the parameter that they go to.
         """
         for weight in weights(module):
-            self.fill(weight.split(weight.parameter.detach()))
+            self.fill(weight.split(weight.parameter.detach()), weight.shard)
 
 
 @dataclass(frozen=True)
@@ -176,8 +198,8 @@ class OwnCheckpoint(Checkpoint):
 
     weight_map: dict[str, str]  # which file holds which tensor
 
-    def fill(self, views: dict[str, torch.Tensor]) -> None:
-        fill(views, self.folder / INDEX, self.weight_map)
+    def fill(self, views: dict[str, torch.Tensor], shard: Shard = WHOLE) -> None:
+        fill(views, self.folder / INDEX, self.weight_map, shard)
 
 
 def open_checkpoint(folder: Path) -> OwnCheckpoint:

@@ -11,6 +11,8 @@ import torch
 
 from expertmesh.kernels.routing import Routing
 from expertmesh.parallel.dispatchers import Dispatcher
+from expertmesh.parallel.sequence_split import SequenceSplit
+from expertmesh.parallel.token_split import TokenSplit
 from expertmesh.system.model.attend import Attend
 
 
@@ -45,6 +47,22 @@ class TrainingStep:
         return drawn.clamp(1e-6, 1 - 1e-6).float()
 
 
+class Spread(NamedTuple):
+    """Where the tokens of some sequences lie between two halves of a block: positions on context-parallel ranks, and
+    of these an equal run on each rank of a tensor group."""
+
+    sequences: SequenceSplit
+    tokens: TokenSplit
+
+    def mine(self, x_TX: torch.Tensor) -> torch.Tensor:
+        """What belongs to this rank's tokens of something that every rank has."""
+        return self.tokens.mine(self.sequences.mine(x_TX))
+
+    def whole(self, x_TX: torch.Tensor) -> torch.Tensor:
+        """From what each rank has of its tokens, that of all, sequence by sequence."""
+        return self.sequences.gather(self.tokens.gather(x_TX))
+
+
 class Context(NamedTuple):
     """What every layer of one pass may need."""
 
@@ -54,6 +72,7 @@ class Context(NamedTuple):
     training: TrainingStep | None = None
     width: float = 1.0  # share of the hidden units of nested experts that is used
     layer: int = 0  # the one that is being computed
+    spread: Spread | None = None  # the tokens are a part of all tokens of the sequences; None: they are all of them
     replay: Mapping[int, torch.Tensor] | None = None  # by layer, the experts that its tokens use; None: routers choose
 
 

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, NonNegativeInt, model_validator
 
+from expertmesh.kernels.quantised_weights import Scheme
 from expertmesh.parallel.recipe_section import RecipeSection, kind_or
 from expertmesh.system.model.experts_config import AnyExpert, MLPConfig, ModulatedConfig, SwiGLUConfig
 
@@ -40,6 +41,12 @@ class CapacityConfig(RecipeSection):
     order: Literal["position", "random"] = Field(
         "position", description="who is served: first choices before second ones, then by position or by lot"
     )
+
+
+class QuantizationConfig(RecipeSection):
+    """How the routed experts of a checkpoint are held. They serve, and are not trained."""
+
+    scheme: Scheme
 
 
 Mixing = Literal["sum", "sigmoid", "softmax", "mean"]
@@ -87,6 +94,7 @@ class MoEConfig(RecipeSection):
     ffn_experts: int = Field(8, ge=0, description="or a list: of each MoE layer (DeepSpeed's pyramid)")
     pyramid: tuple[NonNegativeInt, ...] = Field((), description="FFN experts of each MoE layer, where they differ")
     expert: AnyExpert = SwiGLUConfig()
+    quantization: QuantizationConfig | None = Field(None, description="set by `convert quantize`, in a checkpoint")
     zero_experts: int = Field(1, ge=0, description="experts that answer 0")
     copy_experts: int = Field(1, ge=0, description="experts that answer their input")
     constant_experts: int = Field(2, ge=0, description="experts that mix their input with a learned vector")
@@ -166,6 +174,13 @@ class MoEConfig(RecipeSection):
             raise ValueError(f"noise=gumbel_second leaves the first choice alone, so top_k={self.top_k} has none of it")
         if self.logits_norm is not None and fewest < 2:
             raise ValueError(f"logits_norm={self.logits_norm:g}: one expert's logit has no standard deviation")
+        return self
+
+    @model_validator(mode="after")
+    def _swiglu_alone_is_quantised(self) -> MoEConfig:
+        expert = self.expert
+        if self.quantization and not (isinstance(expert, SwiGLUConfig) and not expert.nested):
+            raise ValueError(f"quantization: experts are {expert.kind}; supported: swiglu without nested networks")
         return self
 
     @model_validator(mode="after")

@@ -102,7 +102,8 @@ class Router(nn.Module):
 
     def _lots(self, context: Context, width: int) -> torch.Tensor:
         assert context.training is not None
-        return context.training.lots(context.layer, "router", width, context.positions_T.device)
+        lots_TX = context.training.lots(context.layer, "router", width, context.positions_T.device)
+        return lots_TX if context.spread is None else context.spread.mine(lots_TX)
 
     def _ranking(self, logits_TN: torch.Tensor, context: Context) -> torch.Tensor | None:
         """Noisy logits to choose by; None: the logits themselves.
@@ -128,7 +129,12 @@ class Router(nn.Module):
         lots_T = None
         if capacity.order == "random":
             lots_T = training.lots(context.layer, "capacity", 1, device)[:, 0]
-        served_TK = serve_within(routing.chosen_TK, capacity_N.to(device), training.sequence_length, lots_T)
+        spread, chosen_TK = context.spread, routing.chosen_TK
+        if spread is not None:  # a sequence's capacity is for all its tokens, those on other ranks too
+            chosen_TK = spread.whole(chosen_TK)
+        served_TK = serve_within(chosen_TK, capacity_N.to(device), training.sequence_length, lots_T)
+        if spread is not None:
+            served_TK = spread.mine(served_TK)
         weights_TK = routing.weights_TK.masked_fill(served_TK == config.num_experts, 0.0)
         if config.gate_mode == "mixtral":  # DeepSpeed's top-2 gate: the weights of those that serve add up to 1
             weights_TK = weights_TK / (weights_TK.sum(-1, keepdim=True) + TINY)

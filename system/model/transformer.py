@@ -78,12 +78,9 @@ class ExpertPool(nn.Module):
             experts = build_experts(config.moe_of(layer), config.hidden_size, self.held[layer])
             self.layers[layer]["mlp"] = nn.ModuleDict({"experts": experts})
 
-    def experts_here(self, layer: int) -> int:
-        return len(self.held[layer])
-
-    def forward(self, layer: int, rows_RD: torch.Tensor, counts_E: torch.Tensor) -> torch.Tensor:
-        """Rows of layer `layer`, sorted by the experts held here."""
-        return self.layers[layer]["mlp"]["experts"](Rows(rows_RD, None, counts_E))
+    def forward(self, layer: int, rows: Rows) -> torch.Tensor:
+        """Answers to rows of layer `layer`, sorted by the experts held here."""
+        return self.layers[layer]["mlp"]["experts"](rows)
 
 
 def shards(config: ModelConfig, expert_rank: int, expert_size: int) -> list[range]:

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from expertmesh.parallel.shard import Shard, shard_of
 from expertmesh.system.model.experts import RoutedExperts
 
 Split = Callable[[torch.Tensor], dict[str, torch.Tensor]]
@@ -25,6 +26,7 @@ class Weight(NamedTuple):
     is_expert: bool
     is_matrix: bool  # or a stack of them; vectors, such as norms and biases, are not decayed
     split: Split  # a tensor shaped like the parameter -> views of it by shared name
+    shard: Shard  # which part of the full tensor of its name each of these views is
 
 
 def weights(model: nn.Module) -> Iterator[Weight]:
@@ -38,9 +40,9 @@ def weights(model: nn.Module) -> Iterator[Weight]:
             full_name = f"{prefix}.{name}" if prefix else name
             if isinstance(module, RoutedExperts):
                 split = _expert_split(prefix, module.PARTS[name], module.shard)
-                yield Weight(parameter, True, parameter.ndim > 2, split)
+                yield Weight(parameter, True, parameter.ndim > 2, split, shard_of(parameter))
             else:
-                yield Weight(parameter, False, parameter.ndim > 1, _whole(full_name))
+                yield Weight(parameter, False, parameter.ndim > 1, _whole(full_name), shard_of(parameter))
 
 
 def _whole(name: str) -> Split:
@@ -73,7 +75,8 @@ def initialise(model: nn.Module, seed: int, standard_deviation: float) -> None:
             digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
             spread = 1.0 if name.endswith("zero_computation.constant") else standard_deviation
-            view.copy_(torch.randn(view.shape, generator=generator) * spread)
+            full = torch.randn(weight.shard.full_shape(view.shape), generator=generator)
+            view.copy_(full[weight.shard.place(view.shape)] * spread)
     for module in model.modules():
         if isinstance(module, RoutedExperts):
             module.settle(standard_deviation)

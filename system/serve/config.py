@@ -2,14 +2,32 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field
 
 from expertmesh.parallel.recipe_section import RecipeSection
+from expertmesh.parallel.wire import WireName
 
 
 class ServeConfig(RecipeSection):
     """Settings of every attention worker, or of the one process when serving joined."""
 
-    max_running: int = Field(8, ge=1, description="requests that compute at once on one worker; others wait")
-    micro_batches: int = Field(1, ge=1, le=8, description="parts of a step in flight to the FFN pool at once")
+    max_running: int = Field(32, ge=1, description="requests that hold pages at once on one worker; others wait")
+    step_tokens: int = Field(512, ge=1, description="tokens computed at once; longer prompts are computed in bites")
+    page_size: int = Field(16, ge=1, description="tokens of a page of the cache")
+    cache_tokens: int | None = Field(
+        None, ge=1, description="tokens that the cache holds; null: max_running whole contexts, or what memory allows"
+    )
+    prefix_cache: bool = Field(True, description="requests that begin alike share the pages of their beginning")
+    micro_batches: int = Field(3, ge=1, le=4, description="parts of the work in flight to the FFN pool at once")
+    wire: Literal["routed", "broadcast"] = Field(
+        "routed", description="a token goes to the FFN workers that hold its experts, or to all of them"
+    )
+    wire_format: WireName = Field("native", description="of tokens on their way to the FFN pool; answers keep theirs")
     exchange_timeout_s: float = Field(60.0, gt=0, description="longest wait for an FFN worker's answer")
+
+    def room(self, context_length: int) -> int:
+        """Tokens of the longest request, answer included."""
+        pages = context_length if self.cache_tokens is None else -(-self.cache_tokens // self.page_size)
+        return min(context_length, pages * self.page_size)

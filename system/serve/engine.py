@@ -1,132 +1,210 @@
-"""Continuous batching: every step takes one bite of every running request, prompts and single tokens alike.
+"""The attention side of serving, and all of it when serving joined: requests in, tokens out.
 
-The engine is the attention side of serving, and all of it when serving joined: which dispatcher the micro-batches hold
-decides whether the experts are in this process (`LocalDispatcher`) or in the FFN pool (`LinkDispatcher`).
+How a token flows:
+
+    1  `add` puts a request into the scheduler's queue                                   scheduler.py
+    2  `step` gives each lane without work a micro-batch: bites of requests with pages   scheduler.py
+    3  a lane's thread runs the model over it; attention reads and writes the pages      runner.py, kv_cache.py
+    4  in a MoE layer the lane's dispatcher keeps the rows here (joined), or sends them to the FFN workers and lets
+       the next lane compute until they are back                                         parallel/link_dispatcher.py
+    5  the runner draws the next token of every request whose last token was computed    sampler.py
+    6  `step` takes the first micro-batch that is done: pages that it filled can be found by others, tokens are told
+       to the caller, requests that are over give their pages back, and the others are ready for the next micro-batch
+
+There is no barrier between steps: while one lane draws its tokens, the others are somewhere in their layers.
 """
 
 from __future__ import annotations
 
+import queue
 import secrets
-from collections import deque
 from collections.abc import Collection, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from threading import Lock
+from threading import Thread
+from typing import NamedTuple
 
-import torch
-
+from expertmesh.parallel.all_to_all import Traffic
 from expertmesh.parallel.dispatchers import Dispatcher
-from expertmesh.system.model.context import Context
+from expertmesh.parallel.timeline import Turns
 from expertmesh.system.model.transformer import Transformer
-from expertmesh.system.serve.kv_cache import CacheAttend, KVCache, Span
-from expertmesh.system.serve.request import Output, Request
-from expertmesh.system.serve.sampler import sample
+from expertmesh.system.serve.config import ServeConfig
+from expertmesh.system.serve.kv_cache import KVCache, pages_for
+from expertmesh.system.serve.request import FinishReason, Logprobs, Output, Request
+from expertmesh.system.serve.runner import Result, Runner, ends_of
+from expertmesh.system.serve.sampler import Drawn
+from expertmesh.system.serve.scheduler import Batch, Scheduler
+from expertmesh.system.serve.scheduler import Sequence as Running
 
 
-@dataclass
-class _Running:
-    """A request that has a cache slot."""
+class EngineCounts(NamedTuple):
+    """What an engine can tell about itself, for metrics."""
 
-    request: Request
-    slot: int
-    seed: int
-    token_ids: list[int]  # prompt and answer so far
-    cached: int = field(default=0)  # how many of them have keys and values
+    running: int
+    waiting: int
+    pages: int
+    pages_used: int
+    in_flight: int  # micro-batches
+    preemptions: int
+    prompt_tokens: int
+    reused_tokens: int  # of the prompts, found in the cache
+    generated_tokens: int
+    sent_bytes: int  # to the FFN pool and back
+    saved_bytes: int  # that zero-computation experts did not send
+
+
+class _Lane:
+    """A thread and a dispatcher for one micro-batch in flight."""
+
+    def __init__(self, runner: Runner, dispatcher: Dispatcher, done: queue.SimpleQueue, index: int) -> None:
+        self._runner, self._dispatcher, self._done, self._index = runner, dispatcher, done, index
+        self._inbox: queue.SimpleQueue[Batch | None] = queue.SimpleQueue()
+        self.batch: Batch | None = None
+        self._thread = Thread(target=self._work, name=f"micro-batch-{index}", daemon=True)
+        self._thread.start()
+
+    def start(self, batch: Batch) -> None:
+        self.batch = batch
+        self._inbox.put(batch)
+
+    def close(self) -> None:
+        self._inbox.put(None)
+
+    def _work(self) -> None:
+        while (batch := self._inbox.get()) is not None:
+            try:
+                self._done.put((self, self._runner.run(batch, self._dispatcher, self._index)))
+            except BaseException as error:
+                self._done.put((self, error))
 
 
 class Engine:
-    """Generates for many requests at once. Not thread-safe: one thread calls `add`, `cancel` and `step`.
+    """Generates for many requests at once. Not thread-safe but for `wake`: one thread calls `add`, `cancel`, `step`.
 
-    `micro_batches` holds a dispatcher for each micro-batch of a step. Where there are several, their forwards run in
-    threads of their own, each holding `compute` but while its dispatcher waits for the FFN pool.
+    `dispatchers`: one for each micro-batch in flight. `turns`: the compute unit that they share. `traffic`:
+    what they send is counted there.
     """
 
     def __init__(
         self,
         model: Transformer,
         eos_ids: Collection[int],
-        micro_batches: Sequence[Dispatcher],
-        compute: Lock,
-        slots: int,
+        config: ServeConfig,
         device: str,
+        dispatchers: Sequence[Dispatcher],
+        turns: Turns,
+        traffic: Traffic | None = None,
     ) -> None:
-        self.model, self.eos_ids, self.device = model, frozenset(eos_ids), device
-        self.micro_batches, self.compute = micro_batches, compute
-        self.cache = KVCache(model.config, slots, device, model.embed_tokens.weight.dtype)
-        self._free_slots = list(range(slots))
-        self._waiting: deque[Request] = deque()
-        self._running: list[_Running] = []
-        self._threads = ThreadPoolExecutor(len(micro_batches), thread_name_prefix="micro-batch")
+        self.eos_ids, self.context_length = frozenset(eos_ids), model.config.context_length
+        size, dtype = config.page_size, model.embed_tokens.weight.dtype
+        tokens = config.cache_tokens or config.max_running * -(-self.context_length // size) * size
+        pages = pages_for(model.config, size, tokens, device, dtype)
+        self.cache = KVCache(model.config, pages, size, device, dtype)
+        self.scheduler = Scheduler(
+            pages, size, len(dispatchers), config.max_running, config.step_tokens, config.prefix_cache
+        )
+        self._room = min(self.context_length, pages * size)
+        self._done: queue.SimpleQueue[tuple[_Lane, Result | BaseException] | None] = queue.SimpleQueue()
+        self.runner = runner = Runner(model, self.cache, eos_ids, device, turns)
+        self.timeline = turns.timeline
+        self._lanes = [_Lane(runner, dispatcher, self._done, i) for i, dispatcher in enumerate(dispatchers)]
+        self._traffic = traffic or Traffic()
+        self._told: dict[str, list[Logprobs]] = {}
+        self._generated = 0
 
     @property
     def has_work(self) -> bool:
-        return bool(self._waiting or self._running)
+        return self.scheduler.has_work
+
+    def check(self, request: Request) -> None:
+        """Raise ValueError where the request can never be computed: one line that says why."""
+        length = len(request.prompt_token_ids)
+        if not 0 < length < self._room:
+            raise ValueError(f"the prompt has {length} tokens; it must have at least 1 and at most {self._room - 1}")
 
     def add(self, request: Request) -> None:
-        """Queue a request. Raises ValueError when the prompt is empty or leaves no room in the context."""
-        length, room = len(request.prompt_token_ids), self.model.config.context_length
-        if not 0 < length < room:
-            raise ValueError(f"the prompt has {length} tokens; it must have at least 1 and at most {room - 1}")
-        self._waiting.append(request)
+        """Queue a request. Raises ValueError as `check` does."""
+        self.check(request)
+        seed = request.sampling.seed
+        self.scheduler.add(request, secrets.randbits(62) if seed is None else seed)
 
     def cancel(self, request_id: str) -> None:
-        """Forget a request; its slot is free at once. Unknown ids are ignored: it may just have ended."""
-        self._waiting = deque(r for r in self._waiting if r.id != request_id)
-        for running in [r for r in self._running if r.request.id == request_id]:
-            self._release(running)
+        """Forget a request: nothing more is said for it. Unknown ids are ignored: it may just have ended."""
+        self.scheduler.cancel(request_id)
+        self._told.pop(request_id, None)
 
     def step(self) -> list[Output]:
-        """Compute one token for every running request; admit waiting ones while slots are free."""
-        while self._waiting and self._free_slots:
-            request = self._waiting.popleft()
-            seed = request.sampling.seed if request.sampling.seed is not None else secrets.randbits(62)
-            self._running.append(_Running(request, self._free_slots.pop(), seed, list(request.prompt_token_ids)))
-        parts = _split(self._running, len(self.micro_batches))
-        # The last dispatchers stay idle where a step has fewer requests than micro-batches.
-        logits = list(self._threads.map(self._forward, parts, self.micro_batches))
-        return [
-            self._advance(running, logits_V)
-            for part, logits_BV in zip(parts, logits, strict=True)
-            for running, logits_V in zip(part, logits_BV, strict=True)
-        ]
+        """Have every lane at work, wait until one is done, and return what it said: possibly nothing.
 
-    @torch.inference_mode()
-    def _forward(self, part: list[_Running], dispatcher: Dispatcher) -> torch.Tensor:
-        """logits_BV after the last token of each request."""
-        spans = [Span(r.slot, r.cached, len(r.token_ids) - r.cached) for r in part]
-        tokens = [token for r in part for token in r.token_ids[r.cached :]]
-        positions = [position for span in spans for position in range(span.start, span.start + span.length)]
-        lengths_B = torch.tensor([span.length for span in spans], device=self.device)
-        with self.compute:
-            context = Context(torch.tensor(positions, device=self.device), CacheAttend(self.cache, spans), dispatcher)
-            hidden_TD, _ = self.model(torch.tensor(tokens, device=self.device), context)
-            return self.model.lm_head(hidden_TD[lengths_B.cumsum(0) - 1])
+        Returns at once where nobody has anything to do, and early when `wake` was called.
+        """
+        for lane in self._lanes:
+            if lane.batch is None and (batch := self.scheduler.schedule()):
+                lane.start(batch)
+        if all(lane.batch is None for lane in self._lanes):
+            assert not self.has_work, "requests that nobody computes"
+            return []
+        event = self._done.get()
+        if event is None:
+            return []
+        lane, result = event
+        batch, lane.batch = lane.batch, None
+        assert batch is not None
+        if isinstance(result, BaseException):
+            raise result
+        return self._advance(batch, result)
 
-    def _advance(self, running: _Running, logits_V: torch.Tensor) -> Output:
-        request, sampling = running.request, running.request.sampling
-        running.cached = len(running.token_ids)
-        token_id = sample(logits_V, sampling, running.seed, running.cached)
-        running.token_ids.append(token_id)
+    def wake(self) -> None:
+        """Have a `step` that waits return: there is something new to do. Safe to call from any thread."""
+        self._done.put(None)
+
+    def close(self) -> None:
+        """Wait for what is in flight and end the lanes."""
+        for lane in self._lanes:
+            lane.close()
+
+    def counts(self) -> EngineCounts:
+        scheduler = self.scheduler
+        return EngineCounts(
+            len(scheduler.running),
+            len(scheduler.waiting),
+            scheduler.pool.count,
+            scheduler.pool.count - scheduler.pool.free,
+            sum(lane.batch is not None for lane in self._lanes),
+            scheduler.counts.preemptions,
+            scheduler.counts.prompt_tokens,
+            scheduler.counts.reused_tokens,
+            self._generated,
+            self._traffic.sent,
+            self._traffic.saved,
+        )
+
+    def _advance(self, batch: Batch, result: Result) -> list[Output]:
+        for (running, start, _), told in zip(batch.pieces, result.told, strict=True):
+            if told and not running.cancelled:
+                self._told.setdefault(running.request.id, [])[start : start + len(told)] = told
+        speaking = [piece.sequence for piece in batch.pieces if piece.speaks]
+        self.scheduler.complete(batch)
+        pairs = zip(speaking, result.drawn, strict=True)
+        return [self._say(running, drawn) for running, drawn in pairs if not running.cancelled]
+
+    def _say(self, running: Running, drawn: Drawn) -> Output:
+        request = running.request
+        self.scheduler.append(running, drawn.token_id)
+        self._generated += 1
         answer = len(running.token_ids) - len(request.prompt_token_ids)
-        if token_id in self.eos_ids and not sampling.ignore_eos:
-            self._release(running)
-            return Output(request.id, token_id, "stop")
-        if answer == sampling.max_tokens or len(running.token_ids) == self.model.config.context_length:
-            self._release(running)
-            return Output(request.id, token_id, "length")
-        return Output(request.id, token_id)
+        told = None
+        if answer == 1 and request.sampling.prompt_logprobs is not None:
+            told = tuple(self._told.pop(request.id, []))
+        reason = self._finish_reason(running, drawn.token_id, answer)
+        if reason is not None:
+            self.scheduler.release(running)
+        reused = running.reused or 0 if answer == 1 else 0
+        return Output(request.id, drawn.token_id, reason, drawn.logprobs, told, reused)
 
-    def _release(self, running: _Running) -> None:
-        self._running.remove(running)
-        self._free_slots.append(running.slot)
-
-
-def _split(running: list[_Running], parts: int) -> list[list[_Running]]:
-    """Cut a step into at most `parts` micro-batches of about equal tokens, in order; none of them is empty."""
-    total = sum(len(r.token_ids) - r.cached for r in running)
-    cuts: list[list[_Running]] = [[] for _ in range(parts)]
-    done = 0
-    for r in running:
-        cuts[done * parts // total].append(r)
-        done += len(r.token_ids) - r.cached
-    return [cut for cut in cuts if cut]
+    def _finish_reason(self, running: Running, token_id: int, answer: int) -> FinishReason | None:
+        sampling = running.request.sampling
+        ends = ends_of(sampling.stop_token_ids, self.eos_ids, sampling.ignore_eos)
+        if token_id in ends:
+            return "stop"
+        if answer == sampling.max_tokens or len(running.token_ids) == self._room:
+            return "length"
+        return None

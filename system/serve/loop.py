@@ -6,26 +6,47 @@ import queue
 import threading
 from collections.abc import Callable, Iterator
 
-from expertmesh.system.serve.engine import Engine
+from expertmesh.parallel.timeline import Busy, Span
+from expertmesh.system.serve.engine import Engine, EngineCounts
 from expertmesh.system.serve.request import Output, Request
 
 
 class EngineLoop:
-    """Safe to call from any thread. A step that raises ends the loop, and `outputs` raises the same error."""
+    """Safe to call from any thread. A step that raises ends the loop, and `outputs` raises the same error.
 
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
+    `at_end` is called when the loop has ended, one way or the other.
+    """
+
+    def __init__(self, engine: Engine, at_end: Callable[[], None] = lambda: None) -> None:
+        self._engine, self._at_end = engine, at_end
         self._inbox: queue.Queue[Callable[[], None] | None] = queue.Queue()
         self._outbox: queue.Queue[list[Output] | BaseException | None] = queue.Queue()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
     def submit(self, request: Request) -> None:
-        """Queue a request that the engine will accept (its length was checked at the door)."""
-        self._inbox.put(lambda: self._engine.add(request))
+        """Queue a request. Raises ValueError where the engine cannot compute it."""
+        self._engine.check(request)
+        self._order(lambda: self._engine.add(request))
 
     def cancel(self, request_id: str) -> None:
-        self._inbox.put(lambda: self._engine.cancel(request_id))
+        self._order(lambda: self._engine.cancel(request_id))
+
+    def counts(self) -> EngineCounts:
+        """What the engine tells about itself; numbers of one moment may be of two neighbouring steps."""
+        return self._engine.counts()
+
+    def loads(self) -> dict[int, list[int]]:
+        """For each layer with experts, how many choices each of them served so far; FFN experts come first."""
+        return self._engine.runner.loads()
+
+    def spans(self) -> list[Span]:
+        """What happened when, where the engine was made to keep it."""
+        return self._engine.timeline.spans()
+
+    def busy(self) -> Busy:
+        """How long each stage was at work."""
+        return self._engine.timeline.busy()
 
     def outputs(self) -> Iterator[list[Output]]:
         """The outputs of each step as one list, until `close`. One caller at a time."""
@@ -35,17 +56,24 @@ class EngineLoop:
             yield batch
 
     def close(self) -> None:
-        self._inbox.put(None)
+        self._order(None)
         self._thread.join()
+
+    def _order(self, order: Callable[[], None] | None) -> None:
+        self._inbox.put(order)
+        self._engine.wake()
 
     def _run(self) -> None:
         try:
             while self._take_orders():
-                if self._engine.has_work:
-                    self._outbox.put(self._engine.step())
+                if self._engine.has_work and (outputs := self._engine.step()):
+                    self._outbox.put(outputs)
             self._outbox.put(None)
         except BaseException as error:
             self._outbox.put(error)
+        finally:
+            self._engine.close()
+            self._at_end()
 
     def _take_orders(self) -> bool:
         """Carry out what callers asked for; wait for it when there is nothing else to do. False: stop."""

@@ -2,26 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 FinishReason = Literal["stop", "length"]
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen.
+    """How the next token is chosen and when to stop; names and defaults as OpenAI's API and vLLM have them.
 
-    temperature 0 is greedy. top_k 0 means all tokens. The same seed gives the same text.
+    What each does to the numbers is in sampler.py. The same seed gives the same text, in any company.
     """
 
     max_tokens: int
-    temperature: float = 1.0
+    temperature: float = 1.0  # 0 takes the likeliest token
     top_p: float = 1.0
-    top_k: int = 0
+    top_k: int = 0  # 0: all tokens
     seed: int | None = None
     ignore_eos: bool = False
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    stop_token_ids: frozenset[int] = frozenset()  # end the answer as the end-of-text token does
+    min_tokens: int = 0  # before so many nothing ends the answer
+    logprobs: int | None = None  # tells the token's log-probability, and those of so many likeliest ones
+    prompt_logprobs: int | None = None  # the same for every token of the prompt but the first
 
 
 @dataclass(frozen=True)
@@ -33,16 +42,32 @@ class Request:
     sampling: Sampling = field(default_factory=lambda: Sampling(max_tokens=16))
 
 
+class TokenLogprob(NamedTuple):
+    token_id: int
+    logprob: float  # natural logarithm, of the model's own distribution: before temperature, bias and penalties
+
+
+class Logprobs(NamedTuple):
+    """Of one place in a text."""
+
+    token: TokenLogprob  # that stands there
+    top: tuple[TokenLogprob, ...]  # the likeliest ones there, as many as were asked for
+
+
 @dataclass(frozen=True)
 class Output:
     """One token of one request; finish_reason is set on the last one.
 
-    "stop": token_id is the end-of-text token (not part of the text). "length": max_tokens or the context is used up.
+    "stop": token_id is the end-of-text token or one of stop_token_ids (not part of the text). "length": max_tokens or
+    the context is used up.
     """
 
     request_id: str
     token_id: int
     finish_reason: FinishReason | None = None
+    logprobs: Logprobs | None = None
+    prompt_logprobs: tuple[Logprobs, ...] | None = None  # with the first token, where they were asked for
+    reused_tokens: int = 0  # with the first token: how many of the prompt's were in the cache already
 
 
 class EngineClient(Protocol):

@@ -12,7 +12,6 @@ a third of bfloat16's time (2048 x 4096 weights on two cores with AVX512-BF16: 2
 from __future__ import annotations
 
 from datetime import timedelta
-from threading import Lock, Thread
 from typing import TypeVar
 
 import torch
@@ -22,8 +21,13 @@ from torch import nn
 from expertmesh.kernels.device import choose_device
 from expertmesh.parallel.all_to_all import Traffic
 from expertmesh.parallel.dispatchers import LocalDispatcher
-from expertmesh.parallel.link import ATTENTION, FFN, LinkDispatcher, answer_link, open_link
-from expertmesh.parallel.placement import largest_shard
+from expertmesh.parallel.exchange import FORMS, Layout
+from expertmesh.parallel.expert_server import Experts, ExpertServer
+from expertmesh.parallel.link import Listener, connect
+from expertmesh.parallel.link_dispatcher import DISPATCHERS, Pool
+from expertmesh.parallel.placement import expert_shard
+from expertmesh.parallel.timeline import Timeline, Turns
+from expertmesh.parallel.wire import WIRES
 from expertmesh.system.model.checkpoint import Checkpoint
 from expertmesh.system.model.gate import LinearGate, TwoLayerGate
 from expertmesh.system.model.router import Router
@@ -54,27 +58,34 @@ def held(module: Module, checkpoint: Checkpoint, device: str) -> Module:
     return module.eval()
 
 
-def joined_engine(checkpoint: Checkpoint, config: ServeConfig) -> EngineLoop:
-    """Attention and experts in this process."""
+def joined_engine(checkpoint: Checkpoint, config: ServeConfig, trace: bool = False) -> EngineLoop:
+    """Attention and experts in this process. `trace`: keep spans for `EngineLoop.spans`."""
     device = choose_device().name
     model = held(Transformer(checkpoint.config), checkpoint, device)
     eos_ids = Tokenizer.load(checkpoint.folder).eos_ids
-    return EngineLoop(Engine(model, eos_ids, [LocalDispatcher()], Lock(), config.max_running, device))
+    return EngineLoop(Engine(model, eos_ids, config, device, [LocalDispatcher()], Turns(Timeline(trace))))
 
 
 def attention_engine(
-    checkpoint: Checkpoint, config: ServeConfig, rank: int, ffn_workers: int, store: dist.Store
+    checkpoint: Checkpoint, config: ServeConfig, rank: int, ffn_workers: int, store: dist.Store, trace: bool = False
 ) -> EngineLoop:
     """Attention worker `rank`, linked to every FFN worker."""
     device = choose_device().name
     model = held(Transformer(checkpoint.config, expert_size=0), checkpoint, device)
     eos_ids = Tokenizer.load(checkpoint.folder).eos_ids
     timeout = timedelta(seconds=config.exchange_timeout_s)
-    links = [open_link(store, rank, ffn, ATTENTION, timeout) for ffn in range(ffn_workers)]
-    compute, traffic = Lock(), Traffic()
-    most = checkpoint.config.moe.ffn_experts
-    micro_batches = [LinkDispatcher(links, index, compute, traffic, most) for index in range(config.micro_batches)]
-    return EngineLoop(Engine(model, eos_ids, micro_batches, compute, config.max_running, device))
+    pool = Pool(wire_layout(checkpoint, config, device), Turns(Timeline(trace)), Traffic())
+    links = [
+        [connect(store, rank, ffn, micro_batch, timeout) for ffn in range(ffn_workers)]
+        for micro_batch in range(config.micro_batches)
+    ]
+    dispatchers = [DISPATCHERS[config.wire](mine, micro_batch, pool) for micro_batch, mine in enumerate(links)]
+
+    def hang_up() -> None:
+        for link in (link for mine in links for link in mine):
+            link.close()
+
+    return EngineLoop(Engine(model, eos_ids, config, device, dispatchers, pool.turns, pool.traffic), hang_up)
 
 
 def run_ffn_worker(
@@ -82,18 +93,17 @@ def run_ffn_worker(
 ) -> None:
     """FFN worker `rank`: answers every attention worker until all of them are gone."""
     device = choose_device().name
-    model_config = checkpoint.config
-    experts = held(ExpertPool(model_config, rank, ffn_workers), checkpoint, device)
-    most_here = largest_shard(model_config.moe.ffn_experts, ffn_workers)
-    timeout, compute = timedelta(seconds=config.exchange_timeout_s), Lock()
+    pool = held(ExpertPool(checkpoint.config, rank, ffn_workers), checkpoint, device)
 
-    def answer(attention: int) -> None:
-        link = open_link(store, attention, rank, FFN, timeout)
-        dtype = serving_dtype(checkpoint, device)
-        answer_link(link, experts, experts.experts_here, most_here, model_config.hidden_size, dtype, device, compute)
+    def here(layer: int) -> range:
+        return expert_shard(checkpoint.config.moe_of(layer).ffn_experts, rank, ffn_workers)
 
-    threads = [Thread(target=answer, args=(a,), name=f"link-{a}", daemon=True) for a in range(attention_workers)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    experts = Experts(pool, here, device)
+    listener = Listener(store, rank)
+    server = ExpertServer(experts, FORMS[config.wire], wire_layout(checkpoint, config, device))
+    server.serve(listener, attention_workers * config.micro_batches)
+    listener.close()
+
+
+def wire_layout(checkpoint: Checkpoint, config: ServeConfig, device: str) -> Layout:
+    return Layout(WIRES[config.wire_format], checkpoint.config.hidden_size, serving_dtype(checkpoint, device))

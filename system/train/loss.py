@@ -14,12 +14,15 @@ from torch import nn
 from expertmesh.kernels.mutual_information import mutual_information_loss
 from expertmesh.kernels.router_sums import RouterSums, router_sums
 from expertmesh.kernels.routing import Routing
+from expertmesh.parallel.cross_entropy import total_cross_entropy
 from expertmesh.parallel.dispatchers import Dispatcher
 from expertmesh.parallel.groups import Groups
-from expertmesh.system.model.attend import CausalAttend
+from expertmesh.parallel.sequence_split import SequenceSplit
+from expertmesh.parallel.token_split import TokenSplit
+from expertmesh.system.model.attend import Attend, CausalAttend, ContextAttend
 from expertmesh.system.model.attention_config import MixtureAttentionConfig
 from expertmesh.system.model.config import ModelConfig
-from expertmesh.system.model.context import Context, Decisions, DepthChoice, TrainingStep
+from expertmesh.system.model.context import Context, Decisions, DepthChoice, Spread, TrainingStep
 from expertmesh.system.model.router_loss import router_balance_loss, sums_of
 from expertmesh.system.model.transformer import Transformer
 
@@ -30,8 +33,8 @@ class BatchLoss(NamedTuple):
     L: the layers that have experts.
     """
 
-    total: torch.Tensor  # what is minimised: cross entropy and the others by their weights
-    cross_entropy: torch.Tensor  # mean over this rank's tokens, nats
+    total: torch.Tensor  # cross entropy and the others by their weights; its gradients are summed over a tensor group
+    cross_entropy: torch.Tensor  # mean over the tokens of this rank's sequences that its context rank has, nats
     balance_L: torch.Tensor
     z_L: torch.Tensor
     loads_N: list[torch.Tensor]  # int64 slots that chose each expert, of each layer
@@ -51,7 +54,9 @@ class LanguageModelLoss(nn.Module):
     """A model that answers a batch of token sequences with its losses.
 
     Balance losses use the load of the whole batch and the probabilities of this rank's tokens. Their mean over ranks
-    is then the loss of the whole batch, so that the number of ranks does not change what is trained.
+    is then the loss of the whole batch, so that the number of ranks does not change what is trained. Ranks of a tensor
+    group have the same sequences and the same cross entropy, of which each has a part of the gradient; of the other
+    losses each adds its own tokens' share.
     """
 
     def __init__(self, model: Transformer, dispatcher: Dispatcher, groups: Groups) -> None:
@@ -70,15 +75,18 @@ class LanguageModelLoss(nn.Module):
         `replay`: the experts that tokens use, by layer (see replay.py); None: the routers choose.
         """
         config, device = self.model.config, tokens_BS1.device
-        inputs_BS, targets_BS = tokens_BS1[:, :-1], tokens_BS1[:, 1:]
-        batch_size, sequence_length = inputs_BS.shape
-        positions_T = torch.arange(sequence_length, device=device).repeat(batch_size)
+        batch_size, sequence_length = len(tokens_BS1), tokens_BS1.shape[1] - 1
+        split = SequenceSplit(self.groups.context, sequence_length)
+        positions_C = split.positions_C(device)
+        inputs_BC, targets_BC = tokens_BS1[:, positions_C], tokens_BS1[:, positions_C + 1]
         width = draw_width(config, training)
-        attend = CausalAttend(sequence_length)
-        context = Context(positions_T, attend, self.dispatcher, training, width, replay=replay)
-        hidden_TD, decisions = self.model(inputs_BS.reshape(-1), context)
+        attend: Attend = CausalAttend(sequence_length) if self.groups.context is None else ContextAttend(split)
+        context = Context(positions_C.repeat(batch_size), attend, self.dispatcher, training, width, replay=replay)
+        context = context._replace(spread=Spread(split, TokenSplit(self.groups.tensor)))
+        hidden_TD, decisions = self.model(inputs_BC.reshape(-1), context)
         logits_TV = self.model.lm_head(hidden_TD).float()
-        cross_entropy = F.cross_entropy(logits_TV, targets_BS.reshape(-1), reduction="sum") / max(targets_BS.numel(), 1)
+        total = total_cross_entropy(logits_TV, targets_BC.reshape(-1), self.groups.tensor)
+        mean_entropy = total / max(targets_BC.numel(), 1)
 
         layers = [config.moe_of(layer) for layer in config.moe_layers]
         routings = [decided.experts for decided in decisions if decided.experts is not None]
@@ -86,7 +94,7 @@ class LanguageModelLoss(nn.Module):
         counts = self._count(routings, sums, device)
 
         def stacked(values: list[torch.Tensor]) -> torch.Tensor:
-            return torch.stack(values) if values else cross_entropy.new_zeros(0)
+            return torch.stack(values) if values else mean_entropy.new_zeros(0)
 
         balance_L = stacked(
             [
@@ -97,8 +105,8 @@ class LanguageModelLoss(nn.Module):
         z_L = stacked([layer.z_loss for layer in sums])
         weighted = config.moe.balance_loss_weight * balance_L.sum() + config.moe.z_loss_weight * z_L.sum()
         return BatchLoss(
-            total=cross_entropy + weighted + self._beside_experts(decisions),
-            cross_entropy=cross_entropy,
+            total=mean_entropy + (weighted + self._beside_experts(decisions)) / self.groups.tensor_size,
+            cross_entropy=mean_entropy,
             balance_L=balance_L,
             z_L=z_L,
             loads_N=[counted.load_N for counted in counts],
@@ -112,8 +120,8 @@ class LanguageModelLoss(nn.Module):
         for routing, layer in zip(routings, sums, strict=True):
             parts += [layer.counts_N, layer.firsts_N, (routing.chosen_TK != routing.experts_TK).sum()[None]]
         flat = torch.cat(parts)
-        if self.groups.data is not None:
-            dist.all_reduce(flat, group=self.groups.data)
+        if self.groups.token is not None:
+            dist.all_reduce(flat, group=self.groups.token)
         pieces = iter(flat.split([len(part) for part in parts[1:]]))
         return [_Counts(next(pieces), next(pieces), next(pieces)[0]) for _ in sums]
 
@@ -121,8 +129,8 @@ class LanguageModelLoss(nn.Module):
         """Mean probability of each expert over the tokens of all ranks."""
         probabilities_N = sums.probabilities_N.detach()
         flat = torch.cat([probabilities_N, probabilities_N.new_tensor([sums.tokens])])
-        if self.groups.data is not None:
-            dist.all_reduce(flat, group=self.groups.data)
+        if self.groups.token is not None:
+            dist.all_reduce(flat, group=self.groups.token)
         return flat[:-1] / flat[-1].clamp(min=1)
 
     def _beside_experts(self, decisions: list[Decisions]) -> torch.Tensor | float:

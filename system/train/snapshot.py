@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 
 from expertmesh.parallel.groups import Groups
+from expertmesh.parallel.shard import WHOLE, gather_parts
 from expertmesh.parallel.zero import AdamState, Zero
 from expertmesh.system.model.checkpoint import (
     INDEX,
@@ -36,7 +37,7 @@ from expertmesh.system.model.checkpoint import (
     write_tensors,
 )
 from expertmesh.system.model.transformer import Transformer
-from expertmesh.system.model.weights import weights
+from expertmesh.system.model.weights import Weight, weights
 
 OPTIMIZER_INDEX = "optimizer.safetensors.index.json"
 
@@ -66,7 +67,8 @@ def save(
 ) -> Path:
     """Write a checkpoint of `run_dir`; every rank calls it and must see the same file system. Returns its folder.
 
-    Each expert-parallel rank writes its own experts, rank 0 the dense weights too, so nothing is gathered in one place.
+    Each expert-parallel rank writes its own experts, and those of the first sequences the dense weights too. Of weights
+    that are split over a tensor group each rank gathers and writes some, so that none holds more than it did.
     """
     final = run_dir / "checkpoints" / f"step-{state.step:06d}"
     writing = final.with_name(final.name + ".writing")
@@ -79,16 +81,19 @@ def save(
     _wait_for_all()
 
     model_tensors, optimizer_tensors = {}, {}
-    for weight in weights(model):
+    for number, weight in enumerate(weights(model)):
         # A collective: also on ranks that write nothing. A frozen weight has no moments.
         moments = zero.state(weight.parameter)._asdict() if weight.parameter.requires_grad else {}
-        if groups.expert_data_rank or not (weight.is_expert or groups.expert_rank == 0):
-            continue
-        model_tensors.update(weight.split(weight.parameter))
+        if groups.expert_data_rank if weight.is_expert else groups.data_rank:
+            continue  # another rank has the same
+        model_tensors.update(_whole(weight, weight.parameter.detach(), groups, number))
         for kind, tensor in moments.items():
-            optimizer_tensors.update({f"{kind}/{name}": view for name, view in weight.split(tensor).items()})
-    if groups.expert_data_rank == 0:
-        place = (groups.expert_rank, groups.expert_size)
+            whole = _whole(weight, tensor, groups, number)
+            optimizer_tensors.update({f"{kind}/{name}": view for name, view in whole.items()})
+    # Megatron's order of ranks: those that hold the first copy of something come first.
+    writers = max(groups.tensor_size, groups.expert_tensor_size * groups.expert_size)
+    if groups.rank < writers:
+        place = (groups.rank, writers)
         write_tensors(model_tensors, writing / shard_name("model", *place))
         write_tensors(optimizer_tensors, writing / "training" / shard_name("optimizer", *place))
     _wait_for_all()
@@ -115,6 +120,19 @@ def save(
     return final
 
 
+def _whole(weight: Weight, tensor: torch.Tensor, groups: Groups, number: int) -> dict[str, torch.Tensor]:
+    """The full tensors of `tensor`, shaped like `weight`, by name; on one rank of those that hold parts, else none.
+
+    A collective among these. `number`: of the weight, so that they take turns.
+    """
+    group = groups.expert_tensor if weight.is_expert else groups.tensor
+    size, rank = (group.size(), group.rank()) if group else (1, 0)
+    if weight.shard == WHOLE:
+        return weight.split(tensor) if rank == 0 else {}
+    parts = [weight.split(part) for part in gather_parts(tensor, group, to=number % size)]
+    return {name: torch.cat([part[name] for part in parts], weight.shard.dim) for name in (parts[0] if parts else ())}
+
+
 def read_state(folder: Path) -> RunState:
     """Where the run that wrote the checkpoint in `folder` stood; the checkpoint's files are looked at too."""
     open_checkpoint(folder)
@@ -138,7 +156,7 @@ def load_optimizer(folder: Path, state: RunState, model: Transformer, zero: Zero
         moments = {kind: torch.zeros_like(weight.parameter) for kind in AdamState._fields}
         for kind, whole in moments.items():
             views = {f"{kind}/{name}": view for name, view in weight.split(whole).items()}
-            fill(views, training / OPTIMIZER_INDEX, index)
+            fill(views, training / OPTIMIZER_INDEX, index, weight.shard)
         states[weight.parameter] = AdamState(**moments)
     zero.load_state(states, state.step)
 

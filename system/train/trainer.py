@@ -13,14 +13,16 @@ import torch.distributed as dist
 
 from expertmesh.kernels.device import Device
 from expertmesh.parallel.all_to_all import Traffic
-from expertmesh.parallel.dispatch_config import DispatchConfig, build_dispatcher
+from expertmesh.parallel.build_dispatcher import build_dispatcher
+from expertmesh.parallel.dispatch_config import DispatchConfig
 from expertmesh.parallel.groups import Groups
 from expertmesh.parallel.placed_dispatcher import PlacedDispatcher
+from expertmesh.parallel.shard import WHOLE
 from expertmesh.parallel.zero import Zero
 from expertmesh.system.model.checkpoint import Checkpoint, load_weights
 from expertmesh.system.model.config import ModelConfig
 from expertmesh.system.model.context import TrainingStep
-from expertmesh.system.model.transformer import Transformer
+from expertmesh.system.model.tensor_parallel import parallel_transformer
 from expertmesh.system.model.weights import initialise, weights
 from expertmesh.system.train.config import TrainConfig
 from expertmesh.system.train.dataset import TokenDataset
@@ -65,9 +67,9 @@ class Trainer:
         self.config, self.run_dir, self.groups, self.device, self.settings = config, run_dir, groups, device, settings
         self.dataset = TokenDataset(run_dir / "data")
         self.traffic = Traffic()
-        dispatcher = build_dispatcher(groups.expert, dispatch or DispatchConfig(), self.traffic, device.name)
+        dispatcher = build_dispatcher(groups, dispatch or DispatchConfig(), self.traffic, device.name)
         with torch.device(device.name):
-            self.model = Transformer(model_config, groups.expert_rank, groups.expert_size)
+            self.model = parallel_transformer(model_config, groups)
             self.rebalancing = Rebalancing(self.model, groups) if config.rebalance_every else None
             if self.rebalancing:
                 dispatcher = PlacedDispatcher(dispatcher, self.rebalancing.placements, groups.expert_rank)
@@ -83,7 +85,8 @@ class Trainer:
 
         self.zero = Zero(
             self.loss,
-            [weight.parameter for weight in weights(self.model) if weight.is_expert and groups.expert is not None],
+            [weight.parameter for weight in weights(self.model) if weight.is_expert],
+            [weight.parameter for weight in weights(self.model) if not weight.is_expert and weight.shard == WHOLE],
             [weight.parameter for weight in weights(self.model) if weight.is_matrix],
             stage=config.zero_stage,
             gradient_clipping=config.gradient_clipping,
@@ -138,7 +141,7 @@ class Trainer:
         self.model.balance(batch.loads_N)
         if self.rebalancing:
             self.rebalancing.count(batch.loads_N)
-        share = 1 / self.groups.data_size
+        share = 1 / self.groups.token_size
         layers = len(batch.loads_N)
         means = torch.cat([batch.balance_L.detach(), batch.z_L.detach(), batch.entropy_L]) * share
         sent, saved, far, cross_entropy, *of_layers = self._sum_over_ranks(
@@ -195,17 +198,17 @@ class Trainer:
 
     def _my_rows(self, tokens_BS1: torch.Tensor) -> torch.Tensor:
         """This rank's sequences, in order; a short validation batch may leave some ranks with none."""
-        mine_BS1 = tokens_BS1.tensor_split(self.groups.data_size)[self.groups.data_rank]
+        mine_BS1 = tokens_BS1.tensor_split(self.groups.batch_size)[self.groups.batch_rank]
         return mine_BS1.to(self.device.name)
 
     def _my_sequences(self) -> range:
         """The numbers of this rank's sequences in the whole batch."""
-        each = self.config.batch_size // self.groups.data_size
-        return range(self.groups.data_rank * each, (self.groups.data_rank + 1) * each)
+        each = self.config.batch_size // self.groups.batch_size
+        return range(self.groups.batch_rank * each, (self.groups.batch_rank + 1) * each)
 
     def _sum_over_ranks(self, *values: float) -> list[float]:
-        if self.groups.data is None:
+        if self.groups.token is None:
             return list(values)
         sums = torch.tensor(values, dtype=torch.float64, device=self.device.name)
-        dist.all_reduce(sums, group=self.groups.data)
+        dist.all_reduce(sums, group=self.groups.token)
         return sums.tolist()

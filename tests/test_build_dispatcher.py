@@ -12,7 +12,8 @@ from ranks import run_ranks
 from tiny import tiny_model
 
 from expertmesh.parallel.all_to_all import Traffic
-from expertmesh.parallel.dispatch_config import DispatchConfig, build_dispatcher
+from expertmesh.parallel.build_dispatcher import build_dispatcher
+from expertmesh.parallel.dispatch_config import DispatchConfig
 from expertmesh.parallel.dispatchers import LocalDispatcher
 from expertmesh.parallel.groups import Groups
 from expertmesh.system.model.transformer import Transformer
@@ -56,13 +57,13 @@ def step(loss: LanguageModelLoss, tokens_BS1: torch.Tensor) -> tuple[float, dict
 
 def every_way() -> list[Result]:
     world = dist.group.WORLD
-    groups = Groups(rank=world.rank(), data=world, expert=world)
+    groups = Groups(rank=world.rank(), data=world, token=world, expert=world)
     results = []
     for way in WAYS:
         traffic = Traffic()
         model = Transformer(MODEL, world.rank(), world.size())
         initialise(model, seed=1, standard_deviation=0.2)
-        loss = LanguageModelLoss(model, build_dispatcher(world, way.config, traffic, "cpu"), groups)
+        loss = LanguageModelLoss(model, build_dispatcher(groups, way.config, traffic, "cpu"), groups)
         value, found = step(loss, TOKENS[world.rank() :][:1])
         results.append((value, {name: part.numpy() for name, part in found.items()}, traffic.take().sent))
     return results
@@ -99,7 +100,8 @@ def test_a_whole_model_by_every_way():
 
 
 def test_alone_everything_is_local():
-    assert isinstance(build_dispatcher(None, DispatchConfig(kind="hierarchical"), Traffic(), "cpu"), LocalDispatcher)
+    config = DispatchConfig(kind="hierarchical")
+    assert isinstance(build_dispatcher(Groups(), config, Traffic(), "cpu"), LocalDispatcher)
 
 
 @pytest.mark.parametrize(

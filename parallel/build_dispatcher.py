@@ -1,0 +1,44 @@
+"""The dispatcher that a recipe asks for, over the groups of a rank."""
+
+from __future__ import annotations
+
+from expertmesh.parallel.all_to_all import Traffic
+from expertmesh.parallel.dispatch_config import DispatchConfig
+from expertmesh.parallel.dispatchers import (
+    AllGatherDispatcher,
+    AllToAllDispatcher,
+    Dispatcher,
+    HierarchicalDispatcher,
+    LocalDispatcher,
+)
+from expertmesh.parallel.expert_tensor import ExpertTensorDispatcher
+from expertmesh.parallel.groups import Groups
+from expertmesh.parallel.nodes import find_ranks_per_node, split_by_node
+from expertmesh.parallel.wire import WIRES
+
+
+def build_dispatcher(groups: Groups, config: DispatchConfig, traffic: Traffic, device: str) -> Dispatcher:
+    """What brings tokens to experts that are spread as `groups` says; all ranks call it together.
+
+    Raises:
+        ValueError: if `ranks_per_node` does not divide the ranks.
+    """
+    dispatcher = _between_shards(groups, config, traffic, device)
+    if groups.expert_tensor is not None:
+        dispatcher = ExpertTensorDispatcher(dispatcher, groups.expert_tensor, traffic)
+    return dispatcher
+
+
+def _between_shards(groups: Groups, config: DispatchConfig, traffic: Traffic, device: str) -> Dispatcher:
+    if groups.expert is None:
+        return LocalDispatcher()
+    group, per_node = groups.expert, config.ranks_per_node or find_ranks_per_node(groups.expert, device)
+    if group.size() % per_node:
+        raise ValueError(
+            f"parallel.dispatch.ranks_per_node={per_node} does not divide the {group.size()} expert-parallel ranks"
+        )
+    wire = WIRES[config.wire]
+    if config.kind == "hierarchical":
+        return HierarchicalDispatcher(group, split_by_node(group, per_node), traffic, wire, config.chunks)
+    flat = AllGatherDispatcher if config.kind == "all_gather" else AllToAllDispatcher
+    return flat(group, traffic, wire, config.chunks, per_node)

@@ -1,0 +1,356 @@
+"""Every layout trains what one rank trains: outputs, losses and every gradient; then whole runs, and their checkpoints.
+
+Layouts of one world size are tried by one set of processes, which costs most of the time; each row reports by itself.
+"""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+import traceback
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.distributed as dist
+from numerics import assert_close
+from ranks import run_ranks
+from tiny import losses, prepare_tiny_data, tiny_model, tiny_training, train
+
+from expertmesh.parallel.all_to_all import Traffic
+from expertmesh.parallel.build_dispatcher import build_dispatcher
+from expertmesh.parallel.dispatch_config import DispatchConfig
+from expertmesh.parallel.groups import Groups, build_groups
+from expertmesh.parallel.shard import WHOLE, gather_parts
+from expertmesh.parallel.sizes import ParallelSizes
+from expertmesh.system.model.config import ModelConfig
+from expertmesh.system.model.context import TrainingStep
+from expertmesh.system.model.tensor_parallel import parallel_transformer
+from expertmesh.system.model.weights import Weight, initialise, weights
+from expertmesh.system.train.loss import BatchLoss, LanguageModelLoss
+from expertmesh.system.train.snapshot import checkpoints_of
+
+BATCH, LENGTH = 4, 8
+
+MIXTURE = {"moe": {"capacity": {"factor": 0.6, "order": "random"}, "noise": "normal"}}
+SHARED = {
+    "moe": {"shared": {"hidden_size": 24, "mixing": "softmax"}, "z_loss_weight": 0.01},
+    "tie_embeddings": True,
+    "dense_layers": [1],
+    "dense": {"hidden_size": 40},
+    "attention": {"heads": 4, "kv_heads": 2, "head_dim": 8, "qk_norm": "head", "output_gate": "head", "query_rank": 12},
+}
+LATENT = {
+    "attention": {
+        **{"kind": "mla", "heads": 4, "query_rank": 12, "kv_rank": 8},
+        **{"nope_head_dim": 8, "rope_head_dim": 4, "value_head_dim": 6},
+    },
+    "moe": {"gate_mode": "sigmoid", "selection_bias": True, "shared": {"hidden_size": 24}},
+    "norm": "layer",
+}
+MLPS = {
+    "moe": {"expert": {"kind": "mlp", "hidden_size": 32}, "shared": {"kind": "mlp", "hidden_size": 16}},
+    "block": "parallel",
+    "dense_layers": [0],
+    "dense": {"kind": "mlp", "hidden_size": 24},
+    "attention": {"heads": 4, "kv_heads": 4, "head_dim": 8, "qkv_bias": True, "output_gate": "element"},
+}
+WIDE = {"share_layers": True, "moe": {"gating_residual": False, "balance_loss": "mutual_information"}}
+STICKS = {
+    "attention": {
+        **{"heads": 4, "kv_heads": 2, "head_dim": 8, "rope_theta": None},
+        **{"weighting": "stick_breaking", "sliding_window": 5},
+    }
+}
+NO_EXPERTS = {"dense_layers": [0, 1, 2], "dense": {"hidden_size": 32}}
+
+ONE = {"moe": {"gate_mode": "sigmoid", "selection_bias": True, "top_k": 1}}
+
+
+class Row(NamedTuple):
+    sizes: dict[str, int]
+    reason: str
+    model: dict[str, Any] = {}
+    favourite: int | None = None  # an FFN expert that every token chooses
+
+    @property
+    def world(self) -> int:
+        return ParallelSizes(**self.sizes).world_size
+
+
+ROWS = [
+    Row({"tp": 2}, "tensor and sequence parallel"),
+    Row({"tp": 2, "ep": 2}, "the ranks of a tensor group share out the experts"),
+    Row({"tp": 2, "etp": 2}, "each expert is cut along its hidden units"),
+    Row({"dp": 2, "etp": 2}, "experts are cut, nothing else is"),
+    Row({"tp": 2, "ep": 2}, "capacity is a sequence's, lots are a token's, wherever it lies", MIXTURE),
+    Row({"tp": 2}, "shared experts, dense layers, tied embeddings, norms of heads, gates", SHARED),
+    Row({"tp": 2, "ep": 2}, "latent attention, sigmoid gate, LayerNorm", LATENT),
+    Row({"tp": 2, "etp": 2}, "networks of two matrices, biases of queries, parallel block", MLPS),
+    Row({"tp": 2}, "layers that share their weights; a loss of means over all tokens", WIDE),
+    Row({"tp": 2}, "no experts at all", NO_EXPERTS),
+    Row({"cp": 2}, "sequences are split: keys of other ranks"),
+    Row({"cp": 2, "ep": 2}, "capacity and lots of sequences that are split", MIXTURE),
+    Row({"cp": 2, "etp": 2}, "latent attention of sequences that are split", LATENT),
+    Row({"cp": 2}, "sliding windows, stick-breaking weights in order of positions", STICKS),
+    Row({"tp": 2, "ep": 2}, "all tokens on one expert: a rank whose experts get none", ONE, 3),
+    Row({"tp": 2, "etp": 2}, "all tokens on one expert that is cut", ONE, 0),
+    Row({"tp": 4, "ep": 2}, "experts twice on a tensor group", {"attention": {"heads": 4, "kv_heads": 4}}),
+    Row({"tp": 2, "dp": 2, "ep": 4}, "experts spread over attention's both kinds of ranks"),
+    Row({"tp": 2, "dp": 2, "ep": 2, "etp": 2}, "experts cut both ways"),
+    Row({"tp": 2, "dp": 2, "etp": 4}, "experts cut across sequences", SHARED),
+    Row({"dp": 4, "ep": 2, "etp": 2}, "both for experts, neither for attention", MLPS),
+    Row({"tp": 2, "dp": 2, "ep": 4}, "an expert a rank, and all tokens on one", ONE, 2),
+    Row({"tp": 2, "cp": 2, "ep": 4}, "tokens of runs of sequences, split again", MIXTURE),
+    Row({"cp": 2, "dp": 2, "ep": 2, "etp": 2}, "sequences and batch are split, experts cut both ways", SHARED),
+    Row({"tp": 2, "cp": 2, "dp": 2, "ep": 2, "etp": 2}, "every degree of a stage", MIXTURE),
+    Row({"tp": 2, "dp": 4, "ep": 2, "etp": 2}, "all of them, experts twice"),
+    Row({"tp": 4, "dp": 2, "ep": 4, "etp": 2}, "all of them, experts once", {"attention": {"heads": 4, "kv_heads": 4}}),
+    Row({"tp": 2, "dp": 4, "ep": 4}, "latent attention on eight", LATENT),
+]
+
+
+def config_of(row: Row) -> ModelConfig:
+    return ModelConfig(**(tiny_model(vocab_size=16).model_dump() | _merged(row.model)))
+
+
+def _merged(model: dict[str, Any]) -> dict[str, Any]:
+    """Changes to experts are changes to the tiny model's."""
+    return model | {"moe": tiny_model().moe.model_dump() | model.get("moe", {})}
+
+
+def made(row: Row, groups: Groups) -> LanguageModelLoss:
+    """Float64, so that only the loss itself, which is float32, can differ."""
+    model = parallel_transformer(config_of(row), groups).double()
+    initialise(model, seed=5, standard_deviation=0.3)
+    if row.favourite is not None:
+        for layer in model.config.moe_layers:
+            model.layers[layer].mlp.gate.e_score_correction_bias.data[row.favourite] = 100.0
+    return LanguageModelLoss(model, build_dispatcher(groups, DispatchConfig(), Traffic(), "cpu"), groups)
+
+
+def tokens_of(rank: int, ranks: int) -> tuple[torch.Tensor, TrainingStep]:
+    """Sequences of one of the ranks that split the batch."""
+    tokens_BS1 = torch.randint(0, 16, (BATCH, LENGTH + 1), generator=torch.Generator().manual_seed(2))
+    each = BATCH // ranks
+    mine = range(rank * each, (rank + 1) * each)
+    return tokens_BS1[mine.start : mine.stop], TrainingStep(3, 10, 7, mine, LENGTH)
+
+
+def trained(loss: LanguageModelLoss) -> BatchLoss:
+    tokens_BS1, step = tokens_of(loss.groups.batch_rank, loss.groups.batch_size)
+    answer = loss(tokens_BS1, step)
+    answer.total.backward()
+    return answer
+
+
+@torch.no_grad()
+def validated(loss: LanguageModelLoss, tokens_BS1: torch.Tensor) -> torch.Tensor:
+    """Cross entropy of all of these tokens, summed."""
+    groups = loss.groups
+    mine_BS1 = tokens_BS1.tensor_split(groups.batch_size)[groups.batch_rank]
+    total = loss(mine_BS1).cross_entropy * mine_BS1[:, 1:].numel() / (groups.data_size // groups.batch_size)
+    if groups.data is not None:
+        dist.all_reduce(total, group=groups.data)
+    return total
+
+
+def gradients(loss: LanguageModelLoss) -> dict[str, torch.Tensor]:
+    """Full gradients of the whole batch, of the weights that rank 0 of those who hold parts can put together."""
+    groups, found = loss.groups, {}
+    for weight in weights(loss.model):
+        if not weight.parameter.requires_grad:
+            continue
+        assert weight.parameter.grad is not None, next(iter(weight.split(weight.parameter)))
+        gradient, alike = weight.parameter.grad.clone(), _alike(weight, groups)
+        if alike is not None:
+            dist.all_reduce(gradient, group=alike)
+        parts_in = groups.expert_tensor if weight.is_expert else groups.tensor
+        gradient /= groups.data_size
+        parts = [gradient] if weight.shard == WHOLE else gather_parts(gradient, parts_in, to=0)
+        split = [weight.split(part) for part in parts]
+        found.update({name: torch.cat([part[name] for part in split], weight.shard.dim) for name in (split or [{}])[0]})
+    return found
+
+
+def _alike(weight: Weight, groups: Groups) -> dist.ProcessGroup | None:
+    """The ranks that have parts of a weight's gradient."""
+    if weight.is_expert:
+        return groups.expert_data
+    return groups.token if weight.shard == WHOLE else groups.data
+
+
+def check_layout(row: Row) -> None:
+    alone, groups = made(row, Groups()), build_groups(ParallelSizes(**row.sizes))
+    spread = made(row, groups)
+    expected, got = trained(alone), trained(spread)
+
+    def mean(value: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
+        value = value.detach().clone()
+        if group is not None:
+            dist.all_reduce(value, group=group)
+            value /= group.size()
+        return value
+
+    for name in ("balance_L", "z_L", "entropy_L"):
+        assert_close(mean(getattr(got, name), groups.token), getattr(expected, name), what=name)
+    total = mean(got.total * groups.tensor_size - got.cross_entropy * (groups.tensor_size - 1), groups.token)
+    assert_close(total, expected.total, what="total")
+    assert_close(mean(got.cross_entropy, groups.data), expected.cross_entropy, what="cross entropy")
+    assert torch.equal(got.dropped_L, expected.dropped_L)
+    assert all(torch.equal(mine, all_) for mine, all_ in zip(got.loads_N, expected.loads_N, strict=True))
+    if row.favourite is not None:
+        assert all(load_N[row.favourite] == BATCH * LENGTH for load_N in expected.loads_N)
+
+    # One sequence in all, so that some ranks that split the batch have none; then with one token a rank.
+    tokens_BS1 = tokens_of(0, 1)[0]
+    fewest = groups.tensor_size if groups.context is None else LENGTH
+    for few_BS1 in (tokens_BS1[:1], tokens_BS1[:1, : fewest + 1]):
+        assert_close(
+            validated(spread, few_BS1), validated(alone, few_BS1), what=f"{few_BS1.shape[1] - 1} tokens in all"
+        )
+
+    wanted = gradients(alone)
+    for name, gradient in gradients(spread).items():
+        # Routers are float32, and what one gets from two experts nearly cancels.
+        bounds = (1e-4, 2e-5) if ".gate." in name else (2e-6, 1e-6)
+        assert_close(gradient, wanted[name], max_error=bounds[0], rms_error=bounds[1], what=f"gradient of {name}")
+
+
+def check_layouts(rows: list[Row]) -> list[str | None]:
+    """What went wrong with each row, on this rank."""
+    from megatron.core import parallel_state
+
+    problems: list[str | None] = []
+    for row in rows:
+        try:
+            check_layout(row)
+            problems.append(None)
+        except Exception:
+            problems.append(traceback.format_exc())
+        parallel_state.destroy_model_parallel()
+    return problems
+
+
+@pytest.fixture(scope="module")
+def problems() -> dict[int, list[str | None]]:
+    """By number of row; the first problem of any rank."""
+    found: dict[int, list[str | None]] = {}
+    for world in sorted({row.world for row in ROWS}):
+        numbers = [number for number, row in enumerate(ROWS) if row.world == world]
+        ranks = run_ranks(check_layouts, world, [ROWS[number] for number in numbers], timeout=600)
+        for place, number in enumerate(numbers):
+            found[number] = [problem[place] for problem in ranks]
+    return found
+
+
+@pytest.mark.parametrize("number", range(len(ROWS)), ids=[f"{row.sizes}: {row.reason}" for row in ROWS])
+def test_outputs_losses_and_every_gradient_are_those_of_one_rank(problems, number):
+    for rank, problem in enumerate(problems[number]):
+        assert problem is None, f"rank {rank}: {problem}"
+
+
+RUNS = [
+    ({}, 1, "one rank"),
+    ({"tp": 2, "ep": 2}, 1, "tensor and expert parallel"),
+    ({"dp": 2, "etp": 2}, 2, "data and expert tensor parallel, ZeRO 2"),
+    ({"tp": 2, "cp": 2, "ep": 2, "etp": 2}, 2, "tensors, sequences and experts both ways, ZeRO 2"),
+]
+PAIRS = list(itertools.permutations(range(len(RUNS)), 2))  # who writes a checkpoint, who reads it
+STEPS, HALF = 20, 10
+# Float32 sums in another order: about 1e-7 a step, growing with the steps.
+SAME_LOSS, SAME_NORM = 3e-6, 3e-5
+
+
+def run_model() -> ModelConfig:
+    """Something of each kind: whole and split weights, biases that no gradient moves, dropped slots."""
+    moe = {"gate_mode": "sigmoid", "selection_bias": True, "capacity": {"factor": 1.0}, "shared": {"hidden_size": 24}}
+    return ModelConfig(**tiny_model(layers=2, moe=moe, dense_layers=(), tie_embeddings=True).model_dump())
+
+
+class Job(NamedTuple):
+    """A run in `run_dir`; the sizes and ZeRO stage are those of a row of RUNS."""
+
+    run_dir: Path
+    row: int
+    resume_from: Path | None = None
+
+
+class Result(NamedTuple):
+    losses: list[float]
+    norms: list[float]
+
+
+def run_jobs(jobs: list[Job]) -> list[Result]:
+    """One rank of several runs, one after the other."""
+    from megatron.core import parallel_state
+
+    results = []
+    for job in jobs:
+        sizes, stage, _ = RUNS[job.row]
+        often = {"validate_every": STEPS, "checkpoint_every": HALF, "keep_checkpoints": 3}
+        config = tiny_training(steps=STEPS, zero_stage=stage, gradient_clipping=0.5, **often)
+        records = train(job.run_dir, ParallelSizes(**sizes), run_model(), config, job.resume_from)
+        norms = [record["grad_norm"] for record in records if record["kind"] == "step"]
+        results.append(Result(losses(records), norms))
+        parallel_state.destroy_model_parallel()
+    return results
+
+
+def run_all(jobs: list[Job]) -> dict[Job, Result]:
+    """What rank 0 tells of each; those of one world size by one set of processes."""
+    results = {}
+    for world in sorted({ParallelSizes(**RUNS[job.row][0]).world_size for job in jobs}):
+        mine = [job for job in jobs if ParallelSizes(**RUNS[job.row][0]).world_size == world]
+        results.update(zip(mine, run_ranks(run_jobs, world, mine, timeout=600)[0], strict=True))
+    return results
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("parallel")
+    prepare_tiny_data(folder)
+    return folder / "data"
+
+
+def new_run(data: Path, run_dir: Path) -> Path:
+    shutil.copytree(data, run_dir / "data")
+    return run_dir
+
+
+@pytest.fixture(scope="module")
+def runs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Path, Result]]:
+    """The whole run of each row, and where its checkpoints are."""
+    folder = tmp_path_factory.mktemp("runs")
+    jobs = [Job(new_run(data, folder / str(row)), row) for row in range(len(RUNS))]
+    results = run_all(jobs)
+    return [(job.run_dir, results[job]) for job in jobs]
+
+
+@pytest.mark.parametrize("row", range(1, len(RUNS)), ids=[reason for *_, reason in RUNS[1:]])
+def test_a_run_has_the_losses_and_norms_of_one_rank(runs, row):
+    (_, alone), (_, spread) = runs[0], runs[row]
+    assert len(alone.losses) == STEPS
+    assert max(alone.norms) > 0.5, "clipping is not active"
+    assert spread.losses == pytest.approx(alone.losses, rel=SAME_LOSS)
+    assert spread.norms == pytest.approx(alone.norms, rel=SAME_NORM)
+
+
+@pytest.fixture(scope="module")
+def resumed(data: Path, runs: list[tuple[Path, Result]], tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Result]:
+    """By (who wrote, who read): the second half of a run, from the checkpoint that another layout wrote."""
+    folder = tmp_path_factory.mktemp("resumed")
+    jobs = {}
+    for writer, reader in PAIRS:
+        halfway = checkpoints_of(runs[writer][0])[0]
+        jobs[writer, reader] = Job(new_run(data, folder / f"{writer}-{reader}"), reader, halfway)
+    results = run_all(list(jobs.values()))
+    return {pair: results[job] for pair, job in jobs.items()}
+
+
+@pytest.mark.parametrize("writer, reader", PAIRS, ids=[f"{RUNS[w][2]} -> {RUNS[r][2]}" for w, r in PAIRS])
+def test_any_layout_goes_on_from_what_any_other_saved(runs, resumed, writer, reader):
+    whole, second_half = runs[writer][1], resumed[writer, reader]
+    assert second_half.losses == pytest.approx(whole.losses[HALF:], rel=SAME_LOSS)
+    assert second_half.norms == pytest.approx(whole.norms[HALF:], rel=SAME_NORM)
