@@ -7,7 +7,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from numerics import assert_close
-from pydantic import ValidationError
 from ranks import run_ranks
 from tiny import tiny_model
 
@@ -102,11 +101,3 @@ def test_a_whole_model_by_every_way():
 def test_alone_everything_is_local():
     config = DispatchConfig(kind="hierarchical")
     assert isinstance(build_dispatcher(Groups(), config, Traffic(), "cpu"), LocalDispatcher)
-
-
-@pytest.mark.parametrize(
-    "keys", [{"kind": "all"}, {"wire": "fp4"}, {"chunks": 0}, {"ranks_per_node": 0}, {"chunk": 2}], ids=str
-)
-def test_what_does_not_exist_is_refused(keys):
-    with pytest.raises(ValidationError):
-        DispatchConfig(**keys)
