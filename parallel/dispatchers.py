@@ -191,8 +191,10 @@ class HopDispatcher:
         self.traffic.saved += round(kept_slots * copies_a_slot * row_bytes * crossings)
 
 
-class AllToAllDispatcher(HopDispatcher):
-    """Each rank sends a token to the ranks that hold its experts, once to each."""
+class _StraightDispatcher(HopDispatcher):
+    """One hop, over all ranks."""
+
+    hop: type[AllToAllHop] | type[AllGatherHop]
 
     def __init__(
         self,
@@ -203,23 +205,22 @@ class AllToAllDispatcher(HopDispatcher):
         ranks_per_node: int | None = None,
     ) -> None:
         """`ranks_per_node`: None where all ranks of `group` are on one."""
-        lane, to = _over_all(group, traffic, wire, ranks_per_node or group.size())
-        super().__init__([AllToAllHop(lane, to)], group.rank(), group.size(), chunks, wire, traffic)
+        ranks, per_node = group.size(), ranks_per_node or group.size()
+        far = tuple(rank // per_node != group.rank() // per_node for rank in range(ranks))
+        hop = self.hop(Lane(group, wire, traffic, far), Destinations(tuple(range(ranks + 1)), ranks, per_node))
+        super().__init__([hop], group.rank(), ranks, chunks, wire, traffic)
 
 
-class AllGatherDispatcher(HopDispatcher):
+class AllToAllDispatcher(_StraightDispatcher):
+    """Each rank sends a token to the ranks that hold its experts, once to each."""
+
+    hop = AllToAllHop
+
+
+class AllGatherDispatcher(_StraightDispatcher):
     """Each rank sends its tokens to all ranks; what comes back is only what experts answered."""
 
-    def __init__(
-        self,
-        group: dist.ProcessGroup,
-        traffic: Traffic,
-        wire: Wire = NATIVE,
-        chunks: int = 1,
-        ranks_per_node: int | None = None,
-    ) -> None:
-        lane, to = _over_all(group, traffic, wire, ranks_per_node or group.size())
-        super().__init__([AllGatherHop(lane, to)], group.rank(), group.size(), chunks, wire, traffic)
+    hop = AllGatherHop
 
 
 class HierarchicalDispatcher(HopDispatcher):
@@ -242,12 +243,6 @@ class HierarchicalDispatcher(HopDispatcher):
             lane = Lane(nodes.inside, wire, traffic, (False,) * per_node)
             hops.append(AllToAllHop(lane, Destinations(tuple(range(first, first + per_node + 1)), ranks)))
         super().__init__(hops, rank, ranks, chunks, wire, traffic)
-
-
-def _over_all(group: dist.ProcessGroup, traffic: Traffic, wire: Wire, ranks_per_node: int) -> tuple[Lane, Destinations]:
-    ranks, node = group.size(), group.rank() // ranks_per_node
-    far = tuple(rank // ranks_per_node != node for rank in range(ranks))
-    return Lane(group, wire, traffic, far), Destinations(tuple(range(ranks + 1)), ranks, ranks_per_node)
 
 
 def _cut(tensor: torch.Tensor, sizes: list[int]) -> tuple[torch.Tensor, ...]:

@@ -22,6 +22,7 @@ from torch.nn import functional
 
 from expertmesh.launch.bench.cases import DTYPES, Case, Problem
 from expertmesh.launch.bench.layer import Layer, shard_of
+from expertmesh.parallel.token_split import TokenSplit
 
 MEMORY_SHARE = 0.25  # of this machine's memory: what one peer may take for the copies that it makes of the weights
 
@@ -202,12 +203,12 @@ def megatron_layer(problem: Problem, rank: int = 0, ranks: int = 1) -> Layer:
         routing_map: torch.Tensor
 
         def token_dispatch(self, hidden_states: torch.Tensor, probs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            self.routing_map = _gathered(self.routing_map, self.tp_ep_group)
-            gather = _GatherTokens.apply
-            return gather(hidden_states, self.tp_ep_group), gather(probs, self.tp_ep_group)
+            gather = TokenSplit(self.tp_ep_group).gather  # Megatron's own asks CUDA for buffers
+            self.routing_map = gather(self.routing_map)
+            return gather(hidden_states), gather(probs)
 
         def token_combine(self, hidden_states: torch.Tensor) -> torch.Tensor:
-            return _ScatterSums.apply(hidden_states, self.tp_ep_group)
+            return TokenSplit(self.tp_ep_group).reduce_scatter(hidden_states)
 
     case, weights = problem.case, shard_of(problem.weights, rank, ranks)
     dtype = DTYPES[case.dtype]
@@ -251,43 +252,6 @@ def megatron_layer(problem: Problem, rank: int = 0, ranks: int = 1) -> Layer:
             parameter.data = tensor
     named = {"router": [module.router.weight], "gate_up": gate_up, "down": down}
     return Layer(module, lambda x_TD: module(x_TD[:, None])[0][:, 0], named)
-
-
-# What Megatron-Core does with buffers that it asks CUDA for. Ranks have as many tokens each.
-
-
-def _gathered(x_TD: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-    all_TD = x_TD.new_empty(group.size() * len(x_TD), *x_TD.shape[1:])
-    dist.all_gather_single(all_TD, x_TD.contiguous(), group=group)
-    return all_TD
-
-
-def _summed(x_TD: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-    mine_TD = x_TD.new_empty(len(x_TD) // group.size(), *x_TD.shape[1:])
-    dist.reduce_scatter_single(mine_TD, x_TD.contiguous(), group=group)
-    return mine_TD
-
-
-class _GatherTokens(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x_TD: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-        ctx.group = group
-        return _gathered(x_TD, group)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-        return _summed(grads[0], ctx.group), None
-
-
-class _ScatterSums(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x_TD: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-        ctx.group = group
-        return _summed(x_TD, group)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-        return _gathered(grads[0], ctx.group), None
 
 
 # plain torch
