@@ -17,6 +17,7 @@ import torch
 
 from expertmesh.kernels import quantised_gemm_triton
 from expertmesh.kernels.device import by_triton
+from expertmesh.kernels.ops import operation
 from expertmesh.kernels.quantise import (
     QuantisedBlocks,
     QuantisedRows,
@@ -27,7 +28,6 @@ from expertmesh.kernels.quantise import (
 from expertmesh.kernels.quantised_weights import QuantisedWeights, Scheme, dequantise_expert
 
 AnyRows = QuantisedRows | QuantisedBlocks
-Multiply = Callable[[AnyRows, torch.Tensor | None, torch.Tensor, QuantisedWeights, torch.dtype], torch.Tensor]
 
 
 def rows_for(scheme: Scheme) -> Callable[[torch.Tensor], AnyRows]:
@@ -54,6 +54,22 @@ def _multiply_segments(
     return out_RN.to(dtype)
 
 
+def _fake_multiply(rows_XK, row_scales, index_R, counts_E, scheme, values_ENK, scales, factors_EP, parts, width, dtype):
+    return rows_XK.new_empty(len(rows_XK if index_R is None else index_R), values_ENK.shape[1], dtype=dtype)
+
+
+@operation(
+    "quantised_multiply(Tensor rows, Tensor row_scales, Tensor? index, Tensor counts, str scheme, Tensor values,"
+    " Tensor scales, Tensor? factors, int parts, SymInt width, ScalarType dtype) -> Tensor",
+    _fake_multiply,
+)
+def _multiply(rows_XK, row_scales, index_R, counts_E, scheme, values_ENK, scales, factors_EP, parts, width, dtype):
+    weights = QuantisedWeights(Scheme(scheme), values_ENK, scales, factors_EP, parts, width)
+    rows = (QuantisedBlocks if weights.scheme == Scheme.FP8_BLOCK else QuantisedRows)(rows_XK, row_scales)
+    multiply = quantised_gemm_triton.multiply if by_triton(rows_XK) else _multiply_segments
+    return multiply(rows, index_R, counts_E, weights, dtype)
+
+
 def quantised_gemm(
     rows: AnyRows,
     index_R: torch.Tensor | None,
@@ -77,8 +93,8 @@ def quantised_gemm(
         ValueError: if rows and weights do not fit, or, on the CPU, the counts do not add up to R.
     """
     _check(rows, counts_E, weights)
-    multiply = quantised_gemm_triton.multiply if by_triton(rows[0]) else _multiply_segments
-    return multiply(rows, index_R, counts_E, weights, dtype)
+    scheme, *stored, parts, width = weights
+    return _multiply(*rows, index_R, counts_E, scheme, *stored, parts, width, dtype)
 
 
 def _check(rows: AnyRows, counts_E: torch.Tensor, weights: QuantisedWeights) -> None:

@@ -15,6 +15,8 @@ from expertmesh.kernels.combine_triton import combine_triton
 from expertmesh.kernels.grouped_gemm import grouped_gemm
 from expertmesh.kernels.grouped_swiglu import grouped_swiglu
 from expertmesh.kernels.paged_attention import paged_attention
+from expertmesh.kernels.quantised_gemm import quantised_gemm, rows_for
+from expertmesh.kernels.quantised_weights import QuantisedWeights, Scheme, quantise_weights
 from expertmesh.kernels.router_sums import router_sums
 from expertmesh.kernels.routing import route
 from expertmesh.kernels.zero_computation import ZeroComputation
@@ -64,6 +66,19 @@ def test_attention_to_pages_of_fake_tensors_has_the_shape_of_a_real_one(width, m
     with FakeTensorMode():
         fake = answer()
     assert (fake.shape, fake.dtype, fake.stride()) == (answer().shape, torch.float32, answer().stride())
+
+
+@pytest.mark.parametrize("scheme", Scheme)
+def test_quantised_products_of_fake_tensors_have_the_shape_of_real_ones(scheme):
+    weights = quantise_weights(torch.ones(E, 8, 128), scheme)  # looks for infinities, which a fake cannot tell
+
+    def answer(weights: QuantisedWeights) -> torch.Tensor:
+        rows = rows_for(scheme)(torch.ones(T, 128))
+        return quantised_gemm(rows, torch.arange(R) % T, torch.tensor([4, 0, 3]), weights, torch.bfloat16)
+
+    with FakeTensorMode() as mode:
+        fake = answer(QuantisedWeights(*(mode.from_tensor(w) if isinstance(w, torch.Tensor) else w for w in weights)))
+    assert (fake.shape, fake.dtype, fake.stride()) == ((R, 8), torch.bfloat16, answer(weights).stride())
 
 
 def test_experts_compile_to_one_graph():
