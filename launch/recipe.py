@@ -56,6 +56,7 @@ class Recipe(RecipeSection):
             "checkpoint_every",
             "keep_checkpoints",
             "rebalance_every",
+            "recompute",
             "zero_stage",
         ):
             train.pop(free)

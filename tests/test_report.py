@@ -169,6 +169,11 @@ def test_one_step_of_an_unfinished_run_without_traffic(tmp_path):
     assert len(page.having("circle", "alone")) == 2, "a single step must show as a dot"
 
 
+def test_what_is_kept_for_the_backward_is_told_where_it_was_measured(tmp_path):
+    write_log(tmp_path, START, step(1, activation_bytes=3 * 2**20))
+    assert "Kept for the backward 3.0 MiB" in page_of(tmp_path).words
+
+
 def test_a_run_that_has_only_started_gives_a_page(tmp_path):
     page = page_of(write_log(tmp_path, START))
     assert "No step has been logged yet" in page.words and "Speed –" in page.words

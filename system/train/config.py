@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field, model_validator
 
 from expertmesh.parallel.recipe_section import RecipeSection
+
+Recompute = Literal["none", "moe", "block"]
 
 
 class DataConfig(RecipeSection):
@@ -30,6 +34,7 @@ class TrainConfig(RecipeSection):
     adam_betas: tuple[float, float] = (0.9, 0.95)
     gradient_clipping: float = Field(1.0, gt=0, description="largest norm of the gradient over all ranks")
     zero_stage: int = Field(1, ge=1, le=2, description="1 splits optimizer state over ranks, 2 gradients too")
+    recompute: Recompute = Field("none", description="whose activations are computed again and not kept: moe, block")
     seed: int = 0
     validate_every: int = Field(50, ge=1)
     validation_batches: int = Field(8, ge=1)

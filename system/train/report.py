@@ -144,6 +144,7 @@ def _page(run: Run, name: str) -> dict[str, Any]:
         "zero_computation_share": result.get("zero_computation_share", mean_of("zero_computation_share")),
         "sent": sum(step["dispatch_bytes"] for step in steps),
         "saved": sum(step["dispatch_bytes_saved"] for step in steps),
+        "kept": last.get("activation_bytes"),
         "loss": plot(
             [(step["step"], step["loss"]) for step in steps],
             height=360,

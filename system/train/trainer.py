@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from expertmesh.system.train.dataset import TokenDataset
 from expertmesh.system.train.layer_summary import summarise
 from expertmesh.system.train.loss import BatchLoss, LanguageModelLoss
 from expertmesh.system.train.rebalancing import Rebalancing
+from expertmesh.system.train.recompute import Kept, counting_kept, recompute
 from expertmesh.system.train.snapshot import RunState, load_optimizer, read_state, save
 
 Record = dict[str, Any]
@@ -74,6 +76,8 @@ class Trainer:
             if self.rebalancing:
                 dispatcher = PlacedDispatcher(dispatcher, self.rebalancing.placements, groups.expert_rank)
             self.loss = LanguageModelLoss(self.model, dispatcher, groups)
+        recompute(self.model, config.recompute)
+        self.kept: Kept | None = None  # by a forward, for its backward; measured once
         self.state = RunState(step=0, settings=settings)
         if resume_from is not None:
             self.state = read_state(resume_from)
@@ -132,7 +136,8 @@ class Trainer:
         training = TrainingStep(step, config.steps, config.seed, self._my_sequences(), config.sequence_length)
 
         def loss_of_batch(module: torch.nn.Module) -> torch.Tensor:
-            losses.append(module(mine_BS1, training))
+            with counting_kept(self.model) if self.kept is None else nullcontext(self.kept) as self.kept:
+                losses.append(module(mine_BS1, training))
             return losses[0].total
 
         rate = learning_rate(step, config)
@@ -174,6 +179,7 @@ class Trainer:
             "zero_computation_share": 1 - ffn_share,
             "dispatch_bytes": int(sent),
             "dispatch_bytes_saved": int(saved),
+            "activation_bytes": self.kept.bytes if self.kept else 0,
             "dispatch_bytes_between_nodes": int(far),
             "seconds": seconds,
         }
