@@ -125,7 +125,7 @@ def test_a_checkpoint_holds_shared_weights_once_and_loads(tmp_path, tie):
         load_weights(pool, tmp_path / "saved")
         held = slice(2 * rank, 2 * rank + 2)
         assert torch.equal(pool.layers[0]["mlp"]["experts"].down, model.layers[0].mlp.experts.down[held])
-        assert pool.experts_here(0) == 2 and len(list(pool.parameters())) == 2
+        assert len(pool.held[0]) == 2 and len(list(pool.parameters())) == 2
 
 
 def test_layer_norm_takes_the_mean_away_and_adds_a_bias():

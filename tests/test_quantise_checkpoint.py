@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from tiny import prepare_tiny_data, tiny_model, write_random_checkpoint
 
 from expertmesh.kernels.quantised_weights import Scheme, quantise_weights
+from expertmesh.kernels.rows import Rows
 from expertmesh.launch.held_out import held_out_tokens
 from expertmesh.launch.recipe import load_recipe
 from expertmesh.launch.train_job import find_start
@@ -97,9 +98,9 @@ def test_shards_of_the_experts_answer_as_all_of_them(run, tmp_path, scheme):
     for part in parts:
         found.load(part)
     for layer in CONFIG.moe_layers:
-        want = whole(layer, rows_RD, counts_E)
+        want = whole(layer, Rows(rows_RD, None, counts_E))
         got = [
-            part(layer, rows, counts)
+            part(layer, Rows(rows, None, counts))
             for part, rows, counts in zip(parts, rows_RD.split([3, 6]), counts_E.split(2), strict=True)
         ]
         assert torch.equal(torch.cat(got), want)

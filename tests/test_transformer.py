@@ -102,8 +102,9 @@ def test_expert_pool_is_the_ffn_half_of_the_model():
         names = [{n for w in weights(m) if w.is_expert for n in w.split(w.parameter)} for m in (model, pool)]
         assert names[0] == names[1] and len(names[0]) == 3 * 2 * config.layers
         for layer in range(config.layers):
-            expected_RD = model.layers[layer].mlp.experts(Rows(rows_RD, None, counts_E))
-            assert torch.equal(pool(layer, rows_RD, counts_E), expected_RD)
+            rows = Rows(rows_RD, None, counts_E)
+            expected_RD = model.layers[layer].mlp.experts(rows)
+            assert torch.equal(pool(layer, rows), expected_RD)
 
 
 def test_expert_pool_of_a_placement_has_each_slots_expert():
@@ -113,7 +114,7 @@ def test_expert_pool_of_a_placement_has_each_slots_expert():
     pool = ExpertPool(config, 1, 2, {1: placement})
     for module in (whole, pool):
         initialise(module, 1, 0.2)
-    assert [pool.experts_here(layer) for layer in range(3)] == [2, 3, 2]
+    assert [len(held) for held in pool.held] == [2, 3, 2]
     for layer, held in enumerate(((2, 3), (2, 1, 0), (2, 3))):
         for name, parameter in pool.layers[layer]["mlp"]["experts"].named_parameters():
             assert torch.equal(parameter, getattr(whole.layers[layer]["mlp"]["experts"], name)[list(held)])
