@@ -27,8 +27,7 @@ from expertmesh.system.serve.config import ServeConfig
 LONGEST, SHORTEST = 4, 2  # tokens at the end of the text that must have stood together before
 
 
-# (chosen, drafts, width) -> the next token of the texts that were chosen, each after its draft so far, from the model at
-# a part of its width
+# (chosen, drafts, width) -> the next token of each text that was chosen, after its draft so far, at a part of the width
 NarrowStep = Callable[[list[int], list[list[int]], float], list[int]]
 
 
