@@ -206,7 +206,7 @@ def generate(
 
         config = serve_settings([f"serve.micro_batches={micro_batches}", *(settings or [])])
         served = look_at(checkpoint)
-        pools = check_pools(served.model, attention, ffn)
+        pools = check_pools(served.model, config, attention, ffn)
         check_trace(trace)
         prompt_token_ids = served.tokenizer.encode(prompt)
         longest = config.room(served.model.context_length)
@@ -280,7 +280,7 @@ def serve(
 
         config = serve_settings([f"serve.micro_batches={micro_batches}", *(settings or [])])
         served = look_at(checkpoint)
-        pools = check_pools(served.model, attention, ffn)
+        pools = check_pools(served.model, config, attention, ffn)
         check_trace(trace)
         socket = listen(host, port)
     url = f"http://{host}:{socket.getsockname()[1]}/v1"

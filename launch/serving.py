@@ -15,6 +15,7 @@ from expertmesh.launch.find_checkpoint import find_checkpoint
 from expertmesh.system.model.checkpoint import Checkpoint
 from expertmesh.system.model.config import ModelConfig
 from expertmesh.system.serve.config import ServeConfig
+from expertmesh.system.serve.draft import build_drafter
 from expertmesh.system.serve.request import Output, Request
 from expertmesh.system.tokenizer import Tokenizer
 
@@ -49,9 +50,11 @@ def look_at(path: Path) -> Served:
     return Served(checkpoint, path.absolute().name, Tokenizer.load(checkpoint.folder))
 
 
-def check_pools(model: ModelConfig, attention: int | None, ffn: int | None) -> Pools | None:
-    """The pools that were asked for; None: joined. Raises ValueError for sizes that cannot be."""
-    if attention is None and ffn is None:
+def check_pools(model: ModelConfig, config: ServeConfig, attention: int | None, ffn: int | None) -> Pools | None:
+    """The pools that were asked for; None: joined. Raises ValueError for what the model cannot be served with."""
+    joined = attention is None and ffn is None
+    build_drafter(config, model, experts_here=joined)
+    if joined:
         return None
     pools = Pools(1 if attention is None else attention, 1 if ffn is None else ffn)
     if min(pools) < 1:

@@ -230,6 +230,11 @@ WRONG = [
     ("a folder without a checkpoint", ["generate", "runs", "--prompt", "x"], "config.json"),
     ("an empty prompt", ["generate", "runs/tiny", "--prompt", ""], "--prompt is empty"),
     ("a prompt beyond the context", ["generate", "runs/tiny", "--prompt", "import " * 300], "context holds 96"),
+    (
+        "drafts of a model without nested networks",
+        ["generate", "runs/tiny", "--prompt", "x", "serve.drafts=nested"],
+        "serve.drafts=nested: no network of this model is nested",
+    ),
     ("more FFN workers than experts", ["generate", "runs/tiny", "--prompt", "x", "--ffn", "9"], "--ffn 9"),
     (
         "an unknown setting",

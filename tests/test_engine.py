@@ -16,6 +16,7 @@ from expertmesh.parallel.timeline import Turns
 from expertmesh.system.model.transformer import Transformer
 from expertmesh.system.model.weights import initialise
 from expertmesh.system.serve.config import ServeConfig
+from expertmesh.system.serve.draft import Drafter
 from expertmesh.system.serve.engine import Engine
 from expertmesh.system.serve.request import Output, Request, Sampling
 from expertmesh.system.serve.sampler import Place, sample
@@ -53,10 +54,16 @@ def alone(model: Transformer, request: Request, eos_ids: Collection[int] = ()) -
 
 
 def engine_of(
-    model: Transformer, running: int = 3, micro_batches: int = 1, eos_ids: Collection[int] = (), **changes: Any
+    model: Transformer,
+    running: int = 3,
+    micro_batches: int = 1,
+    eos_ids: Collection[int] = (),
+    drafter: Drafter | None = None,
+    **changes: Any,
 ) -> Engine:
     config = ServeConfig(**{"max_running": running, "page_size": 4, **changes})
-    return Engine(model, eos_ids, config, "cpu", [LocalDispatcher() for _ in range(micro_batches)], Turns())
+    lanes = [LocalDispatcher() for _ in range(micro_batches)]
+    return Engine(model, eos_ids, config, "cpu", lanes, Turns(), drafter=drafter)
 
 
 def drive(

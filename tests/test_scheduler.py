@@ -7,6 +7,7 @@ from collections import Counter
 
 import pytest
 
+from expertmesh.system.serve.draft import Nested, NoDrafts
 from expertmesh.system.serve.request import Request, Sampling
 from expertmesh.system.serve.scheduler import Batch, Copy, Scheduler
 
@@ -21,22 +22,27 @@ def add(scheduler: Scheduler, name: str, prompt: int | list[int], told: bool = F
     """`prompt`: tokens, or how many of them: then they are like no other's."""
     fresh = [1000 * (ord(name[0]) + 1) + i for i in range(prompt)] if isinstance(prompt, int) else prompt
     sampling = Sampling(max_tokens=ANSWER, prompt_logprobs=0 if told else None)
-    scheduler.add(Request(name, fresh, sampling), seed=0)
+    scheduler.add(Request(name, fresh, sampling), seed=0, longest=len(fresh) + ANSWER)
 
 
 def shown(batch: Batch | None) -> list[tuple[str, int, int]]:
-    return [] if batch is None else [(s.request.id, start, length) for s, start, length in batch.pieces]
+    return [] if batch is None else [(s.request.id, start, length) for s, start, length, _ in batch.pieces]
 
 
 def finish(scheduler: Scheduler, batch: Batch, answer: int = ANSWER) -> None:
     """What the engine does when a micro-batch is done."""
-    speaking = [piece.sequence for piece in batch.pieces if piece.speaks]
-    scheduler.complete(batch)
-    for sequence in speaking:
-        if not sequence.cancelled:
+    over, accepted = [], []
+    for piece in batch.pieces:
+        sequence, right = piece.sequence, piece.drafts // 2
+        speaks = piece.speaks and not sequence.cancelled
+        accepted.append(right if speaks else 0)
+        for _ in range(right + 1 if speaks else 0):
             scheduler.append(sequence, 7)
-            if len(sequence.token_ids) - len(sequence.request.prompt_token_ids) >= answer:
-                scheduler.release(sequence)
+        if speaks and len(sequence.token_ids) - len(sequence.request.prompt_token_ids) >= answer:
+            over.append(sequence)
+    scheduler.complete(batch, accepted)
+    for sequence in over:
+        scheduler.release(sequence)
 
 
 def run(scheduler: Scheduler, steps: int) -> list[list[tuple[str, int, int]]]:
@@ -143,7 +149,7 @@ def test_a_prompt_that_is_all_there_computes_its_last_token_in_a_copy():
     pages = batch.pieces[0].sequence.pages
     assert copy == Copy(found[1], pages[1]) and pages[0] == found[0] and pages[1] != found[1]
     assert scheduler.pool.holders(found[1]) == 1, "nobody may write to it before it is copied"
-    scheduler.complete(batch)
+    scheduler.complete(batch, [0])
     assert scheduler.pool.holders(found[1]) == 0
 
 
@@ -235,8 +241,10 @@ def test_cancelled_while_waiting_running_and_in_flight():
 def test_any_history_ends_and_keeps_the_books(seed):
     draw = random.Random(seed)
     size, lanes, count = draw.randint(1, 4), draw.randint(1, 4), draw.randint(6, 20)
+    step_tokens = draw.choice([1, 5, 50])
     scheduler = Scheduler(
-        count, size, lanes, draw.randint(1, 6), draw.choice([1, 5, 50]), prefix_cache=draw.random() < 0.7
+        *(count, size, lanes, draw.randint(1, 6), step_tokens, draw.random() < 0.7),
+        drafter=draw.choice([NoDrafts(), Nested(3, 0.5)]),
     )
     flying: list[Batch] = []
     written: dict[int, int] = {}  # page -> how often it is written to in flight
@@ -244,16 +252,18 @@ def test_any_history_ends_and_keeps_the_books(seed):
     for _ in range(3000):
         if coming and draw.random() < 0.3:
             prompt = [draw.randint(0, 1) for _ in range(draw.randint(1, size * count - 4))]
-            scheduler.add(Request(f"r{coming}", prompt, Sampling(max_tokens=4)), 0)
+            scheduler.add(Request(f"r{coming}", prompt, Sampling(max_tokens=4)), 0, min(len(prompt) + 4, size * count))
             coming -= 1
         if draw.random() < 0.05:
             scheduler.cancel(f"r{draw.randint(1, 30)}")
         if len(flying) < lanes and (batch := scheduler.schedule()):
             flying.append(batch)
+            assert sum(piece.rows for piece in batch.pieces) <= max(1, step_tokens // lanes)
             written = _pages_written(flying, size)
             assert all(times == 1 for times in written.values()), "two write to one page"
             for piece in batch.pieces:
-                assert len(piece.sequence.pages) >= -(-(piece.start + piece.length) // size)
+                assert len(piece.sequence.pages) >= -(-(piece.start + piece.rows) // size)
+                assert piece.start + piece.rows < piece.sequence.longest
                 assert piece.start == piece.sequence.computed
         elif flying:
             finish(scheduler, flying.pop(draw.randrange(len(flying))), answer=draw.randint(1, 4))
@@ -273,5 +283,5 @@ def _pages_written(flying: list[Batch], size: int) -> dict[int, int]:
         page
         for batch in flying
         for piece in batch.pieces
-        for page in piece.sequence.pages[piece.start // size : (piece.start + piece.length - 1) // size + 1]
+        for page in piece.sequence.pages[piece.start // size : (piece.start + piece.rows - 1) // size + 1]
     )

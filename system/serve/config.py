@@ -25,6 +25,13 @@ class ServeConfig(RecipeSection):
         "routed", description="a token goes to the FFN workers that hold its experts, or to all of them"
     )
     wire_format: WireName = Field("native", description="of tokens on their way to the FFN pool; answers keep theirs")
+    drafts: Literal["none", "lookup", "nested"] = Field(
+        "none", description="tokens guessed ahead: from the text itself, or by a nested model at a part of its width"
+    )
+    draft_tokens: int = Field(4, ge=1, le=16, description="tokens guessed ahead at most")
+    draft_width: float | None = Field(
+        None, gt=0, lt=1, description="share of its width at which a nested model guesses; null: the smallest"
+    )
     exchange_timeout_s: float = Field(60.0, gt=0, description="longest wait for an FFN worker's answer")
 
     def room(self, context_length: int) -> int:

@@ -8,6 +8,7 @@ How a token flows:
     4  in a MoE layer the lane's dispatcher keeps the rows here (joined), or sends them to the FFN workers and lets
        the next lane compute until they are back                                         parallel/link_dispatcher.py
     5  the runner draws the next token of every request whose last token was computed    sampler.py
+       (more than one, where tokens that were guessed ahead turn out to be right)        draft.py
     6  `step` takes the first micro-batch that is done: pages that it filled can be found by others, tokens are told
        to the caller, requests that are over give their pages back, and the others are ready for the next micro-batch
 
@@ -27,6 +28,7 @@ from expertmesh.parallel.dispatchers import Dispatcher
 from expertmesh.parallel.timeline import Turns
 from expertmesh.system.model.transformer import Transformer
 from expertmesh.system.serve.config import ServeConfig
+from expertmesh.system.serve.draft import Drafter
 from expertmesh.system.serve.kv_cache import KVCache, pages_for
 from expertmesh.system.serve.request import FinishReason, Logprobs, Output, Request
 from expertmesh.system.serve.runner import Result, Runner, ends_of
@@ -49,6 +51,8 @@ class EngineCounts(NamedTuple):
     generated_tokens: int
     sent_bytes: int  # to the FFN pool and back
     saved_bytes: int  # that zero-computation experts did not send
+    drafted_tokens: int  # guessed ahead
+    accepted_tokens: int  # of them, those that became text
 
 
 class _Lane:
@@ -92,6 +96,7 @@ class Engine:
         dispatchers: Sequence[Dispatcher],
         turns: Turns,
         traffic: Traffic | None = None,
+        drafter: Drafter | None = None,
     ) -> None:
         self.eos_ids, self.context_length = frozenset(eos_ids), model.config.context_length
         size, dtype = config.page_size, model.embed_tokens.weight.dtype
@@ -99,16 +104,16 @@ class Engine:
         pages = pages_for(model.config, size, tokens, device, dtype)
         self.cache = KVCache(model.config, pages, size, device, dtype)
         self.scheduler = Scheduler(
-            pages, size, len(dispatchers), config.max_running, config.step_tokens, config.prefix_cache
+            pages, size, len(dispatchers), config.max_running, config.step_tokens, config.prefix_cache, drafter
         )
         self._room = min(self.context_length, pages * size)
         self._done: queue.SimpleQueue[tuple[_Lane, Result | BaseException] | None] = queue.SimpleQueue()
-        self.runner = runner = Runner(model, self.cache, eos_ids, device, turns)
+        self.runner = runner = Runner(model, self.cache, eos_ids, device, turns, drafter)
         self.timeline = turns.timeline
         self._lanes = [_Lane(runner, dispatcher, self._done, i) for i, dispatcher in enumerate(dispatchers)]
         self._traffic = traffic or Traffic()
         self._told: dict[str, list[Logprobs]] = {}
-        self._generated = 0
+        self._generated = self._drafted = self._accepted = 0
 
     @property
     def has_work(self) -> bool:
@@ -123,8 +128,9 @@ class Engine:
     def add(self, request: Request) -> None:
         """Queue a request. Raises ValueError as `check` does."""
         self.check(request)
-        seed = request.sampling.seed
-        self.scheduler.add(request, secrets.randbits(62) if seed is None else seed)
+        sampling = request.sampling
+        seed = secrets.randbits(62) if sampling.seed is None else sampling.seed
+        self.scheduler.add(request, seed, min(self._room, len(request.prompt_token_ids) + sampling.max_tokens))
 
     def cancel(self, request_id: str) -> None:
         """Forget a request: nothing more is said for it. Unknown ids are ignored: it may just have ended."""
@@ -175,18 +181,37 @@ class Engine:
             self._generated,
             self._traffic.sent,
             self._traffic.saved,
+            self._drafted,
+            self._accepted,
         )
 
     def _advance(self, batch: Batch, result: Result) -> list[Output]:
-        for (running, start, _), told in zip(batch.pieces, result.told, strict=True):
+        for (running, start, _, _), told in zip(batch.pieces, result.told, strict=True):
             if told and not running.cancelled:
                 self._told.setdefault(running.request.id, [])[start : start + len(told)] = told
-        speaking = [piece.sequence for piece in batch.pieces if piece.speaks]
-        self.scheduler.complete(batch)
-        pairs = zip(speaking, result.drawn, strict=True)
-        return [self._say(running, drawn) for running, drawn in pairs if not running.cancelled]
+        said = [
+            [] if piece.sequence.cancelled else self._say(piece.sequence, drawn)
+            for piece, drawn in zip(batch.pieces, result.drawn, strict=True)
+        ]
+        accepted = [max(len(outputs) - 1, 0) for outputs in said]
+        self._drafted += sum(piece.drafts for piece in batch.pieces)
+        self._accepted += sum(accepted)
+        self.scheduler.complete(batch, accepted)
+        for piece, outputs in zip(batch.pieces, said, strict=True):
+            if outputs and outputs[-1].finish_reason is not None:
+                self.scheduler.release(piece.sequence)
+        return [output for outputs in said for output in outputs]
 
-    def _say(self, running: Running, drawn: Drawn) -> Output:
+    def _say(self, running: Running, drawn: list[Drawn]) -> list[Output]:
+        """Append what was drawn, up to where the text ends."""
+        outputs: list[Output] = []
+        for one in drawn:
+            outputs.append(self._say_one(running, one))
+            if outputs[-1].finish_reason is not None:
+                break
+        return outputs
+
+    def _say_one(self, running: Running, drawn: Drawn) -> Output:
         request = running.request
         self.scheduler.append(running, drawn.token_id)
         self._generated += 1
@@ -194,17 +219,13 @@ class Engine:
         told = None
         if answer == 1 and request.sampling.prompt_logprobs is not None:
             told = tuple(self._told.pop(request.id, []))
-        reason = self._finish_reason(running, drawn.token_id, answer)
-        if reason is not None:
-            self.scheduler.release(running)
+        reason = self._finish_reason(running, drawn.token_id)
         reused = running.reused or 0 if answer == 1 else 0
         return Output(request.id, drawn.token_id, reason, drawn.logprobs, told, reused)
 
-    def _finish_reason(self, running: Running, token_id: int, answer: int) -> FinishReason | None:
+    def _finish_reason(self, running: Running, token_id: int) -> FinishReason | None:
         sampling = running.request.sampling
         ends = ends_of(sampling.stop_token_ids, self.eos_ids, sampling.ignore_eos)
         if token_id in ends:
             return "stop"
-        if answer == sampling.max_tokens or len(running.token_ids) == self._room:
-            return "length"
-        return None
+        return "length" if len(running.token_ids) == running.longest else None

@@ -13,25 +13,35 @@ import torch
 from expertmesh.parallel.dispatchers import Dispatcher
 from expertmesh.parallel.timeline import Turns
 from expertmesh.system.model.context import Context, Decisions
-from expertmesh.system.model.transformer import Transformer
+from expertmesh.system.model.transformer import ModelOutput, Transformer
+from expertmesh.system.serve.draft import Drafter, NoDrafts
 from expertmesh.system.serve.kv_cache import KVCache, PagedAttend, Span, plan
 from expertmesh.system.serve.request import Logprobs
 from expertmesh.system.serve.sampler import Drawn, Place, sample, told_prompt
-from expertmesh.system.serve.scheduler import Batch, Piece
+from expertmesh.system.serve.scheduler import Batch, Piece, Sequence
 
 
 class Result(NamedTuple):
     """What came of a micro-batch."""
 
-    drawn: list[Drawn]  # of the pieces that speak, in order
+    drawn: list[list[Drawn]]  # of every piece: the tokens that come next, none where it does not speak
     told: list[list[Logprobs]]  # of every piece: of the prompt's tokens after each of its own, where asked for
 
 
 class Runner:
     """A micro-batch has a turn of `turns` while it computes; its dispatcher lets others have theirs while it waits."""
 
-    def __init__(self, model: Transformer, cache: KVCache, eos_ids: Collection[int], device: str, turns: Turns) -> None:
+    def __init__(
+        self,
+        model: Transformer,
+        cache: KVCache,
+        eos_ids: Collection[int],
+        device: str,
+        turns: Turns,
+        drafter: Drafter | None = None,
+    ) -> None:
         self.model, self.cache, self.eos_ids = model, cache, frozenset(eos_ids)
+        self.drafter = drafter or NoDrafts()
         self.device, self.turns = device, turns
         config = model.config
         self._loads = {
@@ -41,28 +51,61 @@ class Runner:
     @torch.inference_mode()
     def run(self, batch: Batch, dispatcher: Dispatcher, micro_batch: int) -> Result:
         pieces = batch.pieces
-        tokens = [token for s, start, length in pieces for token in s.token_ids[start : start + length]]
-        positions = [position for _, start, length in pieces for position in range(start, start + length)]
         with self.turns.timeline.flight(), self.turns.turn(micro_batch):
             for source, target in batch.copies:
                 self.cache.copy(source, target)
-            spans = [Span(s.pages, start, length) for s, start, length in pieces]
-            attend = PagedAttend(self.cache, plan(self.cache, spans))
-            context = Context(torch.tensor(positions, device=self.device), attend, dispatcher)
-            hidden_TD, decisions = self.model(torch.tensor(tokens, device=self.device), context)
+            drafts = self._draft(pieces, dispatcher)
+            tokens = [
+                token
+                for (s, start, length, _), draft in zip(pieces, drafts, strict=True)
+                for token in [*s.token_ids[start : start + length], *draft]
+            ]
+            spans = [Span(piece.sequence.pages, piece.start, piece.rows) for piece in pieces]
+            hidden_TD, decisions = self._forward(tokens, spans, dispatcher)
             self._count(decisions)
-            speaking = [piece for piece in pieces if piece.speaks]
-            told = self._told(pieces, hidden_TD)
+            hidden = list(hidden_TD.split([piece.rows for piece in pieces]))
+            told = self._told(pieces, hidden)
+            speaking = [(piece, rows_TD) for piece, rows_TD in zip(pieces, hidden, strict=True) if piece.speaks]
             if not speaking:
-                return Result([], told)
-            lasts = torch.tensor([piece.length for piece in pieces]).cumsum(0) - 1
-            rows = [row for piece, row in zip(pieces, lasts.tolist(), strict=True) if piece.speaks]
-            logits_SV = self.model.lm_head(hidden_TD[torch.tensor(rows, device=self.device)])
-            return Result(sample(logits_SV, [self._place(piece) for piece in speaking]), told)
+                return Result([[] for _ in pieces], told)
+            logits_SV = self.model.lm_head(torch.cat([rows_TD[piece.length - 1 :] for piece, rows_TD in speaking]))
+            places = [
+                self._place(piece.sequence, draft[:right])
+                for piece, draft in zip(pieces, drafts, strict=True)
+                if piece.speaks
+                for right in range(len(draft) + 1)
+            ]
+            said = iter(sample(logits_SV, places))
+            drawn = [
+                accept([next(said) for _ in range(piece.drafts + 1)], draft) if piece.speaks else []
+                for piece, draft in zip(pieces, drafts, strict=True)
+            ]
+            return Result(drawn, told)
 
     def loads(self) -> dict[int, list[int]]:
         """For each layer with experts, how many choices each of them served so far; FFN experts come first."""
         return {layer: load_N.long().tolist() for layer, load_N in self._loads.items()}
+
+    def _forward(self, tokens: list[int], spans: list[Span], dispatcher: Dispatcher, width: float = 1.0) -> ModelOutput:
+        """The model over the new tokens of some sequences, in order."""
+        positions = [span.start + i for span in spans for i in range(span.length)]
+        attend = PagedAttend(self.cache, plan(self.cache, spans))
+        context = Context(torch.tensor(positions, device=self.device), attend, dispatcher, width=width)
+        return self.model(torch.tensor(tokens, device=self.device), context)
+
+    def _draft(self, pieces: list[Piece], dispatcher: Dispatcher) -> list[list[int]]:
+        """The tokens guessed for each piece."""
+
+        def step(chosen: list[int], drafts: list[list[int]], width: float) -> list[int]:
+            guessed = [(pieces[i].sequence, drafts[i]) for i in chosen]
+            lasts = [[*s.token_ids[-1:], *draft][-1] for s, draft in guessed]
+            spans = [Span(s.pages, len(s.token_ids) - 1 + len(draft), 1) for s, draft in guessed]
+            hidden_SD, _ = self._forward(lasts, spans, dispatcher, width)
+            places = [self._place(s, draft) for s, draft in guessed]
+            return [drawn.token_id for drawn in sample(self.model.lm_head(hidden_SD), places)]
+
+        texts = [piece.sequence.token_ids for piece in pieces]
+        return self.drafter.draft(texts, [piece.drafts for piece in pieces], step)
 
     def _count(self, decisions: list[Decisions]) -> None:
         for layer, load_N in self._loads.items():
@@ -71,23 +114,30 @@ class Runner:
                 chosen = routing.experts_TK.flatten()
                 load_N.index_add_(0, chosen, torch.ones_like(chosen, dtype=load_N.dtype))
 
-    def _place(self, piece: Piece) -> Place:
-        sequence = piece.sequence
+    def _place(self, sequence: Sequence, draft: list[int]) -> Place:
+        """Where the token after its text and `draft` is drawn."""
         request = sequence.request
         ends = ends_of(request.sampling.stop_token_ids, self.eos_ids, request.sampling.ignore_eos)
-        return Place(request.sampling, sequence.seed, sequence.token_ids, len(request.prompt_token_ids), ends)
+        text = [*sequence.token_ids, *draft] if draft else sequence.token_ids
+        return Place(request.sampling, sequence.seed, text, len(request.prompt_token_ids), ends)
 
-    def _told(self, pieces: list[Piece], hidden_TD: torch.Tensor) -> list[list[Logprobs]]:
+    def _told(self, pieces: list[Piece], hidden: list[torch.Tensor]) -> list[list[Logprobs]]:
         """Logprobs of prompts that asked for them; a whole row of logits for each of their tokens."""
         told: list[list[Logprobs]] = []
-        for (s, start, length), rows_TD in zip(
-            pieces, hidden_TD.split([piece.length for piece in pieces]), strict=True
-        ):
+        for (s, start, length, _), rows_TD in zip(pieces, hidden, strict=True):
             prompt, top = s.request.prompt_token_ids, s.request.sampling.prompt_logprobs
             after = [] if top is None else prompt[start + 1 : start + length + 1]
             logits_TV = self.model.lm_head(rows_TD[: len(after)]) if after else None
             told.append([] if logits_TV is None else told_prompt(logits_TV, after, top or 0))
         return told
+
+
+def accept(drawn: list[Drawn], draft: list[int]) -> list[Drawn]:
+    """What was drawn after the text, and after each draft as long as those before it were drawn, too."""
+    right = 0
+    while right < len(draft) and drawn[right].token_id == draft[right]:
+        right += 1
+    return drawn[: right + 1]
 
 
 def ends_of(stop_token_ids: frozenset[int], eos_ids: frozenset[int], ignore_eos: bool) -> frozenset[int]:

@@ -1,7 +1,8 @@
 """Who computes next, and in which pages: continuous batching with chunked prefill. Plain Python, no tensor.
 
 A request is a `Sequence` of tokens, some of which have keys and values in the cache (`computed`). Whatever is missing
-is computed in bites: a prompt in bites of any size, an answer token by token. `schedule` makes a micro-batch of bites:
+is computed in bites: a prompt in bites of any size, an answer token by token, or with tokens guessed ahead (draft.py)
+where these find room. `schedule` makes a micro-batch of bites:
 
     1  requests that miss one token, oldest first: they are the ones whose reader waits for the next word
     2  requests that miss more, oldest first, as far as the step has tokens left
@@ -21,6 +22,7 @@ import bisect
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from expertmesh.system.serve.draft import Drafter, NoDrafts
 from expertmesh.system.serve.pages import PagePool, name_pages
 from expertmesh.system.serve.request import Request
 
@@ -33,6 +35,7 @@ class Sequence:
     arrival: int
     seed: int
     token_ids: list[int]  # prompt and answer so far
+    longest: int  # how many these may become
     names: list[bytes] = field(default_factory=list)  # of the full pages of token_ids
     computed: int = 0  # how many tokens have keys and values
     pages: list[int] = field(default_factory=list)
@@ -48,11 +51,16 @@ class Sequence:
 
 
 class Piece(NamedTuple):
-    """Tokens [start, start + length) of a sequence, to be computed now."""
+    """Tokens [start, start + length) of a sequence, to be computed now, and so many drafts after them."""
 
     sequence: Sequence
     start: int
     length: int
+    drafts: int = 0
+
+    @property
+    def rows(self) -> int:
+        return self.length + self.drafts
 
     @property
     def speaks(self) -> bool:
@@ -68,7 +76,7 @@ class Copy(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """A micro-batch; pieces of one token come first."""
+    """A micro-batch; pieces of one row come first."""
 
     pieces: list[Piece]
     copies: list[Copy]
@@ -87,10 +95,18 @@ class Scheduler:
     """`lanes`: how many micro-batches may be in flight; `step_tokens`: the most that all of them compute together."""
 
     def __init__(
-        self, pages: int, page_size: int, lanes: int, max_running: int, step_tokens: int, prefix_cache: bool
+        self,
+        pages: int,
+        page_size: int,
+        lanes: int,
+        max_running: int,
+        step_tokens: int,
+        prefix_cache: bool,
+        drafter: Drafter | None = None,
     ) -> None:
         self.pool, self.page_size, self.lanes = PagePool(pages), page_size, lanes
         self.max_running, self.step_tokens, self.prefix_cache = max_running, step_tokens, prefix_cache
+        self.drafter = drafter or NoDrafts()
         self.waiting: list[Sequence] = []  # by arrival
         self.running: list[Sequence] = []  # by arrival
         self.counts = Counts()
@@ -100,9 +116,9 @@ class Scheduler:
     def has_work(self) -> bool:
         return bool(self.waiting or self.running)
 
-    def add(self, request: Request, seed: int) -> None:
-        """Queue a request, which alone must fit the pages."""
-        sequence = Sequence(request, self._arrivals, seed, list(request.prompt_token_ids))
+    def add(self, request: Request, seed: int, longest: int) -> None:
+        """Queue a request, which alone must fit the pages: `longest` tokens, answer included, at most."""
+        sequence = Sequence(request, self._arrivals, seed, list(request.prompt_token_ids), longest)
         self._arrivals += 1
         self.waiting.append(sequence)
 
@@ -126,20 +142,24 @@ class Scheduler:
                 length = min(sequence.missing, self._most - taken)
                 others = [s for s in ready if s.arrival > sequence.arrival and not s.in_flight]
                 if self._grow(sequence, sequence.computed + length, others):
-                    self._put(batch, sequence, length)
-                    taken += length
+                    drafts = self._drafts(sequence, self._most - taken - length)
+                    self._put(batch, sequence, length, drafts)
+                    taken += length + drafts
                 else:
                     short = True
         if not short:
             self._admit(batch, room - taken)
-        batch.pieces.sort(key=lambda piece: piece.length > 1)
+        batch.pieces.sort(key=lambda piece: piece.rows > 1)
         return batch if batch.pieces else None
 
-    def complete(self, batch: Batch) -> None:
-        """The micro-batch is computed. Pages that it filled can be found from now on; who was cancelled leaves."""
-        for sequence, _, length in batch.pieces:
+    def complete(self, batch: Batch, accepted: list[int]) -> None:
+        """The micro-batch is computed, and so many drafts of each piece became text, which was appended before.
+
+        Pages that it filled can be found from now on; who was cancelled leaves.
+        """
+        for (sequence, _, length, _), right in zip(batch.pieces, accepted, strict=True):
             sequence.in_flight = False
-            sequence.computed += length
+            sequence.computed += length + right
             self.pool.give_back(sequence.borrowed)
             sequence.borrowed = []
             if self.prefix_cache:
@@ -173,9 +193,19 @@ class Scheduler:
         missing += sum(s.missing for s in coming)
         return min(self._most, -(-missing // self.lanes))
 
-    def _put(self, batch: Batch, sequence: Sequence, length: int) -> None:
+    def _put(self, batch: Batch, sequence: Sequence, length: int, drafts: int = 0) -> None:
         sequence.in_flight = True
-        batch.pieces.append(Piece(sequence, sequence.computed, length))
+        batch.pieces.append(Piece(sequence, sequence.computed, length, drafts))
+
+    def _drafts(self, sequence: Sequence, room: int) -> int:
+        """How many drafts go with an answer's token. Nobody gives pages up for them."""
+        if sequence.missing > 1:
+            return 0
+        text = sequence.token_ids  # a token more than drafts will be drawn after it
+        drafts = self.drafter.length(text, max(0, min(room, sequence.longest - len(text) - 1)))
+        if drafts and not self._grow(sequence, len(text) + drafts, []):
+            drafts = min(drafts, len(sequence.pages) * self.page_size - len(text))
+        return drafts
 
     def _grow(self, sequence: Sequence, tokens: int, victims: list[Sequence]) -> bool:
         """Have pages for so many tokens, if need be those of `victims`, the last of them first."""
@@ -199,7 +229,7 @@ class Scheduler:
 
     def _admit(self, batch: Batch, room: int) -> None:
         """Let waiting requests in, in order of arrival, as long as tokens, places and pages last."""
-        most = self._most - sum(piece.length for piece in batch.pieces)
+        most = self._most - sum(piece.rows for piece in batch.pieces)
         for sequence in list(self.waiting):
             if room <= 0 or len(self.running) >= self.max_running:
                 return

@@ -33,6 +33,7 @@ from expertmesh.system.model.gate import LinearGate, TwoLayerGate
 from expertmesh.system.model.router import Router
 from expertmesh.system.model.transformer import ExpertPool, Transformer
 from expertmesh.system.serve.config import ServeConfig
+from expertmesh.system.serve.draft import build_drafter
 from expertmesh.system.serve.engine import Engine
 from expertmesh.system.serve.loop import EngineLoop
 from expertmesh.system.tokenizer import Tokenizer
@@ -63,7 +64,9 @@ def joined_engine(checkpoint: Checkpoint, config: ServeConfig, trace: bool = Fal
     device = choose_device().name
     model = held(Transformer(checkpoint.config), checkpoint, device)
     eos_ids = Tokenizer.load(checkpoint.folder).eos_ids
-    return EngineLoop(Engine(model, eos_ids, config, device, [LocalDispatcher()], Turns(Timeline(trace))))
+    drafter = build_drafter(config, checkpoint.config, experts_here=True)
+    turns = Turns(Timeline(trace))
+    return EngineLoop(Engine(model, eos_ids, config, device, [LocalDispatcher()], turns, drafter=drafter))
 
 
 def attention_engine(
@@ -85,7 +88,9 @@ def attention_engine(
         for link in (link for mine in links for link in mine):
             link.close()
 
-    return EngineLoop(Engine(model, eos_ids, config, device, dispatchers, pool.turns, pool.traffic), hang_up)
+    drafter = build_drafter(config, checkpoint.config, experts_here=False)
+    engine = Engine(model, eos_ids, config, device, dispatchers, pool.turns, pool.traffic, drafter)
+    return EngineLoop(engine, hang_up)
 
 
 def run_ffn_worker(
