@@ -43,7 +43,18 @@ def test_ranks_agree(sizes, reason):
             assert play(orders | {rank: calls[:place] + calls[place + 1 :]}) is not None, calls[place]
 
 
-def real_calls(sizes: ParallelSizes) -> list[Call]:
+def real_calls(layouts: list[ParallelSizes]) -> list[list[Call]]:
+    """What this rank asks for in each, of ranks that are there."""
+    from megatron.core import parallel_state
+
+    found = []
+    for sizes in layouts:
+        found.append(calls_in(sizes))
+        parallel_state.destroy_model_parallel()
+    return found
+
+
+def calls_in(sizes: ParallelSizes) -> list[Call]:
     groups = build_groups(sizes)
     part = parallel_transformer(narrow(MODEL, sizes), groups)
     initialise(part, 0, 0.02)
@@ -56,11 +67,13 @@ def real_calls(sizes: ParallelSizes) -> list[Call]:
     return recorder.calls
 
 
-def test_what_is_rehearsed_is_what_four_real_ranks_do():
-    sizes = ParallelSizes(pp=2, dp=2, ep=2)
-    for rank, calls in enumerate(run_ranks(real_calls, 4, sizes)):
-        assert calls == calls_of(rank, sizes, MODEL, 2, 8)
-        assert {call.what for call in calls} >= {"alltoall_base_", "allreduce_", "send" if rank < 2 else "recv_"}
+def test_what_is_rehearsed_is_what_real_ranks_do():
+    layouts = [ParallelSizes(dp=2, ep=2), ParallelSizes(tp=2, etp=2), ParallelSizes(pp=2)]
+    for rank, orders in enumerate(run_ranks(real_calls, 2, layouts)):
+        for sizes, calls in zip(layouts, orders, strict=True):
+            assert calls == calls_of(rank, sizes, MODEL, 2, 8) and len(calls) > 8
+        kinds = {call.what for calls in orders for call in calls}
+        assert kinds == {"alltoall_base_", "allreduce_", "_allgather_base_", "_reduce_scatter_base_", "send", "recv_"}
     assert not dist.is_initialized()
 
 
