@@ -71,6 +71,7 @@ NO_EXPERTS = {"dense_layers": [0, 1, 2], "dense": {"hidden_size": 32}}
 ONE = {"moe": {"gate_mode": "sigmoid", "selection_bias": True, "top_k": 1}}
 
 
+PYRAMID = {"moe": {"ffn_experts": [2, 3, 6], "gating_residual": False, "shared": {"hidden_size": 16}}}
 DEEP = {"layers": 5, "dense_layers": [2], "dense": {"hidden_size": 32}}
 TIED = {"tie_embeddings": True, "moe": {"z_loss_weight": 0.01, "balance_loss_weight": 0.1}}
 SKIPPED = {
@@ -120,6 +121,7 @@ ROWS = [
     Row({"tp": 2, "dp": 4, "ep": 2, "etp": 2}, "all of them, experts twice"),
     Row({"tp": 4, "dp": 2, "ep": 4, "etp": 2}, "all of them, experts once", {"attention": {"heads": 4, "kv_heads": 4}}),
     Row({"tp": 2, "dp": 4, "ep": 4}, "latent attention on eight", LATENT),
+    Row({"dp": 4, "ep": 4}, "layers of fewer experts than ranks, and of a number that is cut unevenly", PYRAMID),
     Row({"dp": 2, "ep": 2}, "gradients of two micro-batches are added up", MIXTURE, micro_batches=2),
     Row({"pp": 2}, "three layers on two stages: a gating residual crosses", micro_batches=4),
     Row({"pp": 2}, "one micro-batch; the embedding is the head on the other stage", TIED),
