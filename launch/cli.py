@@ -59,6 +59,8 @@ convert = typer.Typer(
 app.add_typer(convert, name="convert")
 bench = typer.Typer(help="Time parts of this project beside those of others.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
+plan = typer.Typer(help="Say what a job needs, before any worker starts.", no_args_is_help=True)
+app.add_typer(plan, name="plan")
 kernels = typer.Typer(invoke_without_command=True)
 app.add_typer(kernels, name="kernels")
 OutArgument = Annotated[Path, typer.Argument(metavar="OUT", help="the folder to write; new, or empty")]
@@ -501,6 +503,28 @@ def bench_moe(
                 console.print(table(of_table))
     if as_json:
         typer.echo(json.dumps(rows))
+
+
+@plan.command("train")
+def plan_train(
+    recipe: RecipeArgument,
+    overrides: OverridesArgument = None,
+    rank: Annotated[int, typer.Option(help="whose groups are listed")] = 0,
+    check: Annotated[
+        bool, typer.Option("--check", help="rehearse one step's collectives, and see that no two ranks disagree")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Say who is in which group, what memory a rank needs, and how many bytes it sends; nothing is started."""
+    with failures(), wrong_input():
+        from expertmesh.launch.planning import plan_recipe, told
+        from expertmesh.launch.recipe import load_recipe
+
+        result = plan_recipe(load_recipe(recipe, list(overrides or [])), rank, check)
+    if as_json:
+        show_json(result)
+    else:
+        typer.echo("\n".join(told(result)))
 
 
 @app.command()

@@ -215,8 +215,6 @@ def check_together(recipe: Recipe, model: ModelConfig) -> None:
     if moe.quantization:
         told = f"start_from={recipe.start_from}" if recipe.start_from else "model.moe.quantization"
         raise ValueError(f"{told}: quantised experts are not trained; train the model before `convert quantize`")
-    if sizes.pp > 1:
-        raise ValueError(f"parallel.pp={sizes.pp}: pipeline parallel is not built yet; take pp=1")
     tp, ep, dp = sizes.tp, sizes.ep, sizes.dp
     check_split(model, sizes)
     for experts in moe.pyramid or (moe.ffn_experts,):
@@ -227,9 +225,15 @@ def check_together(recipe: Recipe, model: ModelConfig) -> None:
             f"model.moe.ffn_experts={experts}: parallel.ep={ep} does not divide it; "
             f"take a multiple of {ep} experts, or ep one of {fits}"
         )
-    if recipe.train.batch_size % dp:
+    train = recipe.train
+    key = "micro_batch_size" if train.micro_batch_size else "batch_size"
+    at_once = train.micro_batch_size or train.batch_size
+    if at_once % dp:
+        raise ValueError(f"train.{key}={at_once}: parallel.dp={dp} does not divide it; take a multiple of {dp}")
+    if sizes.interleave > 1 and train.micro_batches % sizes.pp:
         raise ValueError(
-            f"train.batch_size={recipe.train.batch_size}: parallel.dp={dp} does not divide it; take a multiple of {dp}"
+            f"parallel.interleave={sizes.interleave}: micro-batches go in groups of parallel.pp={sizes.pp}, and "
+            f"train.batch_size={train.batch_size} has {train.micro_batches} of train.micro_batch_size={at_once}"
         )
     length, runs = recipe.train.sequence_length, 2 * sizes.cp if sizes.cp > 1 else 1
     if length % (runs * tp):
@@ -239,7 +243,7 @@ def check_together(recipe: Recipe, model: ModelConfig) -> None:
         what = f"train.rebalance_every={recipe.train.rebalance_every}"
         if ep == 1:
             raise ValueError(f"{what}: with parallel.ep=1 experts have nowhere to move")
-        for key in ("tp", "cp", "etp"):
+        for key in ("tp", "pp", "cp", "etp"):
             if (degree := getattr(sizes, key)) > 1:
                 raise ValueError(f"{what}: with parallel.{key}={degree} experts cannot move yet; take {key}=1")
     if recipe.train.sequence_length > model.context_length:

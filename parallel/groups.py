@@ -5,6 +5,7 @@ Nothing below looks a group up globally: whoever needs one is given `Groups`, an
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch.distributed as dist
@@ -20,6 +21,9 @@ class Groups:
     tensor: dist.ProcessGroup | None = None  # ranks that split each dense weight, and the tokens between them
     context: dist.ProcessGroup | None = None  # ranks that split each sequence
     pipeline: dist.ProcessGroup | None = None  # ranks that split the layers
+    pipeline_back: dist.ProcessGroup | None = None  # the same ranks, for what goes the other way (see pipeline.py)
+    ends: dist.ProcessGroup | None = None  # ranks of the first and last of these, for a weight that both have
+    interleave: int = 1  # runs of layers on each of them
     batch: dist.ProcessGroup | None = None  # ranks that split the batch
     data: dist.ProcessGroup | None = None  # ranks with the same dense weights: they split the batch, or its sequences
     token: dist.ProcessGroup | None = None  # ranks of one stage: each token of the batch is routed on one of them
@@ -34,6 +38,14 @@ class Groups:
     @property
     def tensor_rank(self) -> int:
         return _rank(self.tensor)
+
+    @property
+    def pipeline_size(self) -> int:
+        return _size(self.pipeline)
+
+    @property
+    def pipeline_rank(self) -> int:
+        return _rank(self.pipeline)
 
     @property
     def batch_size(self) -> int:
@@ -100,6 +112,11 @@ def build_groups(sizes: ParallelSizes) -> Groups:
         create_gloo_process_groups=False,  # copies of some groups, for CPU tensors beside NCCL; nobody here uses them
     )
 
+    # Megatron numbers ranks stage by stage, and within one tensor rank by tensor rank.
+    stage, last = sizes.stage_size, world - sizes.stage_size
+    pipelines = [range(first, world, stage) for first in range(stage)]
+    ends = [[*range(part, stage, sizes.tp), *range(last + part, world, sizes.tp)] for part in range(sizes.tp)]
+
     def unless_alone(group: dist.ProcessGroup) -> dist.ProcessGroup | None:
         return group if group.size() > 1 else None
 
@@ -108,6 +125,9 @@ def build_groups(sizes: ParallelSizes) -> Groups:
         tensor=unless_alone(parallel_state.get_tensor_model_parallel_group()),
         context=unless_alone(parallel_state.get_context_parallel_group()),
         pipeline=unless_alone(parallel_state.get_pipeline_model_parallel_group()),
+        pipeline_back=_one_of(pipelines) if sizes.pp > 1 else None,
+        ends=_one_of(ends) if sizes.pp > 1 else None,
+        interleave=sizes.interleave,
         batch=unless_alone(parallel_state.get_data_parallel_group()),
         data=unless_alone(parallel_state.get_data_parallel_group(with_context_parallel=True)),
         token=unless_alone(parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)),
@@ -115,3 +135,10 @@ def build_groups(sizes: ParallelSizes) -> Groups:
         expert_tensor=unless_alone(parallel_state.get_expert_tensor_parallel_group()),
         expert_data=unless_alone(parallel_state.get_expert_data_parallel_group()),
     )
+
+
+def _one_of(groups_of_ranks: Sequence[Sequence[int]]) -> dist.ProcessGroup | None:
+    """The group of them that this rank is in. Every rank makes all of them, in one order."""
+    groups = [dist.new_group(list(ranks)) for ranks in groups_of_ranks]
+    mine = [group for group, ranks in zip(groups, groups_of_ranks, strict=True) if dist.get_rank() in ranks]
+    return mine[0] if mine else None

@@ -2,7 +2,7 @@
 
 Attention and experts choose their own degrees over the same ranks (parallel folding, arXiv 2504.14960, section 3.2):
 
-    attention, dense weights    tp  x cp x dp             ranks of one pipeline stage
+    attention, dense weights    tp  x cp x dp             ranks of one pipeline stage, pp of them
     experts                     etp x ep x expert-dp      the same ranks, cut another way
 
     tp=2 dp=2, ep=4:    rank                0    1    2    3
@@ -30,6 +30,7 @@ class ParallelSizes(RecipeSection):
     ep: int = Field(1, ge=1, description="expert parallel: ranks that split the experts")
     etp: int = Field(1, ge=1, description="expert tensor parallel: ranks that split the hidden units of each expert")
     dp: int = Field(1, ge=1, description="data parallel: ranks that split the batch")
+    interleave: int = Field(1, ge=1, description="runs of layers on each pipeline rank; more: less waiting, more sends")
     dispatch: DispatchConfig = DispatchConfig()
 
     @property
@@ -40,6 +41,17 @@ class ParallelSizes(RecipeSection):
     def stage_size(self) -> int:
         """Ranks that hold the same layers."""
         return self.tp * self.cp * self.dp
+
+    @property
+    def stages(self) -> int:
+        """Runs of layers that a micro-batch goes through, one after the other."""
+        return self.pp * self.interleave
+
+    @model_validator(mode="after")
+    def _runs_need_a_pipeline(self) -> ParallelSizes:
+        if self.interleave > 1 and self.pp == 1:
+            raise ValueError(f"interleave={self.interleave} needs a pipeline: take pp of 2 or more, or interleave=1")
+        return self
 
     @model_validator(mode="after")
     def _nodes_are_equal(self) -> ParallelSizes:

@@ -11,7 +11,7 @@ layout can resume what another one saved.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -23,7 +23,7 @@ from torch import nn
 from expertmesh.parallel.deepspeed_build import prepare_build
 
 # Names under which DeepSpeed keeps the groups of parameters that are not reduced among the ranks that split the batch.
-EXPERTS, REPLICATED = "expertmesh_experts", "expertmesh_replicated"
+EXPERTS, REPLICATED, TIED = "expertmesh_experts", "expertmesh_replicated", "expertmesh_tied"
 
 
 class AdamState(NamedTuple):
@@ -34,7 +34,7 @@ class AdamState(NamedTuple):
 
 
 def _megatron_adapter() -> SimpleNamespace:
-    """Megatron's parallel state under the names that DeepSpeed asks for ("model parallel" means tensor parallel)."""
+    """Megatron's parallel state under the names that DeepSpeed asks for ("model parallel": of tensors and layers)."""
     from megatron.core import parallel_state
 
     adapter = SimpleNamespace()
@@ -44,23 +44,24 @@ def _megatron_adapter() -> SimpleNamespace:
         # Of a sequence that is split, each rank has some tokens: to DeepSpeed it is as if the batch were split further.
         of_data = getattr(parallel_state, f"get_data_parallel_{what}")
         setattr(adapter, f"get_data_parallel_{what}", partial(of_data, with_context_parallel=True))
-    adapter.get_model_parallel_group = parallel_state.get_tensor_model_parallel_group
-    adapter.get_model_parallel_world_size = parallel_state.get_tensor_model_parallel_world_size
-    adapter.get_model_parallel_rank = parallel_state.get_tensor_model_parallel_rank
+    # Over these and the data-parallel ranks a norm is summed: together they are all ranks.
+    adapter.get_model_parallel_group = parallel_state.get_model_parallel_group
+    adapter.get_model_parallel_world_size = lambda: parallel_state.get_model_parallel_group().size()
+    adapter.get_model_parallel_rank = lambda: parallel_state.get_model_parallel_group().rank()
     return adapter
 
 
-def _reduction_groups() -> dict[str, dist.ProcessGroup]:
+def _reduction_groups(ends: dist.ProcessGroup | None) -> dict[str, dist.ProcessGroup]:
     """The ranks that hold the same parameters, by kind of parameters."""
     from megatron.core import parallel_state
 
     return {
         EXPERTS: parallel_state.get_expert_data_parallel_group(),
         REPLICATED: parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True),
-    }
+    } | ({} if ends is None else {TIED: ends})
 
 
-def _marked(module: nn.Module) -> nn.Module:
+def _marked(module: nn.Module, held_by: dict[str, dist.ProcessGroup]) -> nn.Module:
     """`module` inside the one class whose parameters DeepSpeed reduces in groups of their own."""
     from deepspeed.moe.layer import MoE
     from deepspeed.utils import groups as tables
@@ -75,7 +76,7 @@ def _marked(module: nn.Module) -> nn.Module:
 
         def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
             expert = parallel_state.get_expert_model_parallel_group()
-            for name, group in _reduction_groups().items():
+            for name, group in held_by.items():
                 tables._EXPERT_PARALLEL_GROUP[name] = expert
                 tables._EXPERT_DATA_PARALLEL_GROUP[name] = group
                 tables._EXPERT_PARALLEL_GROUP_RANKS[name] = dist.get_process_group_ranks(expert)
@@ -96,7 +97,7 @@ def _parameter_groups(
     and the collectives of one rank meet others of the next.
     """
     groups = []
-    for name in ("others", EXPERTS, REPLICATED):
+    for name in ("others", EXPERTS, REPLICATED, TIED):
         for decayed in (True, False):
             held = [
                 parameter
@@ -117,6 +118,7 @@ class Zero:
 
         `expert_parameters`        ranks with the same part of the same experts
         `replicated_parameters`    all ranks of a pipeline stage; those of a tensor group see different tokens, or heads
+        `tied_parameters`          ranks of the first and the last pipeline stage with the same part of them: `ends`
         all others                 ranks with the same part of dense weights
 
     So no size changes what is trained, and each number of a gradient lies in one partition on one rank, where it is
@@ -131,6 +133,8 @@ class Zero:
         replicated_parameters: Sequence[nn.Parameter],
         decayed_parameters: Sequence[nn.Parameter],
         *,
+        tied_parameters: Sequence[nn.Parameter] = (),
+        ends: dist.ProcessGroup | None = None,
         stage: int,
         gradient_clipping: float,
         weight_decay: float,
@@ -148,11 +152,12 @@ class Zero:
             # DeepSpeed would count others on the first rank of a tensor group alone.
             parameter.model_parallel = True  # type: ignore[attr-defined]
         marked = module
-        held_by = _reduction_groups()
+        held_by = _reduction_groups(ends)
         others = dist.get_process_group_ranks(parallel_state.get_data_parallel_group(with_context_parallel=True))
-        for name, held in ((EXPERTS, expert_parameters), (REPLICATED, replicated_parameters)):
+        kinds = ((EXPERTS, expert_parameters), (REPLICATED, replicated_parameters), (TIED, tied_parameters))
+        for name, held in kinds:
             if held and dist.get_process_group_ranks(held_by[name]) != others:
-                marked = _marked(module)
+                marked = _marked(module, held_by)
                 for parameter in held:
                     parameter.allreduce = False  # type: ignore[attr-defined]
                     parameter.group_name = name  # type: ignore[attr-defined]
@@ -173,12 +178,18 @@ class Zero:
             },
         )
 
-    def step(self, loss_of_batch: Callable[[nn.Module], torch.Tensor], learning_rate: float) -> float:
-        """One update from `loss_of_batch(module)`; returns the gradient norm over all ranks, before clipping."""
+    def step(self, totals: Iterable[torch.Tensor], learning_rate: float) -> float:
+        """One update from the sum of `totals`, scalars; returns the gradient norm over all ranks, before clipping.
+
+        The next one is asked for when the gradients of the one before are there. They are added up on this rank and
+        reduced once at the end, with ZeRO 2 too: reducing earlier would have the ranks of a pipeline wait in a ring.
+        """
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
-        loss = loss_of_batch(self._engine)
-        self._engine.backward(loss)
+        self._optimizer.clear_backward_seen_flag()
+        with self._engine.coalesce_grad_reduction():
+            for total in totals:
+                self._engine.backward(total)
         self._engine.step()
         return float(self._engine.get_global_grad_norm())
 

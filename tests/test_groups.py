@@ -94,12 +94,21 @@ CASES = [
             "tensor": [8, 9],
             "context": [9, 11],
             "pipeline": [1, 9],
+            "pipeline_back": [1, 9],
+            "ends": [1, 3, 5, 7, 9, 11, 13, 15],
             "batch": [9, 13],
             "data": [9, 11, 13, 15],
             "token": list(range(8, 16)),
             "expert": list(range(8, 16)),
         },
         "context and pipeline: the second stage",
+    ),
+    Case(
+        5,
+        {"pp": 3, "dp": 3},
+        {"pipeline": [2, 5, 8], "pipeline_back": [2, 5, 8]}
+        | dict.fromkeys(("batch", "data", "token", "expert_data"), [3, 4, 5]),
+        "in the middle of a pipeline: neither end",
     ),
     Case(
         1023,
@@ -114,7 +123,7 @@ CASES = [
         "a world of 1024",
     ),
 ]
-NAMES = [field.name for field in fields(Groups) if field.name != "rank"]
+NAMES = [field.name for field in fields(Groups) if field.name not in ("rank", "interleave")]
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
@@ -130,7 +139,8 @@ def test_members(case):
         assert (groups.batch_size, groups.data_size) == (sizes.dp, sizes.cp * sizes.dp)
         assert (groups.tensor_size, groups.token_size) == (sizes.tp, sizes.stage_size)
         assert (groups.expert_size, groups.expert_tensor_size) == (sizes.ep, sizes.etp)
-        for name in ("batch", "data", "tensor", "expert", "expert_tensor", "expert_data"):
+        assert groups.pipeline_size == sizes.pp
+        for name in ("batch", "data", "tensor", "expert", "expert_tensor", "expert_data", "pipeline"):
             place = case.members[name].index(case.rank) if name in case.members else 0
             assert getattr(groups, f"{name}_rank") == place, name
 

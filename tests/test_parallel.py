@@ -27,9 +27,12 @@ from expertmesh.parallel.sizes import ParallelSizes
 from expertmesh.system.model.config import ModelConfig
 from expertmesh.system.model.context import TrainingStep
 from expertmesh.system.model.tensor_parallel import parallel_transformer
+from expertmesh.system.model.transformer import Transformer
 from expertmesh.system.model.weights import Weight, initialise, weights
-from expertmesh.system.train.loss import BatchLoss, LanguageModelLoss
+from expertmesh.system.train.loss import LanguageModelLoss
+from expertmesh.system.train.passes import MicroBatch, Passes
 from expertmesh.system.train.snapshot import checkpoints_of
+from expertmesh.system.train.tally import MEANS, Tally, tally
 
 BATCH, LENGTH = 4, 8
 
@@ -68,11 +71,21 @@ NO_EXPERTS = {"dense_layers": [0, 1, 2], "dense": {"hidden_size": 32}}
 ONE = {"moe": {"gate_mode": "sigmoid", "selection_bias": True, "top_k": 1}}
 
 
+PYRAMID = {"moe": {"ffn_experts": [2, 3, 6], "gating_residual": False, "shared": {"hidden_size": 16}}}
+DEEP = {"layers": 5, "dense_layers": [2], "dense": {"hidden_size": 32}}
+TIED = {"tie_embeddings": True, "moe": {"z_loss_weight": 0.01, "balance_loss_weight": 0.1}}
+SKIPPED = {
+    "depth": {"layers": [1], "kept": 0.5, "shared_router": False},
+    "moe": {"gating_residual": False, "balance_loss": "mutual_information"},
+}
+
+
 class Row(NamedTuple):
     sizes: dict[str, int]
     reason: str
     model: dict[str, Any] = {}
     favourite: int | None = None  # an FFN expert that every token chooses
+    micro_batches: int = 1
 
     @property
     def world(self) -> int:
@@ -108,6 +121,19 @@ ROWS = [
     Row({"tp": 2, "dp": 4, "ep": 2, "etp": 2}, "all of them, experts twice"),
     Row({"tp": 4, "dp": 2, "ep": 4, "etp": 2}, "all of them, experts once", {"attention": {"heads": 4, "kv_heads": 4}}),
     Row({"tp": 2, "dp": 4, "ep": 4}, "latent attention on eight", LATENT),
+    Row({"dp": 4, "ep": 4}, "layers of fewer experts than ranks, and of a number that is cut unevenly", PYRAMID),
+    Row({"dp": 2, "ep": 2}, "gradients of two micro-batches are added up", MIXTURE, micro_batches=2),
+    Row({"pp": 2}, "three layers on two stages: a gating residual crosses", micro_batches=4),
+    Row({"pp": 2}, "one micro-batch; the embedding is the head on the other stage", TIED),
+    Row({"pp": 2}, "mixtures of depths; a loss of means over all tokens of a micro-batch", SKIPPED, micro_batches=2),
+    Row({"pp": 2}, "no experts, nothing but tokens crosses", NO_EXPERTS, micro_batches=2),
+    Row({"pp": 2, "interleave": 2}, "two runs a rank: the next stage is the one before", DEEP | TIED, micro_batches=4),
+    Row({"pp": 2, "dp": 2}, "each stage twice; tied weights on four ranks", TIED, micro_batches=2),
+    Row({"pp": 2, "dp": 2, "ep": 2}, "experts of a stage on two ranks", MIXTURE, micro_batches=2),
+    Row({"pp": 2, "tp": 2}, "tokens of a tensor rank cross to their like", SHARED, micro_batches=2),
+    Row({"pp": 2, "cp": 2, "ep": 2}, "runs of sequences cross", LATENT, micro_batches=4),
+    Row({"pp": 4}, "five layers on four stages; logits cross one without experts", DEEP, micro_batches=4),
+    Row({"pp": 2, "tp": 2, "dp": 2, "ep": 2, "etp": 2}, "every kind of split", DEEP | TIED, micro_batches=2),
 ]
 
 
@@ -130,19 +156,26 @@ def made(row: Row, groups: Groups) -> LanguageModelLoss:
     return LanguageModelLoss(model, build_dispatcher(groups, DispatchConfig(), Traffic(), "cpu"), groups)
 
 
-def tokens_of(rank: int, ranks: int) -> tuple[torch.Tensor, TrainingStep]:
+def all_tokens() -> torch.Tensor:
+    return torch.randint(0, 16, (BATCH, LENGTH + 1), generator=torch.Generator().manual_seed(2))
+
+
+def micro_batches_of(groups: Groups, count: int) -> list[MicroBatch]:
     """Sequences of one of the ranks that split the batch."""
-    tokens_BS1 = torch.randint(0, 16, (BATCH, LENGTH + 1), generator=torch.Generator().manual_seed(2))
-    each = BATCH // ranks
-    mine = range(rank * each, (rank + 1) * each)
-    return tokens_BS1[mine.start : mine.stop], TrainingStep(3, 10, 7, mine, LENGTH)
+    each = BATCH // count // groups.batch_size
+    found = []
+    for first in range(0, BATCH, BATCH // count):
+        mine = range(first + groups.batch_rank * each, first + (groups.batch_rank + 1) * each)
+        found.append(MicroBatch(all_tokens()[mine.start : mine.stop], TrainingStep(3, 10, 7, mine, LENGTH)))
+    return found
 
 
-def trained(loss: LanguageModelLoss) -> BatchLoss:
-    tokens_BS1, step = tokens_of(loss.groups.batch_rank, loss.groups.batch_size)
-    answer = loss(tokens_BS1, step)
-    answer.total.backward()
-    return answer
+def trained(loss: LanguageModelLoss, micro_batches: int) -> Tally:
+    """Gradients are on the parameters."""
+    passes = Passes(loss, micro_batches_of(loss.groups, micro_batches))
+    for total in passes.totals():
+        total.backward()
+    return tally(passes.answers, micro_batches, loss.model.config, loss.groups)
 
 
 @torch.no_grad()
@@ -150,9 +183,13 @@ def validated(loss: LanguageModelLoss, tokens_BS1: torch.Tensor) -> torch.Tensor
     """Cross entropy of all of these tokens, summed."""
     groups = loss.groups
     mine_BS1 = tokens_BS1.tensor_split(groups.batch_size)[groups.batch_rank]
-    total = loss(mine_BS1).cross_entropy * mine_BS1[:, 1:].numel() / (groups.data_size // groups.batch_size)
-    if groups.data is not None:
-        dist.all_reduce(total, group=groups.data)
+    passes = Passes(loss, [MicroBatch(mine_BS1)])
+    passes.forwards()
+    total = sum(answer.cross_entropy for _, answer in passes.answers) * mine_BS1[:, 1:].numel()
+    total = total / (groups.data_size // groups.batch_size)
+    for group in (groups.data, groups.pipeline):
+        if group is not None:
+            dist.all_reduce(total, group=group)
     return total
 
 
@@ -163,7 +200,7 @@ def gradients(loss: LanguageModelLoss) -> dict[str, torch.Tensor]:
         if not weight.parameter.requires_grad:
             continue
         assert weight.parameter.grad is not None, next(iter(weight.split(weight.parameter)))
-        gradient, alike = weight.parameter.grad.clone(), _alike(weight, groups)
+        gradient, alike = weight.parameter.grad.clone(), _alike(weight, loss.model, groups)
         if alike is not None:
             dist.all_reduce(gradient, group=alike)
         parts_in = groups.expert_tensor if weight.is_expert else groups.tensor
@@ -174,37 +211,29 @@ def gradients(loss: LanguageModelLoss) -> dict[str, torch.Tensor]:
     return found
 
 
-def _alike(weight: Weight, groups: Groups) -> dist.ProcessGroup | None:
+def _alike(weight: Weight, model: Transformer, groups: Groups) -> dist.ProcessGroup | None:
     """The ranks that have parts of a weight's gradient."""
     if weight.is_expert:
         return groups.expert_data
+    if weight.parameter is model.tied_weight:
+        return groups.ends
     return groups.token if weight.shard == WHOLE else groups.data
 
 
 def check_layout(row: Row) -> None:
     alone, groups = made(row, Groups()), build_groups(ParallelSizes(**row.sizes))
     spread = made(row, groups)
-    expected, got = trained(alone), trained(spread)
-
-    def mean(value: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
-        value = value.detach().clone()
-        if group is not None:
-            dist.all_reduce(value, group=group)
-            value /= group.size()
-        return value
-
-    for name in ("balance_L", "z_L", "entropy_L"):
-        assert_close(mean(getattr(got, name), groups.token), getattr(expected, name), what=name)
-    total = mean(got.total * groups.tensor_size - got.cross_entropy * (groups.tensor_size - 1), groups.token)
-    assert_close(total, expected.total, what="total")
-    assert_close(mean(got.cross_entropy, groups.data), expected.cross_entropy, what="cross entropy")
-    assert torch.equal(got.dropped_L, expected.dropped_L)
+    expected, got = trained(alone, row.micro_batches), trained(spread, row.micro_batches)
+    for name in MEANS:
+        assert_close(torch.tensor(got.means_L[name]), torch.tensor(expected.means_L[name]), what=name)
+    assert got.cross_entropy == pytest.approx(expected.cross_entropy, rel=1e-6)
+    assert got.dropped_L == expected.dropped_L
     assert all(torch.equal(mine, all_) for mine, all_ in zip(got.loads_N, expected.loads_N, strict=True))
     if row.favourite is not None:
         assert all(load_N[row.favourite] == BATCH * LENGTH for load_N in expected.loads_N)
 
     # One sequence in all, so that some ranks that split the batch have none; then with one token a rank.
-    tokens_BS1 = tokens_of(0, 1)[0]
+    tokens_BS1 = all_tokens()
     fewest = groups.tensor_size if groups.context is None else LENGTH
     for few_BS1 in (tokens_BS1[:1], tokens_BS1[:1, : fewest + 1]):
         assert_close(
@@ -256,8 +285,9 @@ RUNS = [
     ({"tp": 2, "ep": 2}, 1, "tensor and expert parallel"),
     ({"dp": 2, "etp": 2}, 2, "data and expert tensor parallel, ZeRO 2"),
     ({"tp": 2, "cp": 2, "ep": 2, "etp": 2}, 2, "tensors, sequences and experts both ways, ZeRO 2"),
+    ({"pp": 2, "dp": 2, "ep": 2}, 2, "a pipeline of two, each stage's experts on two ranks, ZeRO 2"),
 ]
-PAIRS = list(itertools.permutations(range(len(RUNS)), 2))  # who writes a checkpoint, who reads it
+PAIRS = [*itertools.permutations(range(4), 2), (0, 4), (4, 0), (3, 4), (4, 3)]  # who writes a checkpoint, who reads it
 STEPS, HALF = 20, 10
 # Float32 sums in another order: about 1e-7 a step, growing with the steps.
 SAME_LOSS, SAME_NORM = 3e-6, 3e-5
@@ -290,7 +320,7 @@ def run_jobs(jobs: list[Job]) -> list[Result]:
     for job in jobs:
         sizes, stage, _ = RUNS[job.row]
         often = {"validate_every": STEPS, "checkpoint_every": HALF, "keep_checkpoints": 3}
-        config = tiny_training(steps=STEPS, zero_stage=stage, gradient_clipping=0.5, **often)
+        config = tiny_training(steps=STEPS, micro_batch_size=4, zero_stage=stage, gradient_clipping=0.5, **often)
         records = train(job.run_dir, ParallelSizes(**sizes), run_model(), config, job.resume_from)
         norms = [record["grad_norm"] for record in records if record["kind"] == "step"]
         results.append(Result(losses(records), norms))

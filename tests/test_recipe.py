@@ -35,7 +35,37 @@ WRONG = [
         ["start_from=x", "model.layers=2"],
         "quickstart: start_from=x: leave out model, it comes with that checkpoint",
     ),
-    ("pipeline parallel", ["parallel.pp=2"], "parallel.pp=2: pipeline parallel is not built yet; take pp=1"),
+    (
+        "more stages than layers",
+        ["parallel.pp=4", "parallel.interleave=2", "train.batch_size=8", "train.micro_batch_size=2"],
+        "model.layers=4 are fewer than parallel.pp=4 x interleave=2 = 8; each needs one or more",
+    ),
+    ("runs without a pipeline", ["parallel.interleave=2"], "parallel: interleave=2 needs a pipeline: take pp of 2 or"),
+    (
+        "micro-batches that go in no groups",
+        ["parallel.pp=2", "parallel.interleave=2"],
+        "parallel.interleave=2: micro-batches go in groups of parallel.pp=2, and train.batch_size=16 has 1 of ",
+    ),
+    (
+        "layers of several stages that are one",
+        ["parallel.pp=2", "model.share_layers=true", "model.moe.gating_residual=false"],
+        "model.share_layers=true: shared layers have no stages; take parallel.pp=1, not 2",
+    ),
+    (
+        "micro-batches that do not make up the batch",
+        ["train.micro_batch_size=5"],
+        "train: micro_batch_size=5 does not divide batch_size=16",
+    ),
+    (
+        "micro-batches that dp does not divide",
+        ["train.batch_size=4", "train.micro_batch_size=1"],
+        "train.micro_batch_size=1: parallel.dp=2 does not divide it; take a multiple of 2",
+    ),
+    (
+        "experts that would move between stages",
+        ["parallel.pp=2", "train.rebalance_every=5"],
+        "train.rebalance_every=5: with parallel.pp=2 experts cannot move yet; take pp=1",
+    ),
     (
         "sequences that cp does not divide",
         ["parallel.cp=3", "parallel.ep=1"],

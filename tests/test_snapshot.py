@@ -108,6 +108,7 @@ def test_any_layout_reads_what_any_wrote(tmp_path, tokenizer, monkeypatch, ranks
         groups = Groups(
             rank=rank,
             data=group(rank, ranks),
+            token=group(rank, ranks),
             expert=group(rank % expert_size, expert_size),
             expert_data=group(rank // expert_size, ranks // expert_size),
         )

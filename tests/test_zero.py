@@ -73,9 +73,9 @@ def zero_of(loss: LanguageModelLoss, stage: int) -> Zero:
     return Zero(loss, expert_parameters, replicated, decayed, stage=stage, **settings)
 
 
-def make_step(zero: Zero, groups: Groups, step: int) -> float:
-    mine = batch(step).tensor_split(groups.data_size)[groups.data_rank]
-    return zero.step(lambda module: module(mine).total, RATES[step])
+def make_step(loss: LanguageModelLoss, zero: Zero, step: int) -> float:
+    mine = batch(step).tensor_split(loss.groups.data_size)[loss.groups.data_rank]
+    return zero.step(iter([loss(mine).total]), RATES[step])
 
 
 def compare(loss: LanguageModelLoss, zero: Zero, reference: Reference, when: str) -> None:
@@ -97,7 +97,7 @@ def check_updates() -> None:
     for step in range(3):
         norm = reference.step(step)
         assert norm > 2 * CLIPPING, "clipping is not active"
-        assert make_step(zero, groups, step) == pytest.approx(norm, rel=1e-5)
+        assert make_step(loss, zero, step) == pytest.approx(norm, rel=1e-5)
         compare(loss, zero, reference, f"step {step}")
 
     # Another layout of the same state goes on: full tensors out of one object and into the next.
@@ -111,9 +111,9 @@ def check_updates() -> None:
         for got, want in zip(successor.state(new), state, strict=True):
             assert torch.equal(got, want)
     norm = reference.step(3)
-    assert make_step(successor, groups, 3) == pytest.approx(norm, rel=1e-5)
+    assert make_step(taken_over, successor, 3) == pytest.approx(norm, rel=1e-5)
     compare(taken_over, successor, reference, "after taking over")
-    make_step(zero, groups, 3)
+    make_step(loss, zero, 3)
     for old, new in new_of.items():
         assert_close(new, old, what="the one who went on, and the successor")
 
@@ -121,7 +121,7 @@ def check_updates() -> None:
     for kind in ("ffn_experts", "constant_experts"):
         without = loss_of(tiny_model(vocab_size=16, hidden_size=16, layers=1, moe={kind: 0}), groups)
         smaller = zero_of(without, stage=1)
-        assert make_step(smaller, groups, 0) > 0
+        assert make_step(without, smaller, 0) > 0
         moments = {p: smaller.state(p) for p in without.parameters() if p.numel()}
         assert all(part.shape == p.shape for p, state in moments.items() for part in state)
         smaller.load_state(moments, steps=1)

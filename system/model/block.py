@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 from torch import nn
 
@@ -109,11 +111,18 @@ def block_shape(config: ModelConfig, layer: int) -> type[Block] | type[ParallelB
     return VersatileBlock if versatile else Block
 
 
-def build_blocks(config: ModelConfig, shards: list[range]) -> nn.ModuleList:
-    """The blocks of the model; `shards` are the FFN experts of each layer that are held here."""
+class Elsewhere(nn.Module):
+    """Stands where another pipeline rank has a part of the model, so that names and numbers are those of the whole."""
+
+
+def build_blocks(config: ModelConfig, shards: list[range], held: Collection[int]) -> nn.ModuleList:
+    """The blocks of layers `held`, each at its place; `shards` are the FFN experts of each layer that are held here."""
     blocks: list[nn.Module] = []
     depth, router = config.depth, None
     for layer, shard in enumerate(shards):
+        if layer not in held:
+            blocks.append(Elsewhere())
+            continue
         shape = block_shape(config, layer)
         if config.share_layers and blocks:  # WideNet (arXiv 2107.11817): all but the norms is that of the first
             block: nn.Module = shape(config, blocks[0].self_attn, blocks[0].mlp)

@@ -147,7 +147,7 @@ class Router(nn.Module):
         load_N: [N] slots on each expert in the update just made, over all ranks.
         """
         if self.e_score_correction_bias is not None:
-            load_N = load_N.float()
+            load_N = load_N.to(self.e_score_correction_bias.device, torch.float32)
             self.e_score_correction_bias += self.config.bias_update_rate * torch.sign(load_N.mean() - load_N)
 
 

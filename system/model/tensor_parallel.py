@@ -27,11 +27,13 @@ from pydantic import BaseModel
 from torch import nn
 
 from expertmesh.parallel.groups import Groups
+from expertmesh.parallel.pipeline import runs_of_layers
 from expertmesh.parallel.shard import Shard, mark
 from expertmesh.parallel.sizes import ParallelSizes, divisors
 from expertmesh.parallel.token_split import TokenSplit
 from expertmesh.system.model.attention import Attention
 from expertmesh.system.model.attention_config import AttentionConfig, MixtureAttentionConfig
+from expertmesh.system.model.block import Elsewhere
 from expertmesh.system.model.config import ModelConfig
 from expertmesh.system.model.dense import MLP, SwiGLU
 from expertmesh.system.model.experts import MLPExperts, SwiGLUExperts
@@ -59,7 +61,9 @@ def parallel_transformer(config: ModelConfig, groups: Groups) -> Transformer:
     Its `config` is that of the whole model, which `check_split` has nothing against.
     """
     narrow = _narrow(config, groups.tensor_size, groups.expert_tensor_size)
-    model = Transformer(narrow, groups.expert_rank, groups.expert_size)
+    stages = groups.pipeline_size * groups.interleave
+    runs = runs_of_layers(config.layers, stages)[groups.pipeline_rank :: groups.pipeline_size]
+    model = Transformer(narrow, groups.expert_rank, groups.expert_size, runs)
     model.config = config
     if groups.expert_tensor is not None:
         _mark_experts(model, groups)
@@ -69,11 +73,13 @@ def parallel_transformer(config: ModelConfig, groups: Groups) -> Transformer:
 
 
 def check_split(config: ModelConfig, sizes: ParallelSizes) -> None:
-    """Raise ValueError, in one line, where a model of `config` cannot be split over the ranks of one stage of `sizes`.
+    """Raise ValueError, in one line, where a model of `config` cannot be split over the ranks of `sizes`.
 
     A vocabulary that is not known yet is not looked at.
     """
     tp, etp = sizes.tp, sizes.etp
+    if sizes.pp > 1:
+        _check_stages(config, sizes)
     for degree, ranks in (("tp", tp), ("cp", sizes.cp)):
         if config.depth and ranks > 1:
             raise ValueError(
@@ -96,6 +102,20 @@ def check_split(config: ModelConfig, sizes: ParallelSizes) -> None:
             _must_divide("vocab_size", config.vocab_size, "tp", tp)
     if etp > 1 and config.moe_layers:
         _check_network("moe.expert", moe.expert, "etp", etp)
+
+
+def _check_stages(config: ModelConfig, sizes: ParallelSizes) -> None:
+    pp, stages = sizes.pp, sizes.stages
+    if stages > config.layers:
+        runs = f" x interleave={sizes.interleave} = {stages}" if sizes.interleave > 1 else ""
+        raise ValueError(f"model.layers={config.layers} are fewer than parallel.pp={pp}{runs}; each needs one or more")
+    # What several layers have in common would be on several stages.
+    if config.share_layers:
+        raise ValueError(f"model.share_layers=true: shared layers have no stages; take parallel.pp=1, not {pp}")
+    if config.depth and config.depth.shared_router:
+        raise ValueError(
+            f"model.depth.shared_router=true: a router of several stages is not built; take parallel.pp=1, not {pp}"
+        )
 
 
 def _check_halves(config: ModelConfig, tp: int) -> None:
@@ -178,10 +198,12 @@ def _split_halves(model: Transformer, groups: Groups) -> None:
                     assert dim == 0 or parameter_name != "bias", "a bias behind a sum over ranks"
                     mark(parameter, Shard(dim, *place))
 
-    model.embed_tokens = SplitEmbedding(model.embed_tokens.weight, groups.tensor_rank, tokens)
+    if not isinstance(model.embed_tokens, Elsewhere):
+        model.embed_tokens = SplitEmbedding(model.embed_tokens.weight, groups.tensor_rank, tokens)
     model.lm_head.register_forward_pre_hook(enter)
-    for weight in (model.embed_tokens.weight, model.lm_head.weight):  # one and the same where they are tied
-        mark(weight, Shard(0, *place))
+    for part in (model.embed_tokens, model.lm_head):
+        for weight in part.parameters():  # one and the same where they are tied
+            mark(weight, Shard(0, *place))
 
 
 def _parameters_of(module: nn.Module, name: str) -> list[tuple[str, nn.Parameter]]:

@@ -26,6 +26,9 @@ class TrainConfig(RecipeSection):
 
     steps: int = Field(200, ge=1)
     batch_size: int = Field(32, ge=1, description="sequences a step, over all ranks")
+    micro_batch_size: int | None = Field(
+        None, ge=1, description="sequences computed at once, over all ranks; null: all. Balance losses are of so many"
+    )
     sequence_length: int = Field(128, ge=1, description="tokens of a training sequence")
     learning_rate: float = Field(1e-3, gt=0, description="at its peak")
     min_learning_rate: float = Field(1e-4, ge=0, description="where the cosine ends")
@@ -43,6 +46,17 @@ class TrainConfig(RecipeSection):
         None, ge=1, description="steps after which experts may change ranks, where load says that it pays; null: never"
     )
     keep_checkpoints: int = Field(2, ge=1, description="how many of the newest checkpoints stay")
+
+    @property
+    def micro_batches(self) -> int:
+        """Passes forward and back that make one update."""
+        return self.batch_size // (self.micro_batch_size or self.batch_size)
+
+    @model_validator(mode="after")
+    def _whole_micro_batches(self) -> TrainConfig:
+        if self.batch_size % (self.micro_batch_size or self.batch_size):
+            raise ValueError(f"micro_batch_size={self.micro_batch_size} does not divide batch_size={self.batch_size}")
+        return self
 
     @model_validator(mode="after")
     def _rates_in_order(self) -> TrainConfig:

@@ -24,13 +24,13 @@ from expertmesh.system.model.attention_config import MixtureAttentionConfig
 from expertmesh.system.model.config import ModelConfig
 from expertmesh.system.model.context import Context, Decisions, DepthChoice, Spread, TrainingStep
 from expertmesh.system.model.router_loss import router_balance_loss, sums_of
-from expertmesh.system.model.transformer import Transformer
+from expertmesh.system.model.transformer import Crossing, Transformer
 
 
 class BatchLoss(NamedTuple):
     """Losses of this rank's part of the batch, those of layers not yet weighted; counts are of the whole batch.
 
-    L: the layers that have experts.
+    Of a run of layers, its share of them; cross entropy is the last run's. L: its layers that have experts.
     """
 
     total: torch.Tensor  # cross entropy and the others by their weights; its gradients are summed over a tensor group
@@ -40,6 +40,7 @@ class BatchLoss(NamedTuple):
     loads_N: list[torch.Tensor]  # int64 slots that chose each expert, of each layer
     dropped_L: torch.Tensor  # int64 slots that a full expert dropped
     entropy_L: torch.Tensor  # mean over this rank's tokens of the router's entropy, nats; no gradient
+    onward: Crossing | None = None  # what the next run of layers reads
 
 
 class _Counts(NamedTuple):
@@ -68,13 +69,17 @@ class LanguageModelLoss(nn.Module):
         tokens_BS1: torch.Tensor,
         training: TrainingStep | None = None,
         replay: Mapping[int, torch.Tensor] | None = None,
+        layers: range | None = None,
+        before: Crossing | None = None,
     ) -> BatchLoss:
         """tokens_BS1: int64 [B, S+1], this rank's sequences; position s predicts token s+1. `training` None: no update.
 
         Only with `training` are slots dropped, is noise added, and does a nested model use a part of its width.
         `replay`: the experts that tokens use, by layer (see replay.py); None: the routers choose.
+        `layers`: the run of them that is computed; None: all. It reads `before`, unless it begins with the tokens.
         """
         config, device = self.model.config, tokens_BS1.device
+        layers = range(config.layers) if layers is None else layers
         batch_size, sequence_length = len(tokens_BS1), tokens_BS1.shape[1] - 1
         split = SequenceSplit(self.groups.context, sequence_length)
         positions_C = split.positions_C(device)
@@ -83,14 +88,19 @@ class LanguageModelLoss(nn.Module):
         attend: Attend = CausalAttend(sequence_length) if self.groups.context is None else ContextAttend(split)
         context = Context(positions_C.repeat(batch_size), attend, self.dispatcher, training, width, replay=replay)
         context = context._replace(spread=Spread(split, TokenSplit(self.groups.tensor)))
-        hidden_TD, decisions = self.model(inputs_BC.reshape(-1), context)
-        logits_TV = self.model.lm_head(hidden_TD).float()
-        total = total_cross_entropy(logits_TV, targets_BC.reshape(-1), self.groups.tensor)
-        mean_entropy = total / max(targets_BC.numel(), 1)
+        if layers.start == 0:
+            before = Crossing(self.model.embed_tokens(inputs_BC.reshape(-1)))
+        assert before is not None, "a run of layers within the model reads what the run before hands on"
+        onward, decisions = self.model.run(before, layers, context)
+        mean_entropy = torch.zeros((), device=device)
+        if layers.stop == config.layers:
+            logits_TV = self.model.lm_head(self.model.norm(onward.x_TD)).float()
+            total = total_cross_entropy(logits_TV, targets_BC.reshape(-1), self.groups.tensor)
+            mean_entropy = total / max(targets_BC.numel(), 1)
 
-        layers = [config.moe_of(layer) for layer in config.moe_layers]
+        sparse = [config.moe_of(layer) for layer in config.moe_layers if layer in layers]
         routings = [decided.experts for decided in decisions if decided.experts is not None]
-        sums = [sums_of(*layer) for layer in zip(routings, layers, strict=True)]
+        sums = [sums_of(*layer) for layer in zip(routings, sparse, strict=True)]
         counts = self._count(routings, sums, device)
 
         def stacked(values: list[torch.Tensor]) -> torch.Tensor:
@@ -99,7 +109,7 @@ class LanguageModelLoss(nn.Module):
         balance_L = stacked(
             [
                 router_balance_loss(layer, moe, counted.load_N, counted.first_N, self._mean_over_ranks)
-                for layer, moe, counted in zip(sums, layers, counts, strict=True)
+                for layer, moe, counted in zip(sums, sparse, counts, strict=True)
             ]
         )
         z_L = stacked([layer.z_loss for layer in sums])
@@ -112,6 +122,7 @@ class LanguageModelLoss(nn.Module):
             loads_N=[counted.load_N for counted in counts],
             dropped_L=stacked([counted.dropped for counted in counts]),
             entropy_L=stacked([layer.entropy.detach() for layer in sums]),
+            onward=onward if layers.stop < config.layers else None,
         )
 
     def _count(self, routings: list[Routing], sums: list[RouterSums], device: torch.device) -> list[_Counts]:

@@ -68,7 +68,8 @@ def save(
     """Write a checkpoint of `run_dir`; every rank calls it and must see the same file system. Returns its folder.
 
     Each expert-parallel rank writes its own experts, and those of the first sequences the dense weights too. Of weights
-    that are split over a tensor group each rank gathers and writes some, so that none holds more than it did.
+    that are split over a tensor group each rank gathers and writes some, so that none holds more than it did. Stages of
+    a pipeline write their layers each, and the first a tied embedding.
     """
     final = run_dir / "checkpoints" / f"step-{state.step:06d}"
     writing = final.with_name(final.name + ".writing")
@@ -86,14 +87,17 @@ def save(
         moments = zero.state(weight.parameter)._asdict() if weight.parameter.requires_grad else {}
         if groups.expert_data_rank if weight.is_expert else groups.data_rank:
             continue  # another rank has the same
+        if weight.parameter is model.tied_weight and groups.pipeline_rank:
+            continue
         model_tensors.update(_whole(weight, weight.parameter.detach(), groups, number))
         for kind, tensor in moments.items():
             whole = _whole(weight, tensor, groups, number)
             optimizer_tensors.update({f"{kind}/{name}": view for name, view in whole.items()})
-    # Megatron's order of ranks: those that hold the first copy of something come first.
+    # Megatron's order of ranks: stage by stage, and in each those that hold the first copy of something come first.
     writers = max(groups.tensor_size, groups.expert_tensor_size * groups.expert_size)
-    if groups.rank < writers:
-        place = (groups.rank, writers)
+    rank_in_stage = groups.rank % groups.token_size
+    if rank_in_stage < writers:
+        place = (groups.pipeline_rank * writers + rank_in_stage, groups.pipeline_size * writers)
         write_tensors(model_tensors, writing / shard_name("model", *place))
         write_tensors(optimizer_tensors, writing / "training" / shard_name("optimizer", *place))
     _wait_for_all()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +27,12 @@ from expertmesh.system.model.weights import initialise, weights
 from expertmesh.system.train.config import TrainConfig
 from expertmesh.system.train.dataset import TokenDataset
 from expertmesh.system.train.layer_summary import summarise
-from expertmesh.system.train.loss import BatchLoss, LanguageModelLoss
+from expertmesh.system.train.loss import LanguageModelLoss
+from expertmesh.system.train.passes import MicroBatch, Passes
 from expertmesh.system.train.rebalancing import Rebalancing
-from expertmesh.system.train.recompute import Kept, counting_kept, recompute
+from expertmesh.system.train.recompute import Kept, recompute
 from expertmesh.system.train.snapshot import RunState, load_optimizer, read_state, save
+from expertmesh.system.train.tally import MEANS, tally
 
 Record = dict[str, Any]
 """One line of metrics.jsonl: "start", "step", "validation", "event" (see system/train/report.py)."""
@@ -87,11 +88,15 @@ class Trainer:
         else:
             initialise(self.model, config.seed, model_config.initializer_range)
 
+        held, tied = list(weights(self.model)), self.model.tied_weight
+        dense = [weight for weight in held if not weight.is_expert and weight.parameter is not tied]
         self.zero = Zero(
             self.loss,
-            [weight.parameter for weight in weights(self.model) if weight.is_expert],
-            [weight.parameter for weight in weights(self.model) if not weight.is_expert and weight.shard == WHOLE],
-            [weight.parameter for weight in weights(self.model) if weight.is_matrix],
+            [weight.parameter for weight in held if weight.is_expert],
+            [weight.parameter for weight in dense if weight.shard == WHOLE],
+            [weight.parameter for weight in held if weight.is_matrix],
+            tied_parameters=[] if tied is None else [tied],
+            ends=groups.ends,
             stage=config.zero_stage,
             gradient_clipping=config.gradient_clipping,
             weight_decay=config.weight_decay,
@@ -131,43 +136,32 @@ class Trainer:
     def _train_step(self, step: int) -> Record:
         config, began = self.config, time.perf_counter()
         tokens_BS1 = self.dataset.batch(step - 1, config.batch_size, config.sequence_length, config.seed)
-        mine_BS1 = self._my_rows(tokens_BS1)
-        losses = list[BatchLoss]()
-        training = TrainingStep(step, config.steps, config.seed, self._my_sequences(), config.sequence_length)
-
-        def loss_of_batch(module: torch.nn.Module) -> torch.Tensor:
-            with counting_kept(self.model) if self.kept is None else nullcontext(self.kept) as self.kept:
-                losses.append(module(mine_BS1, training))
-            return losses[0].total
-
+        passes = Passes(self.loss, self._micro_batches(tokens_BS1, step))
         rate = learning_rate(step, config)
-        grad_norm = self.zero.step(loss_of_batch, rate)
-        batch = losses[0]
-        self.model.balance(batch.loads_N)
-        if self.rebalancing:
-            self.rebalancing.count(batch.loads_N)
-        share = 1 / self.groups.token_size
-        layers = len(batch.loads_N)
-        means = torch.cat([batch.balance_L.detach(), batch.z_L.detach(), batch.entropy_L]) * share
-        sent, saved, far, cross_entropy, *of_layers = self._sum_over_ranks(
-            *self.traffic.take(), batch.cross_entropy.item() * share, *means.tolist()
-        )
-        balance_L, z_L, entropy_L = (of_layers[i * layers : (i + 1) * layers] for i in range(3))
+        grad_norm = self.zero.step(passes.totals(count_kept=self.kept is None), rate)
+        self.kept = self.kept or passes.kept
+        counted = [*self.traffic.take(), passes.sent_bytes]
         model = self.model.config
+        told = tally(passes.answers, config.micro_batches, model, self.groups, counted)
+        sent, saved, far, crossed = told.sums
+        self.model.balance(told.loads_N)
+        if self.rebalancing:
+            self.rebalancing.count(told.loads_N)
+        balance_L, z_L, entropy_L = (told.means_L[name] for name in MEANS)
         summaries = [
             summarise(layer, model.moe_of(layer), *figures)
             for layer, *figures in zip(
-                model.moe_layers, batch.loads_N, batch.dropped_L.tolist(), entropy_L, balance_L, z_L, strict=True
+                model.moe_layers, told.loads_N, told.dropped_L, entropy_L, balance_L, z_L, strict=True
             )
         ]
-        moe, load_LN = model.moe, model.side_by_side(batch.loads_N)
+        moe, load_LN = model.moe, model.side_by_side(told.loads_N)
         slots = int(load_LN.sum())
         ffn_share = float(load_LN[:, : moe.ffn_experts].sum()) / slots if slots else 0.0
         seconds = time.perf_counter() - began
         return {
             "kind": "step",
             "step": step,
-            "loss": cross_entropy,
+            "loss": told.cross_entropy,
             "balance_loss": sum(balance_L),
             "z_loss": sum(z_L),
             "learning_rate": rate,
@@ -181,6 +175,7 @@ class Trainer:
             "dispatch_bytes_saved": int(saved),
             "activation_bytes": self.kept.bytes if self.kept else 0,
             "dispatch_bytes_between_nodes": int(far),
+            "pipeline_bytes": int(crossed),
             "seconds": seconds,
         }
 
@@ -190,11 +185,13 @@ class Trainer:
         total = tokens = 0.0
         for tokens_BS1 in self._validation_batches():
             mine_BS1 = self._my_rows(tokens_BS1)
+            passes = Passes(self.loss, [MicroBatch(mine_BS1)])
+            passes.forwards()
             targets = mine_BS1[:, 1:].numel()
-            total += self.loss(mine_BS1).cross_entropy.item() * targets
+            total += sum(answer.cross_entropy.item() for _, answer in passes.answers) * targets
             tokens += targets
         self.traffic.take()  # of no interest here, and not the next step's
-        total, tokens = self._sum_over_ranks(total, tokens)
+        total, tokens = self._sum_over_ranks(total, tokens / self.groups.pipeline_size)
         assert tokens, "no held-out tokens"
         return total / tokens
 
@@ -207,14 +204,19 @@ class Trainer:
         mine_BS1 = tokens_BS1.tensor_split(self.groups.batch_size)[self.groups.batch_rank]
         return mine_BS1.to(self.device.name)
 
-    def _my_sequences(self) -> range:
-        """The numbers of this rank's sequences in the whole batch."""
-        each = self.config.batch_size // self.groups.batch_size
-        return range(self.groups.batch_rank * each, (self.groups.batch_rank + 1) * each)
+    def _micro_batches(self, tokens_BS1: torch.Tensor, step: int) -> list[MicroBatch]:
+        """This rank's sequences of each, and their numbers in the whole batch."""
+        config, ranks, found = self.config, self.groups.batch_size, []
+        at_once = config.batch_size // config.micro_batches
+        for first in range(0, config.batch_size, at_once):
+            mine = range(first, first + at_once)[self.groups.batch_rank * at_once // ranks :][: at_once // ranks]
+            training = TrainingStep(step, config.steps, config.seed, mine, config.sequence_length)
+            found.append(MicroBatch(self._my_rows(tokens_BS1[first : first + at_once]), training))
+        return found
 
     def _sum_over_ranks(self, *values: float) -> list[float]:
-        if self.groups.token is None:
-            return list(values)
         sums = torch.tensor(values, dtype=torch.float64, device=self.device.name)
-        dist.all_reduce(sums, group=self.groups.token)
+        for group in (self.groups.token, self.groups.pipeline):
+            if group is not None:
+                dist.all_reduce(sums, group=group)
         return sums.tolist()

@@ -1,0 +1,159 @@
+"""What a layout asks of each rank: memory that is there before the first token, and bytes that a step sends.
+
+Weights are counted on the model that a rank would build, on torch's meta device: nothing is allocated. Training is in
+float32, so of P parameters of a kind that n ranks hold alike a rank has
+
+    weights             4 P
+    gradients           4 P         added up over micro-batches on each rank, then reduced
+    optimizer          16 P / n     its partition: master weight, two moments, reduced gradient (ZeRO 1 and 2)
+
+and a step sends from a rank, M micro-batches of T tokens a data-parallel and context-parallel rank, width D:
+
+    pipeline            at each border down and up: 4 M T/tp D, and 4 M T/tp N where logits of N experts cross
+    tensor              4 M (tp - 1)/tp T D for each gather or reduce-scatter: forward and backward of each half of a
+                        block that is split, of the embedding and of the head
+    dispatch            a token crosses to each other rank that has an expert it chose, home, and both gradients do:
+                        each crossing 4 D, with the choices 4 (2 K + 1) there, and back the weights' gradient 4 K
+    reduction           8 (n - 1)/n P, a reduce-scatter and a gather in a ring; what DeepSpeed really sends may be more
+
+Dispatch is an expectation: K of all N experts chosen evenly, zero-computation ones too, of which E/ep are on a rank.
+The ranks that a token goes to are then (ep - 1) (1 - C(N - E/ep, K) / C(N, K)). It is counted for the straight exchange
+in float32; for other forms (etp, all-gather, nodes, narrow wires), and for keys and values of cp, there is no count.
+
+Activations are not in here: `activation_bytes` of a run's own records counts them.
+
+Legend: P parameters, T tokens, D width, N experts of every kind, E FFN experts, K choices a token.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from typing import NamedTuple
+
+import torch
+
+from expertmesh.parallel.groups import Groups
+from expertmesh.parallel.pipeline import runs_of_layers
+from expertmesh.parallel.shard import WHOLE
+from expertmesh.parallel.sizes import ParallelSizes
+from expertmesh.system.model.config import ModelConfig
+from expertmesh.system.model.tensor_parallel import LINEAR_MAPS, parallel_transformer
+from expertmesh.system.model.transformer import Transformer, logits_cross
+from expertmesh.system.model.weights import weights
+from expertmesh.system.plan.membership import members
+from expertmesh.system.train.config import TrainConfig
+
+FLOAT = 4
+
+
+class RankPlan(NamedTuple):
+    """Of every rank of one pipeline stage; bytes."""
+
+    pipeline_rank: int
+    layers: list[list[int]]  # of each run: the first, and the one after the last
+    parameters: int
+    weight_bytes: int
+    gradient_bytes: int
+    optimizer_bytes: int
+    sent_bytes: dict[str, int | None]  # a step, by what for; None: not counted (see above)
+
+    @property
+    def memory_bytes(self) -> int:
+        return self.weight_bytes + self.gradient_bytes + self.optimizer_bytes
+
+
+class _Members:
+    """Stands for a process group where nothing is sent."""
+
+    def __init__(self, ranks: list[int], rank: int) -> None:
+        self._size, self._rank = len(ranks), ranks.index(rank)
+
+    def size(self) -> int:
+        return self._size
+
+    def rank(self) -> int:
+        return self._rank
+
+
+def plan_training(model: ModelConfig, sizes: ParallelSizes, train: TrainConfig) -> list[RankPlan]:
+    """One for each pipeline rank. The vocabulary must be known, and `check_split` have nothing against the sizes."""
+    return [_plan_rank(model, sizes, train, stage) for stage in range(sizes.pp)]
+
+
+def _plan_rank(model: ModelConfig, sizes: ParallelSizes, train: TrainConfig, stage: int) -> RankPlan:
+    rank = stage * sizes.stage_size
+    held_by = {name: _Members(ranks, rank) for name, ranks in members(sizes, rank).items()}
+    groups = Groups(rank=rank, interleave=sizes.interleave, **held_by)  # type: ignore[arg-type]
+    with torch.device("meta"):
+        part = parallel_transformer(model, groups)
+    of_ranks = _parameters(part, sizes)
+    total = sum(of_ranks.values())
+    partitions = sum(-(-count // ranks) for ranks, count in of_ranks.items())
+    reduced = sum(2 * FLOAT * count * (ranks - 1) // ranks for ranks, count in of_ranks.items())
+    return RankPlan(
+        pipeline_rank=stage,
+        layers=[[run.start, run.stop] for run in part.runs],
+        parameters=total,
+        weight_bytes=FLOAT * total,
+        gradient_bytes=FLOAT * total,
+        optimizer_bytes=4 * FLOAT * partitions,
+        sent_bytes={
+            "pipeline": _pipeline(model, sizes, train, stage),
+            "tensor": _tensor(part, sizes, train),
+            "dispatch": _dispatch(part, sizes, train),
+            "context": None if sizes.cp > 1 else 0,
+            "reduction": reduced,
+        },
+    )
+
+
+def _parameters(part: Transformer, sizes: ParallelSizes) -> Counter[int]:
+    """Trained parameters of a rank, by how many ranks hold the same."""
+    found: Counter[int] = Counter()
+    for weight in weights(part):
+        if not weight.parameter.requires_grad:
+            continue
+        ranks = sizes.stage_size // (sizes.etp * sizes.ep)
+        if weight.parameter is part.tied_weight:
+            ranks = 2 * sizes.cp * sizes.dp
+        elif not weight.is_expert:
+            ranks = sizes.stage_size if weight.shard == WHOLE else sizes.cp * sizes.dp
+        found[ranks] += weight.parameter.numel()
+    return found
+
+
+def _tokens(sizes: ParallelSizes, train: TrainConfig) -> int:
+    """Of one rank in one step, those that it has with its tensor group."""
+    return train.batch_size * train.sequence_length // (sizes.dp * sizes.cp)
+
+
+def _pipeline(model: ModelConfig, sizes: ParallelSizes, train: TrainConfig, rank: int) -> int:
+    runs, sent = runs_of_layers(model.layers, sizes.stages), 0
+    for border in range(1, len(runs)):
+        width = model.hidden_size + (model.moe.num_experts if logits_cross(model, runs[border].start) else 0)
+        # Down from the stage before the border, up from the one behind it.
+        sent += width * sum((stage % sizes.pp == rank) for stage in (border - 1, border))
+    return FLOAT * sent * _tokens(sizes, train) // sizes.tp
+
+
+def _tensor(part: Transformer, sizes: ParallelSizes, train: TrainConfig) -> int:
+    halves = sum(isinstance(module, tuple(LINEAR_MAPS)) for module in part.modules())
+    ways = 2 * halves + (part.runs[0].start == 0) + (part.runs[-1].stop == part.config.layers)
+    return 2 * ways * FLOAT * _tokens(sizes, train) * part.config.hidden_size * (sizes.tp - 1) // sizes.tp
+
+
+def _dispatch(part: Transformer, sizes: ParallelSizes, train: TrainConfig) -> int | None:
+    if sizes.ep == 1:
+        return 0
+    dispatch = sizes.dispatch
+    if sizes.etp > 1 or dispatch.ranks_per_node or dispatch.kind != "all_to_all" or dispatch.wire != "native":
+        return None
+    sent, config = 0.0, part.config
+    for layer in config.moe_layers:
+        if any(layer in run for run in part.runs):
+            moe = config.moe_of(layer)
+            N, K = moe.num_experts, moe.top_k
+            ranks = (sizes.ep - 1) * (1 - math.comb(N - moe.ffn_experts // sizes.ep, K) / math.comb(N, K))
+            sent += ranks * FLOAT * (4 * config.hidden_size + 3 * K + 1)
+    return round(sent * _tokens(sizes, train) / sizes.tp)

@@ -1,0 +1,101 @@
+"""What is planned is what real ranks have and send."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+from ranks import run_ranks
+from tiny import prepare_tiny_data, tiny_model, tiny_training
+
+from expertmesh.kernels.device import Device
+from expertmesh.parallel.groups import build_groups
+from expertmesh.parallel.sizes import ParallelSizes
+from expertmesh.system.plan.rehearsal import calls_of, narrow
+from expertmesh.system.plan.training_plan import plan_training
+from expertmesh.system.train.config import TrainConfig
+from expertmesh.system.train.trainer import Record, Trainer
+
+MODEL = tiny_model(layers=4, tie_embeddings=True)
+LENGTH = 16
+LAYOUTS = [
+    ({"tp": 2}, "one stage: embedding and head"),
+    ({"tp": 4, "dp": 2, "ep": 2}, "four"),
+    ({"tp": 2, "pp": 2, "cp": 2}, "two stages: one embeds, the other has the head"),
+    ({"tp": 2, "pp": 2, "interleave": 2}, "two runs of layers on each"),
+    ({"pp": 4}, "those in the middle send both ways"),
+]
+DENSE = {"layers": 4, "dense_layers": (0,), "dense": {"hidden_size": 32}}
+MODELS = [MODEL, tiny_model(**DENSE, moe={"shared": {"hidden_size": 16}})]
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("model", MODELS, ids=["tied", "dense and shared"])
+@pytest.mark.parametrize("sizes, reason", LAYOUTS, ids=[reason for _, reason in LAYOUTS])
+def test_bytes_are_those_that_a_rank_asks_to_send(sizes, reason, model):
+    """Of a narrow model, whose calls are noted one by one."""
+    if sizes.get("tp") == 4:
+        model = model.model_copy(update={"attention": model.attention.model_copy(update={"kv_heads": 4})})
+    layout, micro_batches = ParallelSizes(**sizes), 4
+    train = TrainConfig(batch_size=micro_batches * layout.dp, micro_batch_size=layout.dp, sequence_length=LENGTH)
+    for stage, plan in enumerate(plan_training(narrow(model, layout), layout, train)):
+        rank = stage * layout.stage_size
+        calls = calls_of(rank, layout, model, micro_batches, LENGTH)
+        down_and_up = sum(call.numbers or 0 for call in calls if call.what == "send")
+        assert plan.sent_bytes["pipeline"] == 4 * down_and_up
+        tensor_group = tuple(range(rank, rank + layout.tp))
+        of_tensor = [call for call in calls if call.ranks == tensor_group and layout.tp > 1]
+        gathered = sum(call.numbers or 0 for call in of_tensor if call.what == "_allgather_base_")
+        scattered = sum(call.numbers or 0 for call in of_tensor if call.what == "_reduce_scatter_base_")
+        # A rank's part goes to each other; of a sum each other's part does.
+        assert plan.sent_bytes["tensor"] == 4 * (layout.tp - 1) * (gathered + scattered // layout.tp)
+
+
+def trained(run_dir, sizes: ParallelSizes, train: TrainConfig) -> dict[str, int]:
+    groups = build_groups(sizes)
+    trainer = Trainer(MODEL, train, run_dir, groups, Device("cpu", "gloo"), {}, None)
+    records: list[Record] = []
+    trainer.run(records.append)
+    (step,) = [record for record in records if record["kind"] == "step"]
+    parts = trainer.zero._optimizer.single_partition_of_fp32_groups
+    state = trainer.zero._optimizer.optimizer.state
+    moments = sum(state[part][key].nbytes for part in parts for key in ("exp_avg", "exp_avg_sq"))
+    return {
+        "weights": sum(p.nbytes for p in trainer.model.parameters() if p.requires_grad),
+        "masters": sum(part.nbytes for part in parts),
+        "moments": moments,
+        "dispatch": step["dispatch_bytes"],
+        "pipeline": step["pipeline_bytes"],
+    }
+
+
+def test_four_real_ranks(tmp_path):
+    prepare_tiny_data(tmp_path)
+    sizes, train = ParallelSizes(pp=2, dp=2, ep=2), tiny_training(steps=1, micro_batch_size=4, warmup_steps=0)
+    plans = plan_training(MODEL, sizes, train)
+    (tmp_path / "run").mkdir()
+    shutil.move(tmp_path / "data", tmp_path / "run" / "data")
+    ranks = run_ranks(trained, 4, tmp_path / "run", sizes, train)
+    for rank, real in enumerate(ranks):
+        plan = plans[rank // 2]
+        assert real["weights"] == plan.weight_bytes
+        # DeepSpeed rounds a partition up to a few numbers.
+        assert real["masters"] + real["moments"] == pytest.approx(plan.optimizer_bytes * 3 / 4, abs=6 * 3 * 4 * 8)
+        # Experts are not chosen quite evenly yet.
+        assert real["dispatch"] == pytest.approx(sum(p.sent_bytes["dispatch"] for p in plans) * 2, rel=0.1)
+        assert real["pipeline"] == 2 * sum(p.sent_bytes["pipeline"] for p in plans)
+    assert {plan.sent_bytes["tensor"] for plan in plans} == {0}
+
+
+def test_experts_and_optimizer_shrink_with_ranks():
+    train = tiny_training(batch_size=8)
+    (one,) = plan_training(MODEL, ParallelSizes(), train)
+    (spread,) = plan_training(MODEL, ParallelSizes(dp=4, ep=4), train)
+    assert one.parameters == MODEL.num_params()
+    assert spread.parameters < one.parameters
+    assert one.optimizer_bytes == 16 * one.parameters and one.sent_bytes == dict.fromkeys(one.sent_bytes, 0)
+    (twice,) = plan_training(MODEL, ParallelSizes(dp=4), train)
+    assert twice.optimizer_bytes == pytest.approx(one.optimizer_bytes / 4, abs=16)
+    assert twice.sent_bytes["reduction"] == 8 * one.parameters * 3 // 4
+    (narrow_wire,) = plan_training(MODEL, ParallelSizes(dp=4, ep=4, dispatch={"wire": "fp8"}), train)
+    assert narrow_wire.sent_bytes["dispatch"] is None
