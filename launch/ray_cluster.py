@@ -63,9 +63,10 @@ def _start(folder: str, cpus: int) -> None:
 class WorkerFailed(RuntimeError):
     """A worker of a pool raised or died, or could not be placed; the message is one line that names it."""
 
-    def __init__(self, message: str, died: bool = False) -> None:
+    def __init__(self, message: str, died: bool = False, cause: BaseException | None = None) -> None:
         super().__init__(message)
         self.died = died
+        self.cause = cause  # what the worker raised
 
 
 class NoCluster(RuntimeError):
@@ -161,16 +162,38 @@ class Pool:
             raise WorkerFailed(
                 f"pool {name}: no place for {workers} workers of {bundle} within {PLACEMENT_TIMEOUT_S} s"
             )
-        actor = ray.remote(role)
-        self.workers = [
-            actor.options(
-                num_cpus=cpus,
-                num_gpus=gpus,
-                max_concurrency=8,
-                scheduling_strategy=PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=rank),
-            ).remote(rank, *arguments)
-            for rank in range(workers)
-        ]
+        self._actor, self._arguments = ray.remote(role), arguments
+        self._resources = {"num_cpus": cpus, "num_gpus": gpus}
+        self.workers = [self._place(rank) for rank in range(workers)]
+
+    def _place(self, rank: int) -> Any:
+        place = PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=rank)
+        options = {**self._resources, "max_concurrency": 8, "scheduling_strategy": place}
+        return self._actor.options(**options).remote(rank, *self._arguments)
+
+    def replace(self, rank: int) -> None:
+        """A new worker in the place of one that is dead, or will be."""
+        ray.kill(self.workers[rank])
+        self.workers[rank] = self._place(rank)
+
+    def kill(self, rank: int) -> None:
+        """End a worker at once; one that is stopped ends within 5 s."""
+        ray.kill(self.workers[rank])
+
+    def call(self, rank: int, method: str, *arguments: Any) -> ray.ObjectRef:
+        """Call `method` on one worker, without waiting."""
+        return getattr(self.workers[rank], method).remote(*arguments)
+
+    def answer(self, rank: int, call: ray.ObjectRef, seconds: float) -> Any:
+        """What a call gave; None when it takes longer than `seconds`. Raises WorkerFailed."""
+        done, _ = ray.wait([call], timeout=seconds)
+        return self._result(rank, call) if done else None
+
+    @staticmethod
+    def wait(calls: list[ray.ObjectRef], seconds: float, count: int = 1) -> list[ray.ObjectRef]:
+        """Wait until `count` of `calls` have ended, or `seconds` have passed; return those that have."""
+        done, _ = ray.wait(calls, num_returns=count, timeout=seconds)
+        return done
 
     def start(self, method: str, *arguments: Any) -> list[ray.ObjectRef]:
         """Call `method` on every worker, without waiting; `finished` looks after the calls."""
@@ -221,7 +244,7 @@ class Pool:
         try:
             yield
         except RayTaskError as error:
-            raise WorkerFailed(f"{self.name} {rank} failed: {_cause(error)}", died=False) from error
+            raise WorkerFailed(f"{self.name} {rank} failed: {_cause(error)}", False, error.cause) from error
         except RayActorError as error:
             raise WorkerFailed(f"{self.name} {rank} died: killed, out of memory, or crashed", died=True) from error
 

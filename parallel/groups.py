@@ -115,3 +115,12 @@ def build_groups(sizes: ParallelSizes) -> Groups:
         expert_tensor=unless_alone(parallel_state.get_expert_tensor_parallel_group()),
         expert_data=unless_alone(parallel_state.get_expert_data_parallel_group()),
     )
+
+
+def destroy_groups() -> None:
+    """Leave all groups, so that this process can be in others. Peers that wait for it lose their connection."""
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -20,7 +20,7 @@ from expertmesh.parallel.groups import Groups
 from expertmesh.parallel.placed_dispatcher import PlacedDispatcher
 from expertmesh.parallel.shard import WHOLE
 from expertmesh.parallel.zero import Zero
-from expertmesh.system.model.checkpoint import Checkpoint, load_weights
+from expertmesh.system.model.checkpoint import Checkpoint, load_weights, write_tensors
 from expertmesh.system.model.config import ModelConfig
 from expertmesh.system.model.context import TrainingStep
 from expertmesh.system.model.tensor_parallel import parallel_transformer
@@ -35,6 +35,28 @@ from expertmesh.system.train.snapshot import RunState, load_optimizer, read_stat
 
 Record = dict[str, Any]
 """One line of metrics.jsonl: "start", "step", "validation", "event" (see system/train/report.py)."""
+
+
+class NotFinite(RuntimeError):
+    """The loss or the gradient of `step` is NaN or infinite, on every rank; the weights are no longer of use."""
+
+    def __init__(self, step: int, message: str) -> None:
+        super().__init__(message)
+        self.step = step
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.step, str(self))
+
+
+class Watch:
+    """What a rank does between steps, and whether it should leave. Here: nothing, and never."""
+
+    def before(self, step: int, model: torch.nn.Module) -> None:
+        """Called on every rank before each step."""
+
+    def wants_to_leave(self) -> bool:
+        """Asked on every rank once a step; one that says yes is enough for all to save and return."""
+        return False
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
@@ -64,9 +86,14 @@ class Trainer:
         resume_from: Path | None,
         begin_with: Checkpoint | None = None,
         dispatch: DispatchConfig | None = None,
+        skip: frozenset[int] = frozenset(),
     ) -> None:
-        """`begin_with`: where the weights of step 0 come from; None: drawn from the seed."""
+        """`begin_with`: where the weights of step 0 come from; None: drawn from the seed.
+
+        `skip`: steps whose batches are left out; each trains on one from beyond the run's last step instead.
+        """
         self.config, self.run_dir, self.groups, self.device, self.settings = config, run_dir, groups, device, settings
+        self.skip = skip
         self.dataset = TokenDataset(run_dir / "data")
         self.traffic = Traffic()
         dispatcher = build_dispatcher(groups, dispatch or DispatchConfig(), self.traffic, device.name)
@@ -100,12 +127,16 @@ class Trainer:
         if resume_from is not None:
             load_optimizer(resume_from, self.state, self.model, self.zero)
 
-    def run(self, report: Callable[[Record], None]) -> None:
-        """Train to the last step."""
-        config = self.config
-        while self.state.step < config.steps:
+    def run(self, report: Callable[[Record], None], watch: Watch | None = None) -> None:
+        """Train to the last step, or until `watch` wants to leave. Raises NotFinite, SaveFailed."""
+        config, watch = self.config, watch or Watch()
+        leaving = False
+        while self.state.step < config.steps and not leaving:
             step = self.state.step + 1
-            record = self._train_step(step)
+            watch.before(step, self.model)
+            record = self._train_step(step, watch.wants_to_leave())
+            leaving = record.pop("leaving")
+            self._check_finite(record)
             self.state = RunState(step, self.settings)
             report(record)
             last = step == config.steps
@@ -116,7 +147,7 @@ class Trainer:
                 report({"kind": "event", "what": "rebalanced", "step": step, "moved": moved, "why": why})
             if last or step % config.validate_every == 0:
                 report({"kind": "validation", "step": step, "loss": self.validate()})
-            if last or step % config.checkpoint_every == 0:
+            if last or leaving or step % config.checkpoint_every == 0:
                 folder = save(
                     self.run_dir,
                     self.state,
@@ -128,9 +159,27 @@ class Trainer:
                 )
                 report({"kind": "event", "what": "saved", "step": step, "checkpoint": str(folder)})
 
-    def _train_step(self, step: int) -> Record:
+    def _check_finite(self, record: Record) -> None:
+        """DeepSpeed says -1 of a norm that is not finite. Both figures are of all ranks, so that all raise or none."""
+        if math.isfinite(record["loss"]) and math.isfinite(record["grad_norm"]) and record["grad_norm"] >= 0:
+            return
+        step = record["step"]
+        path = self.run_dir / "not-finite" / f"step-{step:06d}.safetensors"
+        if self.groups.rank == 0:
+            path.parent.mkdir(exist_ok=True)
+            write_tensors({"tokens_BS1": self._batch(step)}, path)
+        figures = f"loss {record['loss']:g}, gradient norm {record['grad_norm']:g}"
+        raise NotFinite(step, f"step {step} is not finite ({figures}); its batch is in {path}")
+
+    def _batch(self, step: int) -> torch.Tensor:
+        """tokens_BS1 of all ranks."""
+        config = self.config
+        number = step - 1 + (config.steps if step in self.skip else 0)
+        return self.dataset.batch(number, config.batch_size, config.sequence_length, config.seed)
+
+    def _train_step(self, step: int, wants_to_leave: bool = False) -> Record:
         config, began = self.config, time.perf_counter()
-        tokens_BS1 = self.dataset.batch(step - 1, config.batch_size, config.sequence_length, config.seed)
+        tokens_BS1 = self._batch(step)
         mine_BS1 = self._my_rows(tokens_BS1)
         losses = list[BatchLoss]()
         training = TrainingStep(step, config.steps, config.seed, self._my_sequences(), config.sequence_length)
@@ -149,8 +198,8 @@ class Trainer:
         share = 1 / self.groups.token_size
         layers = len(batch.loads_N)
         means = torch.cat([batch.balance_L.detach(), batch.z_L.detach(), batch.entropy_L]) * share
-        sent, saved, far, cross_entropy, *of_layers = self._sum_over_ranks(
-            *self.traffic.take(), batch.cross_entropy.item() * share, *means.tolist()
+        leaving, sent, saved, far, cross_entropy, *of_layers = self._sum_over_ranks(
+            wants_to_leave, *self.traffic.take(), batch.cross_entropy.item() * share, *means.tolist()
         )
         balance_L, z_L, entropy_L = (of_layers[i * layers : (i + 1) * layers] for i in range(3))
         model = self.model.config
@@ -182,6 +231,7 @@ class Trainer:
             "activation_bytes": self.kept.bytes if self.kept else 0,
             "dispatch_bytes_between_nodes": int(far),
             "seconds": seconds,
+            "leaving": leaving > 0,
         }
 
     @torch.no_grad()
