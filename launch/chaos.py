@@ -4,8 +4,8 @@
     chaos.stop="trainer:1@step=5"    it is stopped and hangs (SIGSTOP): no connection breaks, and Ray notices nothing
     chaos.nan="trainer:1@step=5"     its first weights become NaN, and with them the loss of all workers
 
-A kill and a stop come once, in the first epoch of the job: what is looked at is how it goes on. A NaN comes each time
-that the batch of its step is trained on, as one that data causes would.
+A kill and a stop come once: what is looked at is how the job goes on. A NaN comes each time that the batch of its step
+is trained on, as one that data causes would.
 """
 
 from __future__ import annotations
@@ -57,13 +57,18 @@ class ChaosConfig(RecipeSection):
         """The drills that are asked for, by key."""
         return {key: parse_place(text) for key, text in self.model_dump().items() if text is not None}
 
+    def survived(self, rank: int) -> ChaosConfig:
+        """What is left when worker `rank` was lost."""
+        lost = [key for key, place in self.places().items() if key != "nan" and place.rank == rank]
+        return self.model_copy(update=dict.fromkeys(lost))
 
-def strike(chaos: ChaosConfig, rank: int, step: int, epoch: int, skip: frozenset[int], model: nn.Module) -> None:
+
+def strike(chaos: ChaosConfig, rank: int, step: int, skip: frozenset[int], model: nn.Module) -> None:
     """Do to this process what a drill has for `rank` before `step`. `skip`: steps whose batches are left out."""
     here = {key for key, place in chaos.places().items() if place == (rank, step)}
     if "nan" in here and step not in skip:
         with torch.no_grad():
             next(model.parameters()).fill_(torch.nan)
     for key, number in (("kill", signal.SIGKILL), ("stop", signal.SIGSTOP)):
-        if key in here and epoch == 0:
+        if key in here:
             os.kill(os.getpid(), number)

@@ -182,6 +182,50 @@ def submit(
 
 
 @app.command()
+def status(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="a run's name, or its folder")],
+    as_json: JsonOption = False,
+) -> None:
+    """Say where a training run stands: its workers, figures, what it waits for, what happened."""
+    with wrong_input():
+        from expertmesh.launch import status as of_run
+
+        found = of_run.status_of(of_run.find_run(run))
+    if as_json:
+        show_json(found)
+        return
+    from rich.console import Console
+
+    console = Console()
+    console.print(of_run.summary(found), highlight=False, soft_wrap=True)
+    for table in (of_run.worker_table(found), of_run.event_table(found)):
+        console.print(table)
+
+
+@app.command()
+def scale(
+    job: Annotated[str, typer.Argument(metavar="JOB", help="a training run's name, or its folder")],
+    experts_parallel: Annotated[int, typer.Option(min=1, help="ranks that split the experts from now on")],
+    as_json: JsonOption = False,
+) -> None:
+    """Change a running training job: it saves at the end of its step and goes on with another number of workers."""
+    with wrong_input():
+        from expertmesh.launch import status as of_run
+        from expertmesh.launch.event_log import read_events
+
+        run_dir = of_run.find_run(job)
+        known = len(read_events(run_dir))
+        of_run.ask_to_scale(run_dir, experts_parallel)
+    with failures(), wrong_input():
+        event = of_run.await_scale(run_dir, known)
+    if as_json:
+        show_json(event)
+    else:
+        sizes = event["parallel"]
+        typer.echo(f"goes on from step {event['step']} with ep={sizes['ep']} dp={sizes['dp']}")
+
+
+@app.command()
 def generate(
     checkpoint: AnyCheckpointArgument,
     settings: ServeSettingsArgument = None,

@@ -47,9 +47,10 @@ class Crew(Protocol):
 class RayCrew:
     """Workers of one pool, which is made anew when their number changes."""
 
-    def __init__(self, host: str, cpus: int) -> None:
+    def __init__(self, host: str, cpus: int, slots: int | None) -> None:
+        """`cpus` of each worker. `slots`: of an own Ray, which more workers than it was started for share."""
         self._store = Rendezvous(host)
-        self._cpus = cpus
+        self._cpus, self._slots = cpus, slots
         self._pool: Pool | None = None
         self._epoch, self._world = 0, 0
         self._runs: dict[Any, int] = {}  # the rank of each call that has not ended
@@ -64,7 +65,8 @@ class RayCrew:
         else:
             self.stop()
             place = (self._store.host, self._store.port)
-            self._pool = Pool("trainer", TrainerRole, world, self._cpus, world, *place)
+            cpus = min(self._cpus, self._slots / world) if self._slots else self._cpus
+            self._pool = Pool("trainer", TrainerRole, world, cpus, world, *place)
         self._epoch, self._world = epoch.number, world
         self._runs = {call: rank for rank, call in enumerate(self._pool.start("run", epoch))}
 

@@ -31,6 +31,15 @@ from ray.exceptions import AuthenticationError, RayActorError, RayTaskError
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+
+def _to_our_log(data: dict[str, Any], ignore_prefix: bool) -> None:
+    logging.getLogger(__name__).debug("%s: %s", data["pid"], " ".join(data["lines"]))
+
+
+# Ray prints what it has to say of workers that died to standard output, where our results are; no setting of it stops
+# that. Who died is told by its calls.
+ray._private.worker.print_to_stdstream = _to_our_log
+
 PLACEMENT_TIMEOUT_S = 60
 SPREAD_S = 2.0  # from one worker's death to its peers' errors: 0.05 s seen on one machine
 OBJECT_STORE_BYTES = 128 * 2**20  # of an own cluster: no tensor ever goes through it

@@ -135,7 +135,7 @@ class _Watch(Watch):
     def before(self, step: int, model: nn.Module) -> None:
         self._pulse.advance(step)
         epoch = self._epoch
-        strike(epoch.recipe.chaos, self._rank, step, epoch.number, epoch.skip, model)
+        strike(epoch.recipe.chaos, self._rank, step, epoch.skip, model)
 
     def wants_to_leave(self) -> bool:
         return self._leaving.is_set()

@@ -36,12 +36,12 @@ from expertmesh.launch.recovery import (
     begin,
 )
 from expertmesh.launch.roles import Epoch
+from expertmesh.launch.status import SCALE_REQUEST
 from expertmesh.parallel.sizes import ParallelSizes
 from expertmesh.system.train.snapshot import clear_unfinished, last_whole, read_state, set_aside
 from expertmesh.system.train.trainer import Record
 
 WATCH_EVERY_S = 0.25
-SCALE_REQUEST = "scale.json"  # in the run's folder: {"experts_parallel": 4}
 
 
 class JobFailed(RuntimeError):
@@ -58,7 +58,7 @@ def supervise(first: Epoch, watch: Callable[[Record], None]) -> None:
     waiting = f"{workers} workers on {where}"
     watch({"kind": "waiting", "for": waiting})
     with asked_to_end() as ending, cluster(place.address, cpus * workers) as host:
-        crew = RayCrew(host, cpus)
+        crew = RayCrew(host, cpus, None if place.address else cpus * workers)
         try:
             Job(first, crew, log, watch).run(ending)
         finally:
@@ -139,6 +139,7 @@ class Job:
             case Note(record):
                 if record["what"] == "failed":
                     self._stopped_at = self._stopped_at or time.monotonic()
+                    self._change_recipe(chaos=self._last.recipe.chaos.survived(record["rank"]))
                 self._note(record)
             case Dump(ranks):
                 self._crew.dump(ranks)
@@ -182,15 +183,18 @@ class Job:
         step = read_state(whole).step if whole else 0
         sizes = form.sizes.model_dump(mode="json")
         self._note({"what": "re-formed", "epoch": form.epoch, "step": step, "parallel": sizes, "kept": list(form.keep)})
+        self._change_recipe(parallel=form.sizes)
         self._last = self._last._replace(
             number=form.epoch,
-            recipe=self._last.recipe.model_copy(update={"parallel": form.sizes}),
             resume_from=whole or self._last.resume_from,
             opening=self._told,
             skip=form.skip,
         )
         self._form(self._last, form.keep)
         self._told = []
+
+    def _change_recipe(self, **sections: Any) -> None:
+        self._last = self._last._replace(recipe=self._last.recipe.model_copy(update=sections))
 
     def _form(self, epoch: Epoch, keep: tuple[int, ...]) -> None:
         self._log.show(self._state)

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from expertmesh.launch.find_checkpoint import find_checkpoint
 from expertmesh.launch.recipe import Recipe, check_together
 from expertmesh.launch.roles import Epoch
+from expertmesh.launch.status import lock_of
 from expertmesh.launch.supervise import supervise
 from expertmesh.parallel.deepspeed_build import is_built, prepare_build
 from expertmesh.system.model.checkpoint import Checkpoint, open_checkpoint
@@ -90,7 +91,7 @@ def sole_user(recipe: Recipe) -> Iterator[None]:
     """Hold the run's folder; ValueError when another process trains in it. A killed process holds nothing."""
     run_folder = recipe.run_folder
     run_folder.parent.mkdir(parents=True, exist_ok=True)
-    with open(run_folder.parent / f".{run_folder.name}.lock", "w") as lock:
+    with open(lock_of(run_folder), "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -31,16 +31,21 @@ def test_a_signal_comes_once(monkeypatch, key, number):
     sent: list[tuple[int, int]] = []
     monkeypatch.setattr(os, "kill", lambda pid, signal: sent.append((pid, signal)))
     chaos, model = ChaosConfig(**{key: "trainer:1@step=5"}), torch.nn.Linear(2, 2)
-    for rank, step, epoch in [(0, 5, 0), (1, 4, 0), (1, 5, 1)]:
-        strike(chaos, rank, step, epoch, NONE, model)
-    assert not sent, "another rank, another step, a later epoch"
-    strike(chaos, 1, 5, 0, NONE, model)
+    for rank, step in [(0, 5), (1, 4), (1, 6)]:
+        strike(chaos, rank, step, NONE, model)
+    strike(chaos.survived(1), 1, 5, NONE, model)
+    assert not sent, "another rank, another step, or it came before"
+    strike(chaos.survived(0), 1, 5, NONE, model)
     assert sent == [(os.getpid(), number)]
 
 
 def test_a_nan_comes_with_its_batch():
     chaos = ChaosConfig(nan="trainer:0@step=5")
-    for epoch, skip, spoilt in [(0, NONE, True), (1, NONE, True), (1, frozenset({5}), False)]:
+    for drills, skip, spoilt in [
+        (chaos, NONE, True),
+        (chaos.survived(0), NONE, True),
+        (chaos, frozenset({5}), False),
+    ]:
         model = torch.nn.Linear(2, 2)
-        strike(chaos, 0, 5, epoch, skip, model)
+        strike(drills, 0, 5, skip, model)
         assert bool(model.weight.isnan().any()) == spoilt
