@@ -163,22 +163,93 @@ def submit(
     recipe: RecipeArgument,
     overrides: OverridesArgument = None,
     address: Annotated[str, typer.Option(help="the cluster's dashboard, such as http://127.0.0.1:8265")] = "",
+    run_id: Annotated[
+        str | None, typer.Option("--id", help="the job's id; one that is there already is followed, not sent again")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Send a training job to a running Ray cluster, follow its log, and end as it ends."""
     with wrong_input():
         from expertmesh.launch.recipe import load_recipe
 
-        if not address.startswith(("http://", "https://")):
-            raise ValueError(f"--address {address!r}: give the cluster's dashboard, such as http://127.0.0.1:8265")
+        check_dashboard(address)
         checked = load_recipe(recipe, list(overrides or []))
         from expertmesh.launch.submit import submit_job
 
-        job = submit_job(checked, address)
+        job = submit_job(checked, address, run_id)
+    state = "is there already; following it" if job.known else "is sent; Ctrl-C lets go of its log, not of it"
+    typer.echo(f"job {job.id} {state}", err=as_json)
     with failures():
         result = job.follow(lambda text: typer.echo(text, nl=False, err=as_json))
     if as_json:
         show_json(result)
+
+
+def check_dashboard(address: str) -> None:
+    if not address.startswith(("http://", "https://")):
+        raise ValueError(f"--address {address!r}: give the cluster's dashboard, such as http://127.0.0.1:8265")
+
+
+DashboardOption = Annotated[str, typer.Option(help="the cluster's dashboard, such as http://127.0.0.1:8265")]
+OptionalDashboardOption = Annotated[
+    str | None, typer.Option("--address", help="the cluster's dashboard; none: JOB is a run here, by name or folder")
+]
+JobArgument = Annotated[str, typer.Argument(metavar="JOB", help="a job's id; without --address a run's name or folder")]
+
+
+@app.command()
+def jobs(address: DashboardOption = "", as_json: JsonOption = False) -> None:
+    """List the jobs of a running Ray cluster."""
+    with wrong_input():
+        check_dashboard(address)
+        from expertmesh.launch.jobs import list_jobs
+
+        found = list_jobs(address)
+    if as_json:
+        show_json({"jobs": found})
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("job", "state", "started", "run", "message", box=None, pad_edge=False)
+    for job in found:
+        table.add_row(*(str(job[key] or "") for key in ("job", "state", "started", "run_dir", "message")))
+    Console().print(table)
+
+
+@app.command()
+def logs(
+    job: JobArgument,
+    rank: Annotated[str | None, typer.Option(help="one worker's log, such as trainer:1")] = None,
+    follow: Annotated[bool, typer.Option("--follow", help="go on until the job ends")] = False,
+    address: OptionalDashboardOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show what a job has logged, or one of its workers."""
+    pieces: list[str] = []
+    with failures(), wrong_input():
+        from expertmesh.launch.jobs import show_log
+
+        if address is not None:
+            check_dashboard(address)
+        show_log(job, address, rank, follow, pieces.append if as_json else lambda text: typer.echo(text, nl=False))
+    if as_json:
+        show_json({"job": job, "rank": rank, "log": "".join(pieces)})
+
+
+@app.command()
+def stop(job: JobArgument, address: OptionalDashboardOption = None, as_json: JsonOption = False) -> None:
+    """Have a training job save at the end of its step, and end."""
+    with failures(), wrong_input():
+        from expertmesh.launch.jobs import stop_job
+
+        if address is not None:
+            check_dashboard(address)
+        told = stop_job(job, address)
+    if as_json:
+        show_json(told)
+    else:
+        typer.echo(f"{job}: {told['state']}; the same recipe goes on from where it was")
 
 
 @app.command()

@@ -27,7 +27,7 @@ if os.environ.get("RAY_AUTH_TOKEN") or _TOKEN_FILE.exists():
     os.environ.setdefault("RAY_AUTH_MODE", "token")
 
 import ray
-from ray.exceptions import AuthenticationError, RayActorError, RayTaskError
+from ray.exceptions import AuthenticationError, OutOfMemoryError, RayActorError, RayTaskError
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -254,7 +254,7 @@ class Pool:
             yield
         except RayTaskError as error:
             raise WorkerFailed(f"{self.name} {rank} failed: {_cause(error)}", False, error.cause) from error
-        except RayActorError as error:
+        except (RayActorError, OutOfMemoryError) as error:
             raise WorkerFailed(f"{self.name} {rank} died: killed, out of memory, or crashed", died=True) from error
 
     def stop(self) -> None:

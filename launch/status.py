@@ -21,7 +21,7 @@ from rich.table import Table
 from expertmesh.launch.event_log import STATUS, read_events
 from expertmesh.system.model.checkpoint import write_json
 
-SCALE_REQUEST = "scale.json"  # in the run's folder: {"experts_parallel": 4}; taken away by the job that does it
+REQUEST = "request.json"  # in the run's folder: {"experts_parallel": 4} or {"stop": true}; the job takes it away
 TAIL_BYTES = 1 << 20
 RECENT_STEPS, RECENT_EVENTS = 20, 8
 
@@ -141,9 +141,14 @@ def ask_to_scale(run_dir: Path, experts_parallel: int) -> None:
     """Leave a request that the job in `run_dir` takes at its next step. Raises ValueError when none trains there."""
     if not is_held(run_dir):
         raise ValueError(f"nothing trains in {run_dir}; start it with parallel.ep={experts_parallel} and a fitting dp")
-    writing = run_dir / f"{SCALE_REQUEST}.writing"
-    write_json({"experts_parallel": experts_parallel}, writing)
-    os.replace(writing, run_dir / SCALE_REQUEST)
+    ask(run_dir, {"experts_parallel": experts_parallel})
+
+
+def ask(run_dir: Path, request: dict[str, Any]) -> None:
+    """Leave a request; the job looks for one several times a second."""
+    writing = run_dir / f"{REQUEST}.writing"
+    write_json(request, writing)
+    os.replace(writing, run_dir / REQUEST)
 
 
 def await_scale(run_dir: Path, known: int, seconds: float = 600.0) -> dict[str, Any]:

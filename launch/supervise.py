@@ -36,7 +36,7 @@ from expertmesh.launch.recovery import (
     begin,
 )
 from expertmesh.launch.roles import Epoch
-from expertmesh.launch.status import SCALE_REQUEST
+from expertmesh.launch.status import REQUEST
 from expertmesh.parallel.sizes import ParallelSizes
 from expertmesh.system.train.snapshot import clear_unfinished, last_whole, read_state, set_aside
 from expertmesh.system.train.trainer import Record
@@ -112,8 +112,8 @@ class Job:
             self._happens(Tick())
             if ending.is_set():
                 self._happens(Interrupt())
-            elif (sizes := self._wanted_size()) is not None:
-                self._happens(Resize(sizes))
+            elif (request := self._request()) is not None:
+                self._happens(request)
             self._log.show(self._state)
         self._end(self._outcome)
 
@@ -200,26 +200,26 @@ class Job:
         self._log.show(self._state)
         self._crew.form(epoch, keep)
 
-    def _wanted_size(self) -> ParallelSizes | None:
-        """The layout that somebody asked for with a file in the run's folder; a request that cannot be met is told."""
-        path = self._run_folder / SCALE_REQUEST
+    def _request(self) -> Event | None:
+        """What somebody asked for with a file in the run's folder; a size that the job cannot have is told."""
+        path = self._run_folder / REQUEST
         try:
-            wanted = json.loads(path.read_text())["experts_parallel"]
-            path.unlink()
+            content = path.read_text()
         except FileNotFoundError:
             return None
-        except (ValueError, KeyError, TypeError):
-            path.unlink(missing_ok=True)
-            return None
+        path.unlink(missing_ok=True)
         try:
-            sizes = scaled(self._state.sizes, int(wanted))
+            request = json.loads(content)
+            if request.get("stop"):
+                return Interrupt()
+            sizes = scaled(self._state.sizes, int(request["experts_parallel"]))
             problem = self._allowed(sizes)
-        except ValueError as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             problem = " ".join(str(error).split())
         if problem is not None:
             self._note({"what": "not resized", "epoch": self._state.epoch, "why": problem})
             return None
-        return sizes
+        return Resize(sizes)
 
     def _allowed(self, sizes: ParallelSizes) -> str | None:
         """Why the job cannot have this layout; None: it can."""

@@ -17,10 +17,12 @@ from urllib.request import urlopen
 
 import pytest
 import yaml
-from commands import TINY_RECIPE, environment, expertmesh
+from commands import TINY_RECIPE, environment, expertmesh, expertmesh_json, start_expertmesh
 
+from expertmesh.launch.jobs import find_job, list_jobs, show_log, stop_job
 from expertmesh.launch.recipe import load_recipe
-from expertmesh.launch.submit import as_sent
+from expertmesh.launch.status import status_of
+from expertmesh.launch.submit import as_sent, choose_id
 
 
 def free_ports(count: int) -> list[int]:
@@ -102,6 +104,55 @@ def test_a_submitted_job_trains_on_the_cluster(dashboard, tmp_path):
     assert result["checkpoint"] == str(tmp_path / "runs" / "tiny" / "checkpoint")
     assert (tmp_path / "runs" / "tiny" / "checkpoint" / "config.json").is_file()
     assert len(result["losses"]) == 4
+
+
+def test_a_job_is_sent_once_listed_read_and_stopped(dashboard, tmp_path):
+    (tmp_path / "tiny.yaml").write_text(TINY_RECIPE)
+    words = ("submit", "tiny.yaml", "name=long", "train.steps=5000", "--id", "mine", "--address", dashboard)
+    first = start_expertmesh(*words, folder=tmp_path)
+    run_dir = tmp_path / "runs" / "long"
+    deadline = time.monotonic() + 120
+    while not (run_dir / "status.json").exists() or status_of(run_dir)["step"] < 2:
+        assert first.poll() is None, first.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    second = start_expertmesh(*words, folder=tmp_path)
+    assert second.stdout.readline() == "job mine is there already; following it\n"
+    (job,) = [job for job in list_jobs(dashboard) if job["job"] == "mine"]
+    assert (job["state"], job["run_dir"]) == ("RUNNING", str(run_dir))
+    shown: list[str] = []
+    show_log("mine", dashboard, "trainer:1", False, shown.append)
+    assert shown == [(run_dir / "logs" / "trainer-1.log").read_text()] != [""]
+    stopped = expertmesh_json("stop", "mine", "--address", dashboard, folder=tmp_path)
+    assert (stopped["state"], stopped["exit_code"]) == ("STOPPED", 130)
+    assert (run_dir / "checkpoint" / "config.json").is_file(), "it did not save"
+    for follower in (first, second):
+        told, _ = follower.communicate(timeout=60)
+        assert follower.returncode == 130 and "step 1/5000" in told
+    with pytest.raises(ValueError, match="no job 'other' at .*; there are: .*mine"):
+        find_job("other", dashboard)
+    with pytest.raises(ValueError, match="job mine is over: STOPPED"):
+        stop_job("mine", dashboard)
+
+
+IDS = [
+    (None, {}, ("tiny-X", False), "never sent"),
+    (None, {"tiny-X": True}, ("tiny-X", True), "it runs"),
+    (None, {"tiny-X": False}, ("tiny-X-2", False), "it ran, and may run again"),
+    (None, {"tiny-X": False, "tiny-X-2": True}, ("tiny-X-2", True), "it runs again"),
+    ("mine", {"mine": True}, ("mine", True), "an id that was chosen, and runs"),
+    ("mine", {"mine": False}, ("mine", True), "an id that was chosen is one job for ever"),
+    ("mine", {"tiny-X": True}, ("mine", False), "another id is another job"),
+]
+
+
+@pytest.mark.parametrize("run_id, there, expected, reason", IDS, ids=[row[-1] for row in IDS])
+def test_the_same_job_has_the_same_id(run_id, there, expected, reason):
+    content = {"name": "tiny", "train": {"steps": 3}}
+    base, _ = choose_id(content, None, {})
+    assert choose_id(dict(reversed(content.items())), None, {})[0] == base != choose_id({"name": "tiny"}, None, {})[0]
+    there = {job_id.replace("tiny-X", base): running for job_id, running in there.items()}
+    assert choose_id(content, run_id, there) == (expected[0].replace("tiny-X", base), expected[1])
 
 
 def test_a_job_that_fails_says_why_and_keeps_its_exit_code(dashboard, tmp_path):

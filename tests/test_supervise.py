@@ -15,6 +15,7 @@ from expertmesh.launch.event_log import EventLog, read_events
 from expertmesh.launch.recipe import load_recipe
 from expertmesh.launch.recovery import Beat, How, Left
 from expertmesh.launch.roles import Epoch
+from expertmesh.launch.status import REQUEST
 from expertmesh.launch.supervise import Job, JobFailed
 from expertmesh.system.train.snapshot import RunState
 from expertmesh.system.train.trainer import Record
@@ -142,7 +143,7 @@ def test_told_to_end_it_saves_first(first):
 
 
 def test_a_request_changes_the_layout(first):
-    request = first.recipe.run_folder / "scale.json"
+    request = first.recipe.run_folder / REQUEST
     request.write_text('{"experts_parallel": 4}')
     four = ([Left(rank, How.DONE, step=30) for rank in range(4)], [])
     crew = Script([WORK, SAVED], [four])
@@ -151,12 +152,23 @@ def test_a_request_changes_the_layout(first):
     assert (sizes.ep, sizes.dp) == (4, 4) and crew.done == ["leave"] and not request.exists()
 
 
-@pytest.mark.parametrize("request_, told", [('{"experts_parallel": 3}', "does not divide"), ("nonsense", None)])
+@pytest.mark.parametrize(
+    "request_, told",
+    [('{"experts_parallel": 3}', "does not divide"), ("nonsense", "Expecting value"), ("3", "no attribute")],
+)
 def test_a_request_that_cannot_be_met_is_told_and_changes_nothing(first, request_, told):
-    (first.recipe.run_folder / "scale.json").write_text(request_)
+    (first.recipe.run_folder / REQUEST).write_text(request_)
     crew = Script([WORK, END])
     run(first, crew)
     assert len(crew.formed) == 1
     events = read_events(first.recipe.run_folder)
     why = [event["why"] for event in events if event["what"] == "not resized"]
-    assert len(why) == bool(told) and all(told in each for each in why)
+    assert len(why) == 1 and told in why[0]
+
+
+def test_a_request_to_stop(first):
+    (first.recipe.run_folder / REQUEST).write_text('{"stop": true}')
+    crew = Script([WORK, SAVED])
+    with pytest.raises(KeyboardInterrupt):
+        run(first, crew)
+    assert crew.done == ["leave"]
