@@ -296,6 +296,34 @@ def scale(
         typer.echo(f"goes on from step {event['step']} with ep={sizes['ep']} dp={sizes['dp']}")
 
 
+@app.command("manifest")
+def show_manifest(
+    recipe: RecipeArgument,
+    overrides: OverridesArgument = None,
+    *,
+    target: Annotated[str, typer.Option("--for", help="kuberay, kuberay-service, slurm, skypilot")],
+    image: Annotated[str, typer.Option(help="a container image with expertmesh installed")] = "expertmesh:latest",
+    storage: Annotated[str, typer.Option(help="a folder that all nodes see, for runs and data")] = "/mnt/expertmesh",
+    claim: Annotated[str, typer.Option(help="the volume claim, or bucket, behind it")] = "expertmesh",
+    gpus: Annotated[int, typer.Option(min=0, help="of each worker")] = 0,
+    memory: Annotated[str, typer.Option(help="of each pod")] = "8Gi",
+    attention: Annotated[int, typer.Option(min=1, help="attention workers of a service")] = 1,
+    ffn: Annotated[int, typer.Option(min=1, help="FFN workers of a service")] = 1,
+    as_json: JsonOption = False,
+) -> None:
+    """Print what another scheduler needs to run a recipe: YAML for Kubernetes or SkyPilot, a script for Slurm."""
+    with wrong_input():
+        from expertmesh.launch.manifest import Place, manifest
+        from expertmesh.launch.recipe import load_recipe
+
+        place = Place(image, storage, claim, gpus, memory, attention, ffn)
+        text = manifest(load_recipe(recipe, list(overrides or [])), target, place)
+    if as_json:
+        show_json({"for": target, "manifest": text})
+    else:
+        typer.echo(text, nl=False)
+
+
 @app.command()
 def generate(
     checkpoint: AnyCheckpointArgument,
