@@ -6,8 +6,8 @@
     skypilot           a task: the same on the nodes that it gets
 
 All of them: token authentication, health checks that notice a hung node in about 10 s (Ray's own take 63 s: seen), no
-`ray stop`, which ends every Ray of a host, other people's too. The fields are those of KubeRay's ray.io/v1 (docs.ray.io,
-"KubeRay CRD API reference", v1.6.2) and of SkyPilot's task YAML (docs.skypilot.co, "Distributed Multi-Node Jobs").
+`ray stop`, which ends every Ray of a host, other people's too. The fields are those of KubeRay's ray.io/v1
+(docs.ray.io, "KubeRay CRD API reference", v1.6.2) and of SkyPilot's task YAML (docs.skypilot.co, "Distributed Multi-Node Jobs").
 Nothing here was run on such a cluster; tests check the structure.
 """
 
@@ -182,12 +182,12 @@ def _config_map(name: str, recipe: Recipe, place: Place) -> dict[str, Any]:
         "apiVersion": "v1",
         "kind": "ConfigMap",
         "metadata": {"name": f"{name}-recipe"},
-        "data": {"recipe.yaml": recipe_there(recipe, place)},
+        "data": {"recipe.yaml": _Literal(recipe_there(recipe, place))},
     }
 
 
 def _documents(*documents: dict[str, Any]) -> str:
-    return yaml.safe_dump_all(documents, sort_keys=False, width=120)
+    return yaml.dump_all(documents, Dumper=_Dumper, sort_keys=False, width=120)
 
 
 # Hosts with a shell.
