@@ -61,6 +61,8 @@ bench = typer.Typer(help="Time parts of this project beside those of others.", n
 app.add_typer(bench, name="bench")
 kernels = typer.Typer(invoke_without_command=True)
 app.add_typer(kernels, name="kernels")
+cluster = typer.Typer(help="Several Ray nodes on this host, to try what a cluster does.", no_args_is_help=True)
+app.add_typer(cluster, name="cluster")
 OutArgument = Annotated[Path, typer.Argument(metavar="OUT", help="the folder to write; new, or empty")]
 
 
@@ -294,6 +296,40 @@ def scale(
     else:
         sizes = event["parallel"]
         typer.echo(f"goes on from step {event['step']} with ep={sizes['ep']} dp={sizes['dp']}")
+
+
+@cluster.command("up")
+def cluster_up(
+    nodes: Annotated[int, typer.Option(min=1, max=16, help="Ray nodes, the head included")] = 3,
+    cpus: Annotated[int, typer.Option(min=1, help="places for workers on each")] = 1,
+    as_json: JsonOption = False,
+) -> None:
+    """Start several Ray nodes on this host, with a token and a folder of their own."""
+    with failures(), wrong_input():
+        from expertmesh.launch import local_cluster
+
+        found = local_cluster.up(nodes, cpus)
+    if as_json:
+        show_json(found._asdict() | {"token": str(found.token)})
+        return
+    for key, value in local_cluster.environment(found.token).items():
+        typer.echo(f"export {key}={value}")
+    typer.echo(
+        f"expertmesh train quickstart --address {found.address}\n"
+        f"expertmesh submit quickstart --address {found.dashboard}\nexpertmesh cluster down"
+    )
+
+
+@cluster.command("down")
+def cluster_down(as_json: JsonOption = False) -> None:
+    """End the nodes that `cluster up` started, and no other Ray."""
+    from expertmesh.launch import local_cluster
+
+    ended = local_cluster.down()
+    if as_json:
+        show_json({"ended": ended})
+    else:
+        typer.echo("ended" if ended else "no cluster is up")
 
 
 @app.command("manifest")

@@ -7,8 +7,8 @@
 
 All of them: token authentication, health checks that notice a hung node in about 10 s (Ray's own take 63 s: seen), no
 `ray stop`, which ends every Ray of a host, other people's too. The fields are those of KubeRay's ray.io/v1
-(docs.ray.io, "KubeRay CRD API reference", v1.6.2) and of SkyPilot's task YAML (docs.skypilot.co, "Distributed Multi-Node Jobs").
-Nothing here was run on such a cluster; tests check the structure.
+(docs.ray.io, "KubeRay CRD API reference", v1.6.2) and of SkyPilot's task YAML (docs.skypilot.co, "Distributed
+Multi-Node Jobs"). Nothing here was run on such a cluster; tests check the structure.
 """
 
 from __future__ import annotations

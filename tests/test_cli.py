@@ -19,7 +19,7 @@ from commands import TINY_RECIPE, environment, expertmesh, expertmesh_json, star
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from expertmesh.launch.event_log import read_events
-from expertmesh.launch.status import status_of
+from expertmesh.launch.status import ask_to_scale, await_scale, status_of
 from expertmesh.system.train.snapshot import read_state
 
 RESULT_KEYS = {
@@ -144,7 +144,7 @@ def test_killed_and_resumed_run_equals_the_uninterrupted_one_bit_for_bit(folder,
     wait_until(lambda: not family & set(processes()), "workers outlive the killed command", 30)
 
     # At last a worker dies and another hangs, and the job goes on by itself.
-    drills = ("chaos.kill=trainer:1@step=18", "chaos.stop=trainer:0@step=23", "fault.stall_s=8")
+    drills = ("chaos.kill=trainer:1@step=27", "chaos.stop=trainer:0@step=29", "fault.stall_s=8")
     resumed = expertmesh_json("train", "tiny.yaml", "name=killed", *drills, folder=folder)
     happened = [event["what"] for event in resumed["events"]]
     assert happened.count("resumed") == 2 and happened.count("re-formed") == 2
@@ -162,12 +162,13 @@ def test_a_running_job_grows_and_saves_when_it_is_told_to_end(folder, trained):
     run_dir = folder / "runs" / "scaled"
     command = start_expertmesh("train", "tiny.yaml", "name=scaled", "train.checkpoint_every=100", folder=folder)
     wait_until(lambda: (run_dir / "status.json").is_file(), "no status")
-    grown = expertmesh_json("scale", "scaled", "--experts-parallel", "4", folder=folder)
+    ask_to_scale(run_dir, 4)  # the verb does this and waits; 30 steps would be over before it has started
+    grown = await_scale(run_dir, 0)
     assert grown["parallel"]["ep"] == grown["parallel"]["dp"] == 4 and grown["kept"] == []
     wait_until(lambda: status_of(run_dir)["step"] > grown["step"], "no step of the larger job")
-    found = expertmesh_json("status", "scaled", folder=folder)
-    assert found["state"] == "running" and len(found["workers"]) == 4 and found["epoch"] == 1
     command.terminate()
+    found = status_of(run_dir)
+    assert found["state"] == "running" and len(found["workers"]) == 4 and found["epoch"] == 1
     _, errors = command.communicate(timeout=60)
     assert command.returncode == 130, errors
     assert expertmesh_json("status", "scaled", folder=folder)["state"] == "interrupted"
@@ -276,6 +277,11 @@ WRONG = [
     ("a trace in no folder", ["serve", "runs/tiny", "--port", "0", "--trace", "no/t.json"], "--trace no/t.json"),
     ("an empty pool", ["generate", "runs/tiny", "--prompt", "x", "--attention", "0"], "at least one"),
     ("a dashboard that is not there", ["submit", "tiny.yaml", "--address", "http://127.0.0.1:9"], "127.0.0.1:9"),
+    ("a job that is over", ["scale", "tiny", "--experts-parallel", "4"], "nothing trains in"),
+    ("a drill on a worker that is not there", ["train", "tiny.yaml", "chaos.kill=trainer:2@step=1"], "no trainer 2"),
+    ("a policy that is not known", ["train", "tiny.yaml", "fault.policy=pray"], "fault.policy=pray"),
+    ("no such run", ["status", "nowhere"], "nowhere: no run of that name"),
+    ("a log that is not there", ["logs", "tiny", "--rank", "trainer:7"], "--rank trainer:7: no log"),
     ("an address without http", ["submit", "tiny.yaml", "--address", "here"], "--address 'here'"),
 ]
 

@@ -3,37 +3,21 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import socket
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from urllib.error import URLError
-from urllib.request import urlopen
 
 import pytest
 import yaml
-from commands import TINY_RECIPE, environment, expertmesh, expertmesh_json, start_expertmesh
+from commands import TINY_RECIPE, expertmesh, expertmesh_json, start_expertmesh
 
+from expertmesh.launch import local_cluster
 from expertmesh.launch.jobs import find_job, list_jobs, show_log, stop_job
+from expertmesh.launch.local_cluster import LocalCluster
 from expertmesh.launch.recipe import load_recipe
 from expertmesh.launch.status import status_of
 from expertmesh.launch.submit import as_sent, choose_id
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports that the kernel calls free. Ray must be told its own, and none within its workers' range."""
-    sockets = [socket.socket() for _ in range(count)]
-    for taken in sockets:
-        taken.bind(("127.0.0.1", 0))
-    ports = [taken.getsockname()[1] for taken in sockets]
-    for taken in sockets:
-        taken.close()
-    return ports
 
 
 @pytest.mark.parametrize("start_from", [[], ["start_from=theirs"]], ids=["a model of its own", "from a checkpoint"])
@@ -52,47 +36,27 @@ def test_what_is_sent_says_the_same_elsewhere(tmp_path, monkeypatch, start_from)
 
 
 @pytest.fixture(scope="module")
-def dashboard() -> Iterator[str]:
-    """A Ray head on loopback, as an administrator starts it; its dashboard's address."""
-    port, agent, client = free_ports(3)
-    folder = tempfile.mkdtemp(prefix="head-", dir="/tmp")  # short: unix sockets allow about 107 bytes
-    options = {
-        "port": 0,
-        "node-ip-address": "127.0.0.1",
-        "dashboard-port": port,
-        "dashboard-agent-listen-port": agent,
-        "ray-client-server-port": client,
-        "num-cpus": 2,
-        "temp-dir": folder,
-    }
-    head = subprocess.Popen(
-        [str(Path(sys.executable).with_name("ray")), "start", "--head", "--block"]
-        + [f"--{name}={value}" for name, value in options.items()],
-        env=environment() | {"RAY_USAGE_STATS_ENABLED": "0"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    address = f"http://127.0.0.1:{port}"
-    try:
-        deadline = time.monotonic() + 120
-        while True:
-            try:
-                urlopen(address, timeout=5).close()
-                break
-            except (URLError, ConnectionError, TimeoutError) as error:
-                assert head.poll() is None, head.stdout.read()
-                assert time.monotonic() < deadline, error
-                time.sleep(0.5)
-        yield address
-    finally:
-        head.send_signal(signal.SIGTERM)  # with --block it ends its own processes, and no other Ray's
+def there() -> Iterator[LocalCluster]:
+    """Two nodes with a place for one worker each, and a token without which nobody is let in."""
+    short = Path(tempfile.mkdtemp(prefix="c-", dir="/tmp"))  # unix sockets allow about 107 bytes
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(local_cluster, "folder", lambda: short / "c")
+        found = local_cluster.up(nodes=2, cpus=1)
+        for key, value in local_cluster.environment(found.token).items():
+            patch.setenv(key, value)
         try:
-            head.wait(timeout=30)
+            with pytest.raises(ValueError, match="a cluster is up already"):
+                local_cluster.up(nodes=2, cpus=1)
+            yield found
         finally:
-            if head.poll() is None:
-                os.killpg(head.pid, signal.SIGKILL)
+            assert local_cluster.down() and not local_cluster.down()
+        assert not (short / "c").exists() and not any(local_cluster._is_ray(pid) for pid in found.nodes)
+    short.rmdir()
+
+
+@pytest.fixture(scope="module")
+def dashboard(there: LocalCluster) -> str:
+    return there.dashboard
 
 
 def test_a_submitted_job_trains_on_the_cluster(dashboard, tmp_path):
