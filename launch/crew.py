@@ -60,6 +60,7 @@ class RayCrew:
         world = epoch.recipe.parallel.world_size
         self._asked = None
         if self._pool is not None and keep and world == self._world:
+            self._pool.check_room()
             for rank in set(range(world)) - set(keep):
                 self._pool.replace(rank)
         else:

@@ -28,6 +28,7 @@ class EventLog:
         self._run_dir = run_dir
         self._written = float("-inf")
         self._last: tuple[Any, ...] = ()
+        self.waits_for: str | None = None  # as last shown
 
     def write(self, record: dict[str, Any]) -> None:
         """Add an event. The file is opened anew each time: a disk that was full once is not full for ever."""
@@ -35,9 +36,9 @@ class EventLog:
         with open(self._run_dir / EVENTS, "a") as file:
             file.write(line + "\n")
 
-    def show(self, state: JobState, waiting: str | None = None) -> None:
+    def show(self, state: JobState) -> None:
         """Bring status.json up to date, at once when the phase or what is waited for changes."""
-        told = waiting or waiting_for(state)
+        told = self.waits_for = waiting_for(state)
         key = (state.phase, state.epoch, told)
         now = time.monotonic()
         if key == self._last and now - self._written < STATUS_EVERY_S:

@@ -185,7 +185,8 @@ def _is_ray(pid: int) -> bool:
         state = Path("/proc", str(pid), "stat").read_text().rsplit(")", 1)[1].split()[0]
     except OSError:
         return False
-    return b"ray.scripts.scripts" in command and state != "Z"
+    starting = command == b""  # in the moment of its start it has no command line yet
+    return (starting or b"ray.scripts.scripts" in command) and state != "Z"
 
 
 def _end(nodes: list[int]) -> None:

@@ -95,7 +95,7 @@ class TrainingProgress:
             f"load {load[: self._ffn_experts]}|{load[self._ffn_experts :]}   "
             f"to zero-computation experts {record['zero_computation_share']:.0%}   {_routing(record['layers'])}"
         )
-        self._bar.update(self._task, completed=record["step"])
+        self._bar.update(self._task, completed=record["step"], description="training")
         self._figures.plain = figures
         due = time.monotonic() - self._printed >= LINE_EVERY_S or record["step"] in (1, self._steps)
         if not self._live and due:

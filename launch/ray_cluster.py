@@ -164,7 +164,8 @@ class Pool:
         self.name = name
         gpus = gpus_for(workers)
         bundle = {"CPU": cpus} | ({"GPU": gpus} if gpus else {})
-        _check_capacity(name, workers, bundle)
+        self._asked = (workers, bundle)
+        self.check_room()
         self._group = placement_group([bundle] * workers, strategy="PACK", name=name)
         if not self._group.wait(PLACEMENT_TIMEOUT_S):
             remove_placement_group(self._group)
@@ -179,6 +180,10 @@ class Pool:
         place = PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=rank)
         options = {**self._resources, "max_concurrency": 8, "scheduling_strategy": place}
         return self._actor.options(**options).remote(rank, *self._arguments)
+
+    def check_room(self) -> None:
+        """Raise WorkerFailed when the nodes that are left could not hold the pool, however empty they were."""
+        _check_capacity(self.name, *self._asked)
 
     def replace(self, rank: int) -> None:
         """A new worker in the place of one that is dead, or will be."""

@@ -114,7 +114,7 @@ class Job:
                 self._happens(Interrupt())
             elif (request := self._request()) is not None:
                 self._happens(request)
-            self._log.show(self._state)
+            self._tell_where_it_stands()
         self._end(self._outcome)
 
     def _end(self, outcome: Finish | GiveUp) -> None:
@@ -197,8 +197,17 @@ class Job:
         self._last = self._last._replace(recipe=self._last.recipe.model_copy(update=sections))
 
     def _form(self, epoch: Epoch, keep: tuple[int, ...]) -> None:
+        self._tell_where_it_stands()
+        try:
+            self._crew.form(epoch, keep)
+        except RuntimeError as error:  # no place for them; no decision can make one
+            self._outcome = GiveUp(str(error))
+
+    def _tell_where_it_stands(self) -> None:
+        before = self._log.waits_for
         self._log.show(self._state)
-        self._crew.form(epoch, keep)
+        if (waits := self._log.waits_for) not in (None, before):
+            self._watch({"kind": "waiting", "for": waits})
 
     def _request(self) -> Event | None:
         """What somebody asked for with a file in the run's folder; a size that the job cannot have is told."""

@@ -12,6 +12,7 @@ from commands import TINY_RECIPE
 
 from expertmesh.launch import supervise
 from expertmesh.launch.event_log import EventLog, read_events
+from expertmesh.launch.ray_cluster import WorkerFailed
 from expertmesh.launch.recipe import load_recipe
 from expertmesh.launch.recovery import Beat, How, Left
 from expertmesh.launch.roles import Epoch
@@ -90,10 +91,25 @@ def test_before_the_first_checkpoint_a_job_begins_again_where_it_began(first):
     watched = run(first, crew)
     (_, again) = crew.formed
     assert again[1] == (0,) and again[0].number == 1 and again[0].resume_from is None
-    assert [record["what"] for record in again[0].opening] == ["failed", "re-formed"] == [r["what"] for r in watched]
+    events = [record["what"] for record in watched if record["kind"] == "event"]
+    assert [record["what"] for record in again[0].opening] == ["failed", "re-formed"] == events
+    waits = [record["for"] for record in watched if record["kind"] == "waiting"]
+    assert waits == ["trainer 0, 1 to start", "trainer 0, 1 to start"], "once an epoch"
     assert happened(first) == ["started", "failed", "re-formed", "finished"]
     status = json.loads((first.recipe.run_folder / "status.json").read_text())
     assert (status["phase"], status["epoch"], status["failures"]) == ("over", 1, 1)
+
+
+def test_no_place_for_the_workers_is_told(first, monkeypatch):
+    class Full(Script):
+        def form(self, epoch: Epoch, keep: tuple[int, ...]) -> None:
+            if epoch.number:
+                raise WorkerFailed("pool trainer asks for 2 workers of 1 CPU; the cluster has room for 1: a has 1 CPU")
+            super().form(epoch, keep)
+
+    with pytest.raises(JobFailed, match="the cluster has room for 1"):
+        run(first, Full([WORK, LOSS]))
+    assert happened(first)[-1] == "gave up"
 
 
 def checkpoints(first: Epoch, monkeypatch: pytest.MonkeyPatch, whole: int | None, damaged: int | None) -> None:
