@@ -12,5 +12,5 @@ def test_quickstart_beats_unigrams_and_itself_without_routed_experts(tmp_path):
     losses = (whole["validation_loss"], without["validation_loss"], whole["unigram_loss"])
     print("\nheld-out loss {:.3f}; routed experts switched off {:.3f}; unigram model {:.3f}".format(*losses))
     assert whole["unigram_loss"] == without["unigram_loss"], "not the same data"
-    assert whole["validation_loss"] < whole["unigram_loss"] - 1.0
-    assert whole["validation_loss"] < without["validation_loss"] - 0.1
+    assert whole["validation_loss"] < whole["unigram_loss"] - 2.0
+    assert whole["validation_loss"] < without["validation_loss"] - 0.05

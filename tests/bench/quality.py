@@ -1,6 +1,6 @@
 """MoE++ against a plain mixture of experts, and tau against the work done: real training runs, printed as a table.
 
-    python tests/bench/quality.py [--steps 300] [--seeds 0 1 2] [--taus 0.1 0.25 0.5 0.75 1.0]
+    python tests/bench/quality.py [--steps 800] [--seeds 0 1 2] [--taus 0.1 0.25 0.5 0.75 1.0]
 
 The quickstart's model, data and batches on one rank. "plain" is the same model without zero-computation experts and
 gating residuals: the same FFN experts, tokens and seed. Held-out loss in nats per token.
@@ -51,7 +51,7 @@ def train(folder: Path, data: Path, groups: Groups, steps: int, seed: int, moe: 
 
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--steps", type=int, default=300)
+    options.add_argument("--steps", type=int, default=800)
     options.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     options.add_argument("--taus", type=float, nargs="+", default=[0.1, 0.25, 0.5, 0.75, 1.0])
     asked = options.parse_args()
