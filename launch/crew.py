@@ -103,7 +103,7 @@ class RayCrew:
         return records + self.records(last) if last and records else records
 
     def ask_to_leave(self) -> None:
-        self._made.call(0, "leave")
+        self._made.call(0, "leave", self._epoch)
 
     def dump(self, ranks: tuple[int, ...]) -> None:
         self._made.wait([self._made.call(rank, "dump_stacks") for rank in ranks], DUMP_S, len(ranks))

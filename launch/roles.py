@@ -7,8 +7,7 @@ import gc
 import logging
 import os
 import sys
-import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -66,7 +65,7 @@ class TrainerRole:
     def __init__(self, rank: int, world: int, host: str, port: int) -> None:
         self._rank, self._world, self._host, self._port = rank, world, host, port
         self._records: list[Record] = []
-        self._leaving = threading.Event()
+        self._leave = -1  # the number of the epoch that is to be left
 
     def run(self, epoch: Epoch) -> int:
         """Train to the end, or until told to leave; returns the last step that was made.
@@ -76,7 +75,6 @@ class TrainerRole:
         recipe, model = epoch.recipe, epoch.model
         log_to(recipe.run_folder / "logs" / f"trainer-{self._rank}.log")
         os.environ.update(RANK=str(self._rank), WORLD_SIZE=str(self._world), LOCAL_RANK=str(self._rank))
-        self._leaving.clear()
         pulse = Pulse(join(self._host, self._port), epoch.number, self._rank)
         try:
             device = choose_device(self._rank)
@@ -91,7 +89,7 @@ class TrainerRole:
                 dispatch=recipe.parallel.dispatch,
                 skip=epoch.skip,
             )
-            watch = _Watch(self._rank, epoch, pulse, self._leaving)
+            watch = _Watch(self._rank, epoch, pulse, lambda: self._leave == epoch.number)
             if self._rank:
                 trainer.run(lambda record: pulse.advance(), watch)
             else:
@@ -111,9 +109,9 @@ class TrainerRole:
             destroy_groups()
             gc.collect()  # what is left of the model goes before the next epoch builds its own
 
-    def leave(self) -> None:
-        """Have all workers save and return at the end of the step."""
-        self._leaving.set()
+    def leave(self, epoch: int) -> None:
+        """Have all workers save and return at the end of a step of `epoch`, which may not have begun yet."""
+        self._leave = epoch
 
     def take_records(self) -> list[Record]:
         """What happened since the last call."""
@@ -129,7 +127,7 @@ class TrainerRole:
 class _Watch(Watch):
     """Between steps: a heartbeat, a drill, and the wish to leave."""
 
-    def __init__(self, rank: int, epoch: Epoch, pulse: Pulse, leaving: threading.Event) -> None:
+    def __init__(self, rank: int, epoch: Epoch, pulse: Pulse, leaving: Callable[[], bool]) -> None:
         self._rank, self._epoch, self._pulse, self._leaving = rank, epoch, pulse, leaving
 
     def before(self, step: int, model: nn.Module) -> None:
@@ -138,7 +136,7 @@ class _Watch(Watch):
         strike(epoch.recipe.chaos, self._rank, step, epoch.skip, model)
 
     def wants_to_leave(self) -> bool:
-        return self._leaving.is_set()
+        return self._leaving()
 
 
 class AttentionRole:
