@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from expertmesh.system.model.checkpoint import CheckpointError
+from expertmesh.system.train import checksums
 from expertmesh.system.train.checksums import checksum, verify, write_checksums
 
 
@@ -21,7 +22,9 @@ def folder(tmp_path) -> Path:
     return tmp_path
 
 
-def test_a_known_sum(tmp_path):
+@pytest.mark.parametrize("block", [1, 4, 9, 1 << 22])
+def test_a_known_sum_however_it_is_read(tmp_path, monkeypatch, block):
+    monkeypatch.setattr(checksums, "_BLOCK", block)
     path = tmp_path / "check"
     path.write_bytes(b"123456789")
     assert checksum(path) == [9, 0xCBF43926], "the check value of CRC-32"

@@ -148,7 +148,13 @@ CASES = [
     Case(
         "one falls silent while its peer waits for it",
         {},
-        [(9, Beat(0, 9, 5, 5)), (10.5, Tick()), (15.6, Left(1, How.DIED, "killed")), (15.7, REFUSED)],
+        [
+            (9, Beat(0, 9, 5, 5)),
+            (9, Beat(1, 1, 5, 5)),
+            (10.5, Tick()),
+            (15.6, Left(1, How.DIED, "killed")),
+            (15.7, REFUSED),
+        ],
         [Dump((0, 1)), Kill((1,)), Form(1, TWO, (0,), NONE)],
         ["trainer 1 hangs: no heartbeat, and none of the job for 10 s"],
     ),
@@ -268,6 +274,14 @@ def test_a_job_that_is_starting_has_longer():
     state = begin(FaultConfig(stall_s=1), 20, TWO, (), 0.0)
     state, actions, _ = play(state, (1, Beat(0, 1, 0, 0)), (100, Tick()), (1.5 + START_S, Tick()))
     assert actions == [Dump((0, 1)), Kill((0, 1))]
+
+
+def test_a_job_shrinks_as_little_as_may_be():
+    three = ParallelSizes(dp=3)
+    state = begin(FaultConfig(policy="shrink"), 20, FOUR, (three, ONE), 0.0)
+    events = [(1.0, Left(3, How.DIED, "died")), *((1.1, Left(rank, How.RAISED, CUT)) for rank in range(3))]
+    _, actions, _ = play(state, *events)
+    assert actions == [Form(1, three, (), NONE)]
 
 
 def test_after_the_end_nothing_happens():
