@@ -65,8 +65,16 @@ class TrainingProgress:
             self._step(record)
         elif kind == "validation":
             self._print(f"step {record['step']}: held-out loss {record['loss']:.3f}")
-        elif kind == "event" and record["what"] == "resumed":
+        elif kind == "event":
+            self._event(record)
+
+    def _event(self, record: dict[str, Any]) -> None:
+        if "step" in record and record["what"] in ("resumed", "re-formed"):
             self._bar.update(self._task, completed=record["step"])
+        if "epoch" in record:  # the coordinator's: something happened to the job
+            step, why = record.get("step"), record.get("why")
+            place = f" at step {step}" if step is not None else ""
+            self._print(f"{record['what']}{place}{f': {why}' if why else ''}")
 
     def _start(self, record: dict[str, Any]) -> None:
         names = record["expert_names"]
@@ -87,7 +95,7 @@ class TrainingProgress:
             f"load {load[: self._ffn_experts]}|{load[self._ffn_experts :]}   "
             f"to zero-computation experts {record['zero_computation_share']:.0%}   {_routing(record['layers'])}"
         )
-        self._bar.update(self._task, completed=record["step"])
+        self._bar.update(self._task, completed=record["step"], description="training")
         self._figures.plain = figures
         due = time.monotonic() - self._printed >= LINE_EVERY_S or record["step"] in (1, self._steps)
         if not self._live and due:

@@ -27,9 +27,18 @@ if os.environ.get("RAY_AUTH_TOKEN") or _TOKEN_FILE.exists():
     os.environ.setdefault("RAY_AUTH_MODE", "token")
 
 import ray
-from ray.exceptions import AuthenticationError, RayActorError, RayTaskError
+from ray.exceptions import AuthenticationError, OutOfMemoryError, RayActorError, RayTaskError
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+
+def _to_our_log(data: dict[str, Any], ignore_prefix: bool) -> None:
+    logging.getLogger(__name__).debug("%s: %s", data["pid"], " ".join(data["lines"]))
+
+
+# Ray prints what it has to say of workers that died to standard output, where our results are; no setting of it stops
+# that. Who died is told by its calls.
+ray._private.worker.print_to_stdstream = _to_our_log
 
 PLACEMENT_TIMEOUT_S = 60
 SPREAD_S = 2.0  # from one worker's death to its peers' errors: 0.05 s seen on one machine
@@ -63,9 +72,10 @@ def _start(folder: str, cpus: int) -> None:
 class WorkerFailed(RuntimeError):
     """A worker of a pool raised or died, or could not be placed; the message is one line that names it."""
 
-    def __init__(self, message: str, died: bool = False) -> None:
+    def __init__(self, message: str, died: bool = False, cause: BaseException | None = None) -> None:
         super().__init__(message)
         self.died = died
+        self.cause = cause  # what the worker raised
 
 
 class NoCluster(RuntimeError):
@@ -154,23 +164,50 @@ class Pool:
         self.name = name
         gpus = gpus_for(workers)
         bundle = {"CPU": cpus} | ({"GPU": gpus} if gpus else {})
-        _check_capacity(name, workers, bundle)
+        self._asked = (workers, bundle)
+        self.check_room()
         self._group = placement_group([bundle] * workers, strategy="PACK", name=name)
         if not self._group.wait(PLACEMENT_TIMEOUT_S):
             remove_placement_group(self._group)
             raise WorkerFailed(
                 f"pool {name}: no place for {workers} workers of {bundle} within {PLACEMENT_TIMEOUT_S} s"
             )
-        actor = ray.remote(role)
-        self.workers = [
-            actor.options(
-                num_cpus=cpus,
-                num_gpus=gpus,
-                max_concurrency=8,
-                scheduling_strategy=PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=rank),
-            ).remote(rank, *arguments)
-            for rank in range(workers)
-        ]
+        self._actor, self._arguments = ray.remote(role), arguments
+        self._resources = {"num_cpus": cpus, "num_gpus": gpus}
+        self.workers = [self._place(rank) for rank in range(workers)]
+
+    def _place(self, rank: int) -> Any:
+        place = PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=rank)
+        options = {**self._resources, "max_concurrency": 8, "scheduling_strategy": place}
+        return self._actor.options(**options).remote(rank, *self._arguments)
+
+    def check_room(self) -> None:
+        """Raise WorkerFailed when the nodes that are left could not hold the pool, however empty they were."""
+        _check_capacity(self.name, *self._asked)
+
+    def replace(self, rank: int) -> None:
+        """A new worker in the place of one that is dead, or will be."""
+        ray.kill(self.workers[rank])
+        self.workers[rank] = self._place(rank)
+
+    def kill(self, rank: int) -> None:
+        """End a worker at once; one that is stopped ends within 5 s."""
+        ray.kill(self.workers[rank])
+
+    def call(self, rank: int, method: str, *arguments: Any) -> ray.ObjectRef:
+        """Call `method` on one worker, without waiting."""
+        return getattr(self.workers[rank], method).remote(*arguments)
+
+    def answer(self, rank: int, call: ray.ObjectRef, seconds: float) -> Any:
+        """What a call gave; None when it takes longer than `seconds`. Raises WorkerFailed."""
+        done, _ = ray.wait([call], timeout=seconds)
+        return self._result(rank, call) if done else None
+
+    @staticmethod
+    def wait(calls: list[ray.ObjectRef], seconds: float, count: int = 1) -> list[ray.ObjectRef]:
+        """Wait until `count` of `calls` have ended, or `seconds` have passed; return those that have."""
+        done, _ = ray.wait(calls, num_returns=count, timeout=seconds)
+        return done
 
     def start(self, method: str, *arguments: Any) -> list[ray.ObjectRef]:
         """Call `method` on every worker, without waiting; `finished` looks after the calls."""
@@ -221,8 +258,8 @@ class Pool:
         try:
             yield
         except RayTaskError as error:
-            raise WorkerFailed(f"{self.name} {rank} failed: {_cause(error)}", died=False) from error
-        except RayActorError as error:
+            raise WorkerFailed(f"{self.name} {rank} failed: {_cause(error)}", False, error.cause) from error
+        except (RayActorError, OutOfMemoryError) as error:
             raise WorkerFailed(f"{self.name} {rank} died: killed, out of memory, or crashed", died=True) from error
 
     def stop(self) -> None:

@@ -10,6 +10,8 @@ from typing import Any, get_args
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
+from expertmesh.launch.chaos import ChaosConfig
+from expertmesh.launch.recovery import FaultConfig
 from expertmesh.parallel.recipe_section import RecipeSection
 from expertmesh.parallel.sizes import ParallelSizes, divisors
 from expertmesh.system.model.config import ModelConfig
@@ -41,6 +43,8 @@ class Recipe(RecipeSection):
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()
     cluster: ClusterConfig = ClusterConfig()
+    fault: FaultConfig = FaultConfig()
+    chaos: ChaosConfig = ChaosConfig()
 
     @property
     def run_folder(self) -> Path:
@@ -212,6 +216,9 @@ def _sections_in(annotation: Any) -> Iterator[type[BaseModel]]:
 def check_together(recipe: Recipe, model: ModelConfig) -> None:
     """Rules between the sections and the model. Raises ValueError."""
     sizes, moe = recipe.parallel, model.moe
+    for key, place in recipe.chaos.places().items():
+        if place.rank >= sizes.world_size:
+            raise ValueError(f"chaos.{key}: there is no trainer {place.rank}; the job has {sizes.world_size} workers")
     if moe.quantization:
         told = f"start_from={recipe.start_from}" if recipe.start_from else "model.moe.quantization"
         raise ValueError(f"{told}: quantised experts are not trained; train the model before `convert quantize`")

@@ -18,11 +18,11 @@ class Rendezvous:
 
     def __init__(self, host: str) -> None:
         self.host = host
-        self._store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=WAIT)
+        self.store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=WAIT)
 
     @property
     def port(self) -> int:
-        return self._store.port
+        return self.store.port
 
 
 def join(host: str, port: int) -> dist.Store:

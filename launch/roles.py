@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import faulthandler
+import gc
 import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch.distributed as dist
+from torch import nn
 
 from expertmesh.kernels.device import choose_device
+from expertmesh.launch.chaos import strike
+from expertmesh.launch.heartbeat import Pulse
 from expertmesh.launch.recipe import Recipe
 from expertmesh.launch.rendezvous import join
-from expertmesh.parallel.groups import build_groups
+from expertmesh.parallel.groups import build_groups, destroy_groups
 from expertmesh.parallel.timeline import Busy, Span
 from expertmesh.system.model.checkpoint import Checkpoint
 from expertmesh.system.model.config import ModelConfig
@@ -25,7 +30,7 @@ from expertmesh.system.serve.loop import EngineLoop
 from expertmesh.system.serve.request import Output, Request
 from expertmesh.system.serve.workers import attention_engine, run_ffn_worker
 from expertmesh.system.train.run_log import RunLog
-from expertmesh.system.train.trainer import Record, Trainer
+from expertmesh.system.train.trainer import Record, Trainer, Watch
 
 COLLECTIVE_TIMEOUT = timedelta(seconds=300)
 
@@ -41,54 +46,97 @@ def log_to(path: Path) -> None:
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(name)s %(message)s", force=True)
 
 
+class Epoch(NamedTuple):
+    """What the workers of a training job are to do until one of them is lost (see launch/recovery.py)."""
+
+    number: int
+    recipe: Recipe  # with the layout of this epoch
+    model: ModelConfig
+    settings: dict[str, Any]  # go into checkpoints
+    resume_from: Path | None
+    begin_with: Checkpoint | None  # where there is nothing to resume from; None: weights drawn from the seed
+    opening: list[Record]  # the first records of the run's log
+    skip: frozenset[int]  # steps whose batches are left out
+
+
 class TrainerRole:
     """One rank of a training job. Rank 0 writes the run's log and keeps records for whoever watches."""
 
     def __init__(self, rank: int, world: int, host: str, port: int) -> None:
         self._rank, self._world, self._host, self._port = rank, world, host, port
         self._records: list[Record] = []
+        self._leave = -1  # the number of the epoch that is to be left
 
-    def run(
-        self,
-        recipe: Recipe,
-        model: ModelConfig,
-        settings: dict[str, Any],
-        resume_from: Path | None,
-        begin_with: Checkpoint | None,
-        opening: list[Record],
-    ) -> None:
-        """Train to the end. `settings` go into checkpoints; `opening` are the first records of the run's log."""
+    def run(self, epoch: Epoch) -> int:
+        """Train to the end, or until told to leave; returns the last step that was made.
+
+        May be called again after it has raised: the process goes on in the next epoch.
+        """
+        recipe, model = epoch.recipe, epoch.model
         log_to(recipe.run_folder / "logs" / f"trainer-{self._rank}.log")
         os.environ.update(RANK=str(self._rank), WORLD_SIZE=str(self._world), LOCAL_RANK=str(self._rank))
-        device = choose_device(self._rank)
-        store = dist.PrefixStore("trainers", join(self._host, self._port))
-        dist.init_process_group(
-            device.backend, store=store, rank=self._rank, world_size=self._world, timeout=COLLECTIVE_TIMEOUT
-        )
-        groups = build_groups(recipe.parallel)
-        trainer = Trainer(
-            *(model, recipe.train, recipe.run_folder, groups, device, settings, resume_from, begin_with),
-            dispatch=recipe.parallel.dispatch,
-        )
-        if self._rank:
-            trainer.run(lambda record: None)
-        else:
-            with RunLog(recipe.run_folder, first_step=trainer.state.step + 1) as run_log:
+        pulse = Pulse(join(self._host, self._port), epoch.number, self._rank)
+        try:
+            device = choose_device(self._rank)
+            store = dist.PrefixStore(f"trainers/{epoch.number}", join(self._host, self._port))
+            dist.init_process_group(
+                device.backend, store=store, rank=self._rank, world_size=self._world, timeout=COLLECTIVE_TIMEOUT
+            )
+            groups = build_groups(recipe.parallel)
+            trainer = Trainer(
+                *(model, recipe.train, recipe.run_folder, groups, device, epoch.settings),
+                *(epoch.resume_from, epoch.begin_with),
+                dispatch=recipe.parallel.dispatch,
+                skip=epoch.skip,
+            )
+            watch = _Watch(self._rank, epoch, pulse, lambda: self._leave == epoch.number)
+            if self._rank:
+                trainer.run(lambda record: pulse.advance(), watch)
+            else:
+                with RunLog(recipe.run_folder, first_step=trainer.state.step + 1) as run_log:
 
-                def report(record: Record) -> None:
-                    run_log.write(record)
-                    self._records.append(record)
+                    def report(record: Record) -> None:
+                        pulse.advance()
+                        run_log.write(record)
+                        self._records.append(record)
 
-                for record in opening:
-                    report(record)
-                trainer.run(report)
-        dist.destroy_process_group()
+                    for record in epoch.opening:
+                        report(record)
+                    trainer.run(report, watch)
+            return trainer.state.step
+        finally:
+            pulse.close()
+            destroy_groups()
+            gc.collect()  # what is left of the model goes before the next epoch builds its own
+
+    def leave(self, epoch: int) -> None:
+        """Have all workers save and return at the end of a step of `epoch`, which may not have begun yet."""
+        self._leave = epoch
 
     def take_records(self) -> list[Record]:
         """What happened since the last call."""
         taken = self._records[:]
         del self._records[: len(taken)]
         return taken
+
+    def dump_stacks(self) -> None:
+        """Write to the log where each thread is."""
+        faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
+
+
+class _Watch(Watch):
+    """Between steps: a heartbeat, a drill, and the wish to leave."""
+
+    def __init__(self, rank: int, epoch: Epoch, pulse: Pulse, leaving: Callable[[], bool]) -> None:
+        self._rank, self._epoch, self._pulse, self._leaving = rank, epoch, pulse, leaving
+
+    def before(self, step: int, model: nn.Module) -> None:
+        self._pulse.advance(step)
+        epoch = self._epoch
+        strike(epoch.recipe.chaos, self._rank, step, epoch.skip, model)
+
+    def wants_to_leave(self) -> bool:
+        return self._leaving()
 
 
 class AttentionRole:

@@ -13,21 +13,19 @@ from statistics import fmean, median
 from typing import Any, NamedTuple
 
 from expertmesh.launch.find_checkpoint import find_checkpoint
-from expertmesh.launch.ray_cluster import Pool, WorkerFailed, cluster
 from expertmesh.launch.recipe import Recipe, check_together
-from expertmesh.launch.rendezvous import Rendezvous
-from expertmesh.launch.roles import TrainerRole
+from expertmesh.launch.roles import Epoch
+from expertmesh.launch.status import lock_of
+from expertmesh.launch.supervise import supervise
 from expertmesh.parallel.deepspeed_build import is_built, prepare_build
-from expertmesh.system.model.checkpoint import Checkpoint, CheckpointError, open_checkpoint
+from expertmesh.system.model.checkpoint import Checkpoint, open_checkpoint
 from expertmesh.system.model.config import ModelConfig
 from expertmesh.system.model.tensor_parallel import check_split
 from expertmesh.system.train.corpus import check_source
 from expertmesh.system.train.dataset import TokenDataset, prepare_tokens
 from expertmesh.system.train.report import read_run, write_report
-from expertmesh.system.train.snapshot import checkpoints_of, read_state
+from expertmesh.system.train.snapshot import checkpoints_of, last_whole, read_state, set_aside
 from expertmesh.system.train.trainer import Record
-
-WATCH_EVERY_S = 0.25
 
 
 class Start(NamedTuple):
@@ -44,7 +42,8 @@ class Start(NamedTuple):
 def find_start(recipe: Recipe, fresh: bool) -> Start:
     """Decide between going on and starting anew; an earlier run that is not gone on with is moved aside, never deleted.
 
-    Raises ValueError when an unfinished run in the folder was made with other settings, or its checkpoint is damaged.
+    Damaged checkpoints are set aside, and the note says so. Raises ValueError when an unfinished run in the folder was
+    made with other settings, or no checkpoint of it is whole.
     A run that goes on needs nothing of the checkpoint that it once started from.
     """
     check_source(recipe.data.source)
@@ -52,10 +51,10 @@ def find_start(recipe: Recipe, fresh: bool) -> Start:
     checkpoints = checkpoints_of(run_folder)
     if fresh or not checkpoints:
         return _from_the_beginning(recipe, bool(checkpoints))
-    try:
-        state = read_state(checkpoints[-1])
-    except CheckpointError as error:
-        raise ValueError(f"{error}; delete {checkpoints[-1]} to go on from before it, or --fresh starts over") from None
+    whole, damaged = last_whole(run_folder)
+    if whole is None:
+        raise ValueError(f"{damaged[checkpoints[-1]]}; no checkpoint of {run_folder} is whole, --fresh starts over")
+    state = read_state(whole)
     if state.step >= recipe.train.steps:
         return _from_the_beginning(recipe, moved_aside=True)
     changed = _first_difference(state.settings | {"tokens": None}, recipe.settings() | {"tokens": None})
@@ -66,10 +65,12 @@ def find_start(recipe: Recipe, fresh: bool) -> Start:
         )
     model, tokenizer = recipe.model, recipe.data.tokenizer
     if recipe.start_from is not None:
-        model, tokenizer = open_checkpoint(checkpoints[-1]).config, str(checkpoints[-1])
+        model, tokenizer = open_checkpoint(whole).config, str(whole)
         check_together(recipe, model)
-    note = f"going on from step {state.step} of {run_folder} (--fresh starts over)"
-    return Start(state.step, checkpoints[-1], None, model, tokenizer, note)
+    set_aside(run_folder, damaged, whole)
+    lost = "".join(f"{told}; set aside. " for told in damaged.values())
+    note = f"{lost}going on from step {state.step} of {run_folder} (--fresh starts over)"
+    return Start(state.step, whole, None, model, tokenizer, note)
 
 
 def _from_the_beginning(recipe: Recipe, moved_aside: bool) -> Start:
@@ -90,7 +91,7 @@ def sole_user(recipe: Recipe) -> Iterator[None]:
     """Hold the run's folder; ValueError when another process trains in it. A killed process holds nothing."""
     run_folder = recipe.run_folder
     run_folder.parent.mkdir(parents=True, exist_ok=True)
-    with open(run_folder.parent / f".{run_folder.name}.lock", "w") as lock:
+    with open(lock_of(run_folder), "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -142,7 +143,8 @@ def prepare_data(recipe: Recipe, start: Start, watch: Callable[[Record], None]) 
 def run_job(recipe: Recipe, start: Start, dataset: TokenDataset, watch: Callable[[Record], None]) -> Record:
     """Run a training job to its end and write its report; returns what `--json` prints.
 
-    `watch` is given every record as it comes. Raises WorkerFailed, a RuntimeError, when a worker dies.
+    `watch` is given every record as it comes. Raises JobFailed, a RuntimeError, for what could not be survived, and
+    KeyboardInterrupt when it was told to end, once all is saved.
     """
     run_folder = recipe.run_folder
     model = start.model
@@ -167,7 +169,11 @@ def run_job(recipe: Recipe, start: Start, dataset: TokenDataset, watch: Callable
     if start.resume_from:
         opening.append({"kind": "event", "what": "resumed", "step": start.step, "checkpoint": str(start.resume_from)})
     settings = recipe.settings() | {"tokens": dataset.meta.digest}
-    _train(recipe, model, settings, start, opening, watch)
+    if recipe.cluster.address is None and not is_built():
+        watch({"kind": "waiting", "for": "a C++ compiler to build DeepSpeed's CPU operator (once, about a minute)"})
+        prepare_build()
+    first = Epoch(0, recipe, model, settings, start.resume_from, start.begin_with, opening, frozenset())
+    supervise(first, watch)
 
     run = read_run(run_folder)
     result = {
@@ -186,37 +192,3 @@ def run_job(recipe: Recipe, start: Start, dataset: TokenDataset, watch: Callable
     }
     (run_folder / "result.json").write_text(json.dumps(result, indent=1) + "\n")
     return result | {"report": str(write_report(run_folder))}
-
-
-def _train(
-    recipe: Recipe,
-    model: ModelConfig,
-    settings: Record,
-    start: Start,
-    opening: list[Record],
-    watch: Callable[[Record], None],
-) -> None:
-    workers, place = recipe.parallel.world_size, recipe.cluster
-    cpus = place.cpus_per_worker or (1 if place.address else max(1, (os.cpu_count() or 1) // workers))
-    if place.address is None and not is_built():
-        watch({"kind": "waiting", "for": "a C++ compiler to build DeepSpeed's CPU operator (once, about a minute)"})
-        prepare_build()
-    where = f"the Ray cluster at {place.address}" if place.address else "a Ray of its own"
-    watch({"kind": "waiting", "for": f"{workers} workers on {where}"})
-    with cluster(place.address, cpus * workers) as host:
-        store = Rendezvous(host)
-        pool = Pool("trainer", TrainerRole, workers, cpus, workers, store.host, store.port)
-        try:
-            runs = pool.start("run", recipe, model, settings, start.resume_from, start.begin_with, opening)
-            finished = False
-            while not finished:
-                finished = pool.finished(runs, seconds=WATCH_EVERY_S)
-                for record in pool.first("take_records"):
-                    watch(record)
-        except WorkerFailed as failure:
-            logs = recipe.run_folder / "logs"
-            raise RuntimeError(
-                f"{failure}; logs in {logs}; the same command goes on from the last checkpoint"
-            ) from failure
-        finally:
-            pool.stop()

@@ -142,3 +142,12 @@ def _one_of(groups_of_ranks: Sequence[Sequence[int]]) -> dist.ProcessGroup | Non
     groups = [dist.new_group(list(ranks)) for ranks in groups_of_ranks]
     mine = [group for group, ranks in zip(groups, groups_of_ranks, strict=True) if dist.get_rank() in ranks]
     return mine[0] if mine else None
+
+
+def destroy_groups() -> None:
+    """Leave all groups, so that this process can be in others. Peers that wait for it lose their connection."""
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()

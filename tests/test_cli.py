@@ -18,6 +18,10 @@ import pytest
 from commands import TINY_RECIPE, environment, expertmesh, expertmesh_json, start_expertmesh
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from expertmesh.launch.event_log import read_events
+from expertmesh.launch.status import ask_to_scale, await_scale, status_of
+from expertmesh.system.train.snapshot import read_state
+
 RESULT_KEYS = {
     "run_dir",
     "checkpoint",
@@ -119,8 +123,8 @@ def test_killed_and_resumed_run_equals_the_uninterrupted_one_bit_for_bit(folder,
     def checkpoint_written(step: int) -> Callable[[], bool]:
         return lambda: (run_dir / "checkpoints" / f"step-{step:06d}").is_dir()
 
-    # First a worker dies: the command says which, and leaves nothing running.
-    command = start_expertmesh("train", "tiny.yaml", "name=killed", folder=folder)
+    # First a worker dies, and no failure is to be survived: the command says which, and leaves nothing running.
+    command = start_expertmesh("train", "tiny.yaml", "name=killed", "fault.budget=0", folder=folder)
     wait_until(checkpoint_written(5), "no checkpoint")
     (rank_0, rank_1) = sorted(pid for pid, line in descendants(command.pid).items() if "ray::TrainerRole" in line)
     family = set(descendants(command.pid))
@@ -139,12 +143,40 @@ def test_killed_and_resumed_run_equals_the_uninterrupted_one_bit_for_bit(folder,
     command.communicate()
     wait_until(lambda: not family & set(processes()), "workers outlive the killed command", 30)
 
-    resumed = expertmesh_json("train", "tiny.yaml", "name=killed", folder=folder)
-    assert [event["what"] for event in resumed["events"]].count("resumed") == 2
+    # At last a worker dies and another hangs, and the job goes on by itself.
+    drills = ("chaos.kill=trainer:1@step=27", "chaos.stop=trainer:0@step=29", "fault.stall_s=8")
+    resumed = expertmesh_json("train", "tiny.yaml", "name=killed", *drills, folder=folder)
+    happened = [event["what"] for event in resumed["events"]]
+    assert happened.count("resumed") == 2 and happened.count("re-formed") == 2
+    failed = [event["why"] for event in read_events(run_dir) if event["what"] == "failed"][-2:]
+    assert failed[0].startswith("trainer 1 died") and failed[1].startswith("trainer 0 hangs: no heartbeat")
+    assert "most recent call first" in (run_dir / "logs" / "trainer-1.log").read_text(), "no stacks of a hanging job"
     assert resumed["losses"] == trained["losses"]
     assert resumed["validation_loss"] == trained["validation_loss"]
     weights = "model-00002-of-00002.safetensors"
     assert (run_dir / "checkpoint" / weights).read_bytes() == (Path(trained["checkpoint"]) / weights).read_bytes()
+
+
+def test_a_running_job_grows_and_saves_when_it_is_told_to_end(folder, trained):
+    """Of another size, sums are made in another order: losses differ by rounding, growing with the steps."""
+    run_dir = folder / "runs" / "scaled"
+    command = start_expertmesh("train", "tiny.yaml", "name=scaled", "train.checkpoint_every=100", folder=folder)
+    wait_until(lambda: (run_dir / "status.json").is_file(), "no status")
+    ask_to_scale(run_dir, 4)  # the verb does this and waits; 30 steps would be over before it has started
+    grown = await_scale(run_dir, 0)
+    assert grown["parallel"]["ep"] == grown["parallel"]["dp"] == 4 and grown["kept"] == []
+    wait_until(lambda: status_of(run_dir)["step"] > grown["step"], "no step of the larger job")
+    command.terminate()
+    found = status_of(run_dir)
+    assert found["state"] == "running" and len(found["workers"]) == 4 and found["epoch"] == 1
+    _, errors = command.communicate(timeout=60)
+    assert command.returncode == 130, errors
+    assert expertmesh_json("status", "scaled", folder=folder)["state"] == "interrupted"
+    saved = read_state(run_dir / "checkpoint").step
+    assert grown["step"] < saved < 30, "it was to save where no checkpoint was due"
+    resumed = expertmesh_json("train", "tiny.yaml", "name=scaled", folder=folder)
+    assert resumed["losses"] == pytest.approx(trained["losses"], rel=1e-4)
+    assert resumed["losses"][: grown["step"]] == trained["losses"][: grown["step"]]
 
 
 def test_a_finished_run_is_kept_aside_when_the_same_is_trained_again(folder, trained):
@@ -250,6 +282,11 @@ WRONG = [
     ("a trace in no folder", ["serve", "runs/tiny", "--port", "0", "--trace", "no/t.json"], "--trace no/t.json"),
     ("an empty pool", ["generate", "runs/tiny", "--prompt", "x", "--attention", "0"], "at least one"),
     ("a dashboard that is not there", ["submit", "tiny.yaml", "--address", "http://127.0.0.1:9"], "127.0.0.1:9"),
+    ("a job that is over", ["scale", "tiny", "--experts-parallel", "4"], "nothing trains in"),
+    ("a drill on a worker that is not there", ["train", "tiny.yaml", "chaos.kill=trainer:2@step=1"], "no trainer 2"),
+    ("a policy that is not known", ["train", "tiny.yaml", "fault.policy=pray"], "fault.policy=pray"),
+    ("no such run", ["status", "nowhere"], "nowhere: no run of that name"),
+    ("a log that is not there", ["logs", "tiny", "--rank", "trainer:7"], "--rank trainer:7: no log"),
     ("an address without http", ["submit", "tiny.yaml", "--address", "here"], "--address 'here'"),
 ]
 

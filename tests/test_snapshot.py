@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import itertools
 import json
@@ -15,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from tiny import tiny_model
 
 from expertmesh.parallel.groups import Groups
@@ -25,7 +27,17 @@ from expertmesh.system.model.checkpoint import CheckpointError, load_weights, re
 from expertmesh.system.model.transformer import Transformer
 from expertmesh.system.model.weights import initialise, weights
 from expertmesh.system.train import snapshot
-from expertmesh.system.train.snapshot import RunState, checkpoints_of, load_optimizer, read_state, save
+from expertmesh.system.train.snapshot import (
+    RunState,
+    SaveFailed,
+    checkpoints_of,
+    clear_unfinished,
+    last_whole,
+    load_optimizer,
+    read_state,
+    save,
+    set_aside,
+)
 
 CONFIG = tiny_model(
     vocab_size=16,
@@ -322,3 +334,66 @@ def test_every_weight_has_its_moments(tmp_path, tokenizer):
     index = json.loads((folder / "training" / snapshot.OPTIMIZER_INDEX).read_text())["weight_map"]
     names = [name for weight in weights(model_of()) for name in weight.split(weight.parameter)]
     assert index.keys() == {f"{kind}/{name}" for kind in AdamState._fields for name in names}
+
+
+def spoil(folder: Path) -> None:
+    """One bit of a weight, which no reader of the file notices."""
+    path = next(folder.glob("model-*.safetensors"))
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+def test_a_checkpoint_that_changed_on_the_disk_is_passed_over(tmp_path, tokenizer):
+    folders = [save_one(tmp_path, step, tokenizer) for step in (2, 4, 6)]
+    assert last_whole(tmp_path) == (folders[2], {})
+    for folder in folders[1:]:
+        spoil(folder)
+        check_whole_but_for_sums(folder)
+    whole, damaged = last_whole(tmp_path)
+    assert whole == folders[0] and list(damaged) == folders[:0:-1]
+    assert all("its checksum differs" in told for told in damaged.values())
+    set_aside(tmp_path, damaged, folders[0])
+    assert checkpoints_of(tmp_path) == [folders[0]] and (tmp_path / "checkpoint").resolve() == folders[0].resolve()
+    save_one(tmp_path, 4, tokenizer)
+    check_whole(tmp_path / "checkpoint")
+    assert {p.name for p in (tmp_path / "checkpoints").glob("damaged-*")} == {
+        "damaged-step-000004",
+        "damaged-step-000006",
+    }
+    for folder in checkpoints_of(tmp_path):
+        spoil(folder)
+    whole, damaged = last_whole(tmp_path)
+    assert whole is None and len(damaged) == 2
+
+
+def check_whole_but_for_sums(folder: Path) -> None:
+    read_state(folder)
+    load_weights(Transformer(read_config(folder)), folder)
+
+
+FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "a file")
+# What safetensors raises, seen with a limit on the size of files.
+FULL_FOR_TENSORS = SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+
+@pytest.mark.parametrize(
+    "full, error",
+    [("write_tensors", FULL_FOR_TENSORS), ("write_json", FULL), ("write_checksums", FULL), ("write_config", FULL)],
+)
+def test_a_full_disk_while_saving_is_one_line_and_the_old_checkpoints_stay(
+    tmp_path, tokenizer, monkeypatch, full, error
+):
+    def refuse(*args: Any) -> None:
+        raise error
+
+    old = save_one(tmp_path, 2, tokenizer)
+    with monkeypatch.context() as patch:
+        patch.setattr(snapshot, full, refuse)
+        with pytest.raises(SaveFailed, match="step 4 could not be saved: .*No space left on device") as raised:
+            save_one(tmp_path, 4, tokenizer)
+    assert "\n" not in str(raised.value)
+    assert checkpoints_of(tmp_path) == [old]
+    check_whole(tmp_path / "checkpoint")
+    clear_unfinished(tmp_path)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-000002"]

@@ -3,35 +3,21 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import socket
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from urllib.error import URLError
-from urllib.request import urlopen
 
 import pytest
 import yaml
-from commands import TINY_RECIPE, environment, expertmesh
+from commands import TINY_RECIPE, expertmesh, expertmesh_json, start_expertmesh
 
+from expertmesh.launch import local_cluster
+from expertmesh.launch.jobs import find_job, list_jobs, show_log, stop_job
+from expertmesh.launch.local_cluster import LocalCluster
 from expertmesh.launch.recipe import load_recipe
-from expertmesh.launch.submit import as_sent
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports that the kernel calls free. Ray must be told its own, and none within its workers' range."""
-    sockets = [socket.socket() for _ in range(count)]
-    for taken in sockets:
-        taken.bind(("127.0.0.1", 0))
-    ports = [taken.getsockname()[1] for taken in sockets]
-    for taken in sockets:
-        taken.close()
-    return ports
+from expertmesh.launch.status import status_of
+from expertmesh.launch.submit import as_sent, choose_id
 
 
 @pytest.mark.parametrize("start_from", [[], ["start_from=theirs"]], ids=["a model of its own", "from a checkpoint"])
@@ -50,47 +36,27 @@ def test_what_is_sent_says_the_same_elsewhere(tmp_path, monkeypatch, start_from)
 
 
 @pytest.fixture(scope="module")
-def dashboard() -> Iterator[str]:
-    """A Ray head on loopback, as an administrator starts it; its dashboard's address."""
-    port, agent, client = free_ports(3)
-    folder = tempfile.mkdtemp(prefix="head-", dir="/tmp")  # short: unix sockets allow about 107 bytes
-    options = {
-        "port": 0,
-        "node-ip-address": "127.0.0.1",
-        "dashboard-port": port,
-        "dashboard-agent-listen-port": agent,
-        "ray-client-server-port": client,
-        "num-cpus": 2,
-        "temp-dir": folder,
-    }
-    head = subprocess.Popen(
-        [str(Path(sys.executable).with_name("ray")), "start", "--head", "--block"]
-        + [f"--{name}={value}" for name, value in options.items()],
-        env=environment() | {"RAY_USAGE_STATS_ENABLED": "0"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    address = f"http://127.0.0.1:{port}"
-    try:
-        deadline = time.monotonic() + 120
-        while True:
-            try:
-                urlopen(address, timeout=5).close()
-                break
-            except (URLError, ConnectionError, TimeoutError) as error:
-                assert head.poll() is None, head.stdout.read()
-                assert time.monotonic() < deadline, error
-                time.sleep(0.5)
-        yield address
-    finally:
-        head.send_signal(signal.SIGTERM)  # with --block it ends its own processes, and no other Ray's
+def there() -> Iterator[LocalCluster]:
+    """Two nodes with a place for one worker each, and a token without which nobody is let in."""
+    short = Path(tempfile.mkdtemp(prefix="c-", dir="/tmp"))  # unix sockets allow about 107 bytes
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(local_cluster, "folder", lambda: short / "c")
+        found = local_cluster.up(nodes=2, cpus=1)
+        for key, value in local_cluster.environment(found.token).items():
+            patch.setenv(key, value)
         try:
-            head.wait(timeout=30)
+            with pytest.raises(ValueError, match="a cluster is up already"):
+                local_cluster.up(nodes=2, cpus=1)
+            yield found
         finally:
-            if head.poll() is None:
-                os.killpg(head.pid, signal.SIGKILL)
+            assert local_cluster.down() and not local_cluster.down()
+        assert not (short / "c").exists() and not any(local_cluster._is_ray(pid) for pid in found.nodes)
+    short.rmdir()
+
+
+@pytest.fixture(scope="module")
+def dashboard(there: LocalCluster) -> str:
+    return there.dashboard
 
 
 def test_a_submitted_job_trains_on_the_cluster(dashboard, tmp_path):
@@ -102,6 +68,55 @@ def test_a_submitted_job_trains_on_the_cluster(dashboard, tmp_path):
     assert result["checkpoint"] == str(tmp_path / "runs" / "tiny" / "checkpoint")
     assert (tmp_path / "runs" / "tiny" / "checkpoint" / "config.json").is_file()
     assert len(result["losses"]) == 4
+
+
+def test_a_job_is_sent_once_listed_read_and_stopped(dashboard, tmp_path):
+    (tmp_path / "tiny.yaml").write_text(TINY_RECIPE)
+    words = ("submit", "tiny.yaml", "name=long", "train.steps=5000", "--id", "mine", "--address", dashboard)
+    first = start_expertmesh(*words, folder=tmp_path)
+    run_dir = tmp_path / "runs" / "long"
+    deadline = time.monotonic() + 120
+    while not (run_dir / "status.json").exists() or status_of(run_dir)["step"] < 2:
+        assert first.poll() is None, first.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    second = start_expertmesh(*words, folder=tmp_path)
+    assert second.stdout.readline() == "job mine is there already; following it\n"
+    (job,) = [job for job in list_jobs(dashboard) if job["job"] == "mine"]
+    assert (job["state"], job["run_dir"]) == ("RUNNING", str(run_dir))
+    shown: list[str] = []
+    show_log("mine", dashboard, "trainer:1", False, shown.append)
+    assert shown == [(run_dir / "logs" / "trainer-1.log").read_text()] != [""]
+    stopped = expertmesh_json("stop", "mine", "--address", dashboard, folder=tmp_path)
+    assert (stopped["state"], stopped["exit_code"]) == ("STOPPED", 130)
+    assert (run_dir / "checkpoint" / "config.json").is_file(), "it did not save"
+    for follower in (first, second):
+        told, _ = follower.communicate(timeout=60)
+        assert follower.returncode == 130 and "step 1/5000" in told
+    with pytest.raises(ValueError, match="no job 'other' at .*; there are: .*mine"):
+        find_job("other", dashboard)
+    with pytest.raises(ValueError, match="job mine is over: STOPPED"):
+        stop_job("mine", dashboard)
+
+
+IDS = [
+    (None, {}, ("tiny-X", False), "never sent"),
+    (None, {"tiny-X": True}, ("tiny-X", True), "it runs"),
+    (None, {"tiny-X": False}, ("tiny-X-2", False), "it ran, and may run again"),
+    (None, {"tiny-X": False, "tiny-X-2": True}, ("tiny-X-2", True), "it runs again"),
+    ("mine", {"mine": True}, ("mine", True), "an id that was chosen, and runs"),
+    ("mine", {"mine": False}, ("mine", True), "an id that was chosen is one job for ever"),
+    ("mine", {"tiny-X": True}, ("mine", False), "another id is another job"),
+]
+
+
+@pytest.mark.parametrize("run_id, there, expected, reason", IDS, ids=[row[-1] for row in IDS])
+def test_the_same_job_has_the_same_id(run_id, there, expected, reason):
+    content = {"name": "tiny", "train": {"steps": 3}}
+    base, _ = choose_id(content, None, {})
+    assert choose_id(dict(reversed(content.items())), None, {})[0] == base != choose_id({"name": "tiny"}, None, {})[0]
+    there = {job_id.replace("tiny-X", base): running for job_id, running in there.items()}
+    assert choose_id(content, run_id, there) == (expected[0].replace("tiny-X", base), expected[1])
 
 
 def test_a_job_that_fails_says_why_and_keeps_its_exit_code(dashboard, tmp_path):

@@ -9,6 +9,7 @@ from statistics import fmean
 import pytest
 import torch
 from ranks import run_ranks
+from safetensors.torch import load_file
 from tiny import losses, prepare_tiny_data, tiny_model, tiny_training, train, write_random_checkpoint
 
 from expertmesh.kernels.device import Device
@@ -21,7 +22,7 @@ from expertmesh.system.train.config import TrainConfig
 from expertmesh.system.train.dataset import TokenDataset
 from expertmesh.system.train.loss import LanguageModelLoss
 from expertmesh.system.train.snapshot import checkpoints_of
-from expertmesh.system.train.trainer import Record, Trainer, learning_rate
+from expertmesh.system.train.trainer import NotFinite, Record, Trainer, Watch, learning_rate
 
 
 @pytest.fixture(scope="module")
@@ -113,6 +114,83 @@ def test_a_run_that_begins_with_a_checkpoint(data, tmp_path):
     assert [record["step"] for record in begun[0] if record["kind"] == "step"] == [1, 2]
     assert losses(begun[0])[0] == pytest.approx(expected, rel=SAME_LOSS)
     assert losses(begun[1]) == pytest.approx(losses(begun[0]), rel=SAME_LOSS)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(data: Path, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+    """Losses of two expert-parallel ranks."""
+    run_dir = new_run(data, tmp_path_factory.mktemp("two") / "run")
+    return losses(run_ranks(train, 2, run_dir, ParallelSizes(dp=2, ep=2), tiny_model(), tiny_training())[0])
+
+
+class Poison(Watch):
+    """Spoils the weights of one rank before a step, as a batch might, unless that batch is left out."""
+
+    def __init__(self, rank: int, skip: frozenset[int]) -> None:
+        self._armed = rank == 1 and 3 not in skip
+
+    def before(self, step: int, model: torch.nn.Module) -> None:
+        if step == 3 and self._armed:
+            with torch.no_grad():
+                next(model.parameters()).fill_(torch.nan)
+
+
+def _poisoned(run_dir: Path, resume_from: Path | None, skip: frozenset[int]) -> tuple[list[Record], int | None]:
+    """A rank's records, and the step that was not finite."""
+    groups = build_groups(ParallelSizes(dp=2, ep=2))
+    model, records = tiny_model(), list[Record]()
+    trainer = Trainer(
+        *(model, tiny_training(), run_dir, groups, Device("cpu", "gloo"), {}, resume_from),
+        skip=skip,
+    )
+    try:
+        trainer.run(records.append, Poison(groups.rank, skip))
+    except NotFinite as error:
+        return records, error.step
+    return records, None
+
+
+def test_a_loss_that_is_not_finite_stops_all_ranks_and_its_batch_can_be_left_out(data, tmp_path, uninterrupted):
+    run_dir = new_run(data, tmp_path / "run")
+    for records, step in run_ranks(_poisoned, 2, run_dir, None, frozenset()):
+        assert step == 3 and [record["step"] for record in records if record["kind"] == "step"] == [1, 2]
+    (saved,) = (run_dir / "not-finite").iterdir()
+    whole_BS1 = TokenDataset(run_dir / "data").batch(2, 8, 32, 0)
+    assert torch.equal(load_file(saved)["tokens_BS1"], whole_BS1), "the batch of step 3, of all ranks"
+
+    records, step = run_ranks(_poisoned, 2, run_dir, checkpoints_of(run_dir)[0], frozenset({3}))[0]
+    assert step is None and len(losses(records)) == 2
+    assert losses(records)[0] != uninterrupted[2], "the batch was not left out"
+    assert losses(records)[0] == pytest.approx(uninterrupted[2], rel=0.05), "another batch was to take its place"
+
+
+class LeaveAt(Watch):
+    """One rank that wants to leave after its second step."""
+
+    def __init__(self, rank: int) -> None:
+        self._rank, self._steps = rank, 0
+
+    def wants_to_leave(self) -> bool:
+        self._steps += 1
+        return self._rank == 1 and self._steps == 3
+
+
+def _leaving(run_dir: Path, resume_from: Path | None) -> list[Record]:
+    groups = build_groups(ParallelSizes(dp=2, ep=2))
+    records: list[Record] = []
+    trainer = Trainer(tiny_model(), tiny_training(), run_dir, groups, Device("cpu", "gloo"), {}, resume_from)
+    trainer.run(records.append, LeaveAt(groups.rank) if resume_from is None else None)
+    return records
+
+
+def test_when_one_rank_wants_to_leave_all_save_and_the_rest_is_the_same_bit_for_bit(data, tmp_path, uninterrupted):
+    """Step 3 is no step at which anything else is saved."""
+    run_dir = new_run(data, tmp_path / "run")
+    left = run_ranks(_leaving, 2, run_dir, None)
+    assert [len(losses(records)) for records in left] == [3, 3]
+    assert checkpoints_of(run_dir)[-1].name == "step-000003"
+    rest = run_ranks(_leaving, 2, run_dir, checkpoints_of(run_dir)[-1])[0]
+    assert losses(left[0]) + losses(rest) == uninterrupted
 
 
 def test_learning_rate_rises_to_its_peak_and_falls_to_its_minimum():

@@ -3,6 +3,7 @@
     checkpoints/step-000050/             weights, config and tokenizer (see system/model/checkpoint.py), and
       training/state.json                step, and the settings that must not change
       training/optimizer-00001-of-...    Adam moments of each weight under the name that every layout shares
+      training/checksums*.json           of every file (see checksums.py)
     checkpoint -> checkpoints/step-...   the newest
 
 A folder is written under another name, flushed, then renamed: no moment exists at which a kill leaves half of one.
@@ -18,6 +19,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 
 from expertmesh.parallel.groups import Groups
 from expertmesh.parallel.shard import WHOLE, gather_parts
@@ -38,6 +40,7 @@ from expertmesh.system.model.checkpoint import (
 )
 from expertmesh.system.model.transformer import Transformer
 from expertmesh.system.model.weights import Weight, weights
+from expertmesh.system.train.checksums import verify, write_checksums
 
 OPTIMIZER_INDEX = "optimizer.safetensors.index.json"
 
@@ -48,6 +51,10 @@ class RunState:
 
     step: int
     settings: dict[str, Any]  # what a resumed run must have in common: model, data, batches, optimizer
+
+
+class SaveFailed(RuntimeError):
+    """A checkpoint could not be written; those before it are whole. The message is one line."""
 
 
 def checkpoints_of(run_dir: Path) -> list[Path]:
@@ -70,12 +77,30 @@ def save(
     Each expert-parallel rank writes its own experts, and those of the first sequences the dense weights too. Of weights
     that are split over a tensor group each rank gathers and writes some, so that none holds more than it did. Stages of
     a pipeline write their layers each, and the first a tied embedding.
+    Raises SaveFailed where the disk does not take it; other ranks then lose a peer.
     """
+    try:
+        return _save(run_dir, state, model, zero, groups, tokenizer_folder, keep)
+    except (OSError, SafetensorError) as error:
+        reason = " ".join(str(error).split())
+        raise SaveFailed(
+            f"step {state.step} could not be saved: {reason}; the checkpoints before it are whole"
+        ) from error
+
+
+def _save(
+    run_dir: Path,
+    state: RunState,
+    model: Transformer,
+    zero: Zero,
+    groups: Groups,
+    tokenizer_folder: Path,
+    keep: int,
+) -> Path:
     final = run_dir / "checkpoints" / f"step-{state.step:06d}"
     writing = final.with_name(final.name + ".writing")
     if groups.rank == 0:
-        for left_by_a_kill in final.parent.glob("step-*.*"):
-            shutil.rmtree(left_by_a_kill, ignore_errors=True)
+        clear_unfinished(run_dir)
         (writing / "training").mkdir(parents=True)
         shutil.copytree(tokenizer_folder, writing, dirs_exist_ok=True)
         write_config(writing, model.config)
@@ -97,9 +122,14 @@ def save(
     writers = max(groups.tensor_size, groups.expert_tensor_size * groups.expert_size)
     rank_in_stage = groups.rank % groups.token_size
     if rank_in_stage < writers:
-        place = (groups.pipeline_rank * writers + rank_in_stage, groups.pipeline_size * writers)
-        write_tensors(model_tensors, writing / shard_name("model", *place))
-        write_tensors(optimizer_tensors, writing / "training" / shard_name("optimizer", *place))
+        number, count = groups.pipeline_rank * writers + rank_in_stage, groups.pipeline_size * writers
+        written = (
+            writing / shard_name("model", number, count),
+            writing / "training" / shard_name("optimizer", number, count),
+        )
+        for tensors, path in zip((model_tensors, optimizer_tensors), written, strict=True):
+            write_tensors(tensors, path)
+        write_checksums(writing, written, f"checksums-{number + 1:05d}-of-{count:05d}.json")
     _wait_for_all()
 
     if groups.rank == 0:
@@ -107,6 +137,7 @@ def save(
         optimizer_files = sorted((writing / "training").glob("optimizer-*.safetensors"))
         write_index(writing / "training" / OPTIMIZER_INDEX, optimizer_files)
         write_json(asdict(state), writing / "training" / "state.json")
+        write_checksums(writing, sorted(p for p in writing.rglob("*") if _is_small(p)))
         for path in (*writing.rglob("*"), writing):
             flush(path)
         link = run_dir / "checkpoint"
@@ -122,6 +153,41 @@ def save(
             _delete(old)
     _wait_for_all()
     return final
+
+
+def _is_small(path: Path) -> bool:
+    """Whether it is a file that the first rank alone answers for."""
+    return path.is_file() and path.suffix != ".safetensors" and not path.name.startswith("checksums")
+
+
+def last_whole(run_dir: Path) -> tuple[Path | None, dict[Path, str]]:
+    """The newest checkpoint of a run that is as it was written, and what is wrong with each newer one."""
+    damaged = dict[Path, str]()
+    for folder in reversed(checkpoints_of(run_dir)):
+        try:
+            read_state(folder)
+            verify(folder)
+        except CheckpointError as error:
+            damaged[folder] = str(error)
+        else:
+            return folder, damaged
+    return None, damaged
+
+
+def set_aside(run_dir: Path, damaged: dict[Path, str], whole: Path) -> None:
+    """Rename damaged checkpoints to damaged-step-..., and have `checkpoint` lead to the `whole` one before them."""
+    if damaged:
+        _point_to(run_dir / "checkpoint", whole)
+    for folder in damaged:
+        aside = folder.with_name(f"damaged-{folder.name}")
+        shutil.rmtree(aside, ignore_errors=True)
+        os.replace(folder, aside)
+
+
+def clear_unfinished(run_dir: Path) -> None:
+    """Delete what saves that were cut short have left, which is room on the disk; no worker may be saving."""
+    for left in (run_dir / "checkpoints").glob("step-*.*"):
+        shutil.rmtree(left, ignore_errors=True)
 
 
 def _whole(weight: Weight, tensor: torch.Tensor, groups: Groups, number: int) -> dict[str, torch.Tensor]:

@@ -19,7 +19,7 @@ from expertmesh.parallel.groups import Groups
 from expertmesh.parallel.placed_dispatcher import PlacedDispatcher
 from expertmesh.parallel.shard import WHOLE
 from expertmesh.parallel.zero import Zero
-from expertmesh.system.model.checkpoint import Checkpoint, load_weights
+from expertmesh.system.model.checkpoint import Checkpoint, load_weights, write_tensors
 from expertmesh.system.model.config import ModelConfig
 from expertmesh.system.model.context import TrainingStep
 from expertmesh.system.model.tensor_parallel import parallel_transformer
@@ -36,6 +36,28 @@ from expertmesh.system.train.tally import MEANS, tally
 
 Record = dict[str, Any]
 """One line of metrics.jsonl: "start", "step", "validation", "event" (see system/train/report.py)."""
+
+
+class NotFinite(RuntimeError):
+    """The loss or the gradient of `step` is NaN or infinite, on every rank; the weights are no longer of use."""
+
+    def __init__(self, step: int, message: str) -> None:
+        super().__init__(message)
+        self.step = step
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.step, str(self))
+
+
+class Watch:
+    """What a rank does between steps, and whether it should leave. Here: nothing, and never."""
+
+    def before(self, step: int, model: torch.nn.Module) -> None:
+        """Called on every rank before each step."""
+
+    def wants_to_leave(self) -> bool:
+        """Asked on every rank once a step; one that says yes is enough for all to save and return."""
+        return False
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
@@ -65,9 +87,14 @@ class Trainer:
         resume_from: Path | None,
         begin_with: Checkpoint | None = None,
         dispatch: DispatchConfig | None = None,
+        skip: frozenset[int] = frozenset(),
     ) -> None:
-        """`begin_with`: where the weights of step 0 come from; None: drawn from the seed."""
+        """`begin_with`: where the weights of step 0 come from; None: drawn from the seed.
+
+        `skip`: steps whose batches are left out; each trains on one from beyond the run's last step instead.
+        """
         self.config, self.run_dir, self.groups, self.device, self.settings = config, run_dir, groups, device, settings
+        self.skip = skip
         self.dataset = TokenDataset(run_dir / "data")
         self.traffic = Traffic()
         dispatcher = build_dispatcher(groups, dispatch or DispatchConfig(), self.traffic, device.name)
@@ -105,12 +132,16 @@ class Trainer:
         if resume_from is not None:
             load_optimizer(resume_from, self.state, self.model, self.zero)
 
-    def run(self, report: Callable[[Record], None]) -> None:
-        """Train to the last step."""
-        config = self.config
-        while self.state.step < config.steps:
+    def run(self, report: Callable[[Record], None], watch: Watch | None = None) -> None:
+        """Train to the last step, or until `watch` wants to leave. Raises NotFinite, SaveFailed."""
+        config, watch = self.config, watch or Watch()
+        leaving = False
+        while self.state.step < config.steps and not leaving:
             step = self.state.step + 1
-            record = self._train_step(step)
+            watch.before(step, self.model)
+            record = self._train_step(step, watch.wants_to_leave())
+            leaving = record.pop("leaving")
+            self._check_finite(record)
             self.state = RunState(step, self.settings)
             report(record)
             last = step == config.steps
@@ -121,7 +152,7 @@ class Trainer:
                 report({"kind": "event", "what": "rebalanced", "step": step, "moved": moved, "why": why})
             if last or step % config.validate_every == 0:
                 report({"kind": "validation", "step": step, "loss": self.validate()})
-            if last or step % config.checkpoint_every == 0:
+            if last or leaving or step % config.checkpoint_every == 0:
                 folder = save(
                     self.run_dir,
                     self.state,
@@ -133,17 +164,35 @@ class Trainer:
                 )
                 report({"kind": "event", "what": "saved", "step": step, "checkpoint": str(folder)})
 
-    def _train_step(self, step: int) -> Record:
+    def _check_finite(self, record: Record) -> None:
+        """DeepSpeed says -1 of a norm that is not finite. Both figures are of all ranks, so that all raise or none."""
+        if math.isfinite(record["loss"]) and math.isfinite(record["grad_norm"]) and record["grad_norm"] >= 0:
+            return
+        step = record["step"]
+        path = self.run_dir / "not-finite" / f"step-{step:06d}.safetensors"
+        if self.groups.rank == 0:
+            path.parent.mkdir(exist_ok=True)
+            write_tensors({"tokens_BS1": self._batch(step)}, path)
+        figures = f"loss {record['loss']:g}, gradient norm {record['grad_norm']:g}"
+        raise NotFinite(step, f"step {step} is not finite ({figures}); its batch is in {path}")
+
+    def _batch(self, step: int) -> torch.Tensor:
+        """tokens_BS1 of all ranks."""
+        config = self.config
+        number = step - 1 + (config.steps if step in self.skip else 0)
+        return self.dataset.batch(number, config.batch_size, config.sequence_length, config.seed)
+
+    def _train_step(self, step: int, wants_to_leave: bool = False) -> Record:
         config, began = self.config, time.perf_counter()
-        tokens_BS1 = self.dataset.batch(step - 1, config.batch_size, config.sequence_length, config.seed)
+        tokens_BS1 = self._batch(step)
         passes = Passes(self.loss, self._micro_batches(tokens_BS1, step))
         rate = learning_rate(step, config)
         grad_norm = self.zero.step(passes.totals(count_kept=self.kept is None), rate)
         self.kept = self.kept or passes.kept
-        counted = [*self.traffic.take(), passes.sent_bytes]
+        counted = [wants_to_leave, *self.traffic.take(), passes.sent_bytes]
         model = self.model.config
         told = tally(passes.answers, config.micro_batches, model, self.groups, counted)
-        sent, saved, far, crossed = told.sums
+        leaving, sent, saved, far, crossed = told.sums
         self.model.balance(told.loads_N)
         if self.rebalancing:
             self.rebalancing.count(told.loads_N)
@@ -177,6 +226,7 @@ class Trainer:
             "dispatch_bytes_between_nodes": int(far),
             "pipeline_bytes": int(crossed),
             "seconds": seconds,
+            "leaving": leaving > 0,
         }
 
     @torch.no_grad()

@@ -1,0 +1,30 @@
+"""Heartbeats reach the coordinator's store; a worker that is stopped falls silent."""
+
+from __future__ import annotations
+
+import time
+
+from expertmesh.launch import heartbeat
+from expertmesh.launch.heartbeat import Pulse, read_beats
+from expertmesh.launch.recovery import Beat
+from expertmesh.launch.rendezvous import Rendezvous, join
+
+
+def test_beats_say_how_far_a_worker_is(monkeypatch):
+    monkeypatch.setattr(heartbeat, "EVERY_S", 0.02)
+    meeting = Rendezvous("127.0.0.1")
+    assert list(read_beats(meeting.store, 0, 2)) == [], "nobody has come"
+    pulse = Pulse(join(meeting.host, meeting.port), 0, 1)
+    pulse.advance(7)
+    pulse.advance()
+    deadline = time.monotonic() + 20
+    while not (beats := list(read_beats(meeting.store, 0, 2))) or beats[0].step != 7:
+        assert time.monotonic() < deadline, beats
+        time.sleep(0.01)
+    (beat,) = beats
+    assert beat == Beat(1, beat.number, 2, 7)
+    pulse.close()
+    (last,) = read_beats(meeting.store, 0, 2)
+    time.sleep(0.1)
+    assert list(read_beats(meeting.store, 0, 2)) == [last], "it beats on"
+    assert list(read_beats(meeting.store, 1, 2)) == [], "another epoch is another life"

@@ -1,0 +1,58 @@
+"""What is known of a cluster on this host; tests/test_submit.py starts one, trains on it and ends it."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from expertmesh.launch import local_cluster
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setattr(local_cluster, "folder", lambda: tmp_path)
+    return tmp_path
+
+
+STATES = [
+    (None, "never started"),
+    ("{", "its state was torn by a kill"),
+    (json.dumps({"nodes": [2**22 + 1], "address": "a", "dashboard": "d"}), "its processes are gone"),
+    (json.dumps({"nodes": [os.getpid()], "address": "a", "dashboard": "d"}), "their numbers are others' by now"),
+]
+
+
+@pytest.mark.parametrize("state, reason", STATES, ids=[reason for _, reason in STATES])
+def test_no_cluster_is_up(here, state, reason):
+    if state is not None:
+        (here / "state.json").write_text(state)
+    assert local_cluster.find() is None
+    assert local_cluster.down() is False and not here.exists(), "what it left is cleared away"
+
+
+def test_one_that_does_not_start_says_why_and_leaves_nothing(here, monkeypatch):
+    started: list[int] = []
+    real = local_cluster._start
+
+    def start(cpus: int, ports: dict, more: dict, head: bool = False) -> int:
+        started.append(real(cpus, ports, {**more, "no-such-option": 1}, head))
+        return started[-1]
+
+    monkeypatch.setattr(local_cluster, "_start", start)
+    with pytest.raises(RuntimeError, match="the head did not start: .*no.such.option"):
+        local_cluster.up(2, 1)
+    assert not here.exists() and not local_cluster._is_ray(started[0])
+
+
+def test_only_its_owner_can_read_the_token(here, monkeypatch):
+    def start(*_: object, **__: object) -> int:
+        assert (here / "token").stat().st_mode & 0o077 == 0 and here.stat().st_mode & 0o077 == 0
+        assert len((here / "token").read_text()) == 64
+        raise RuntimeError("far enough")
+
+    monkeypatch.setattr(local_cluster, "_start", start)
+    with pytest.raises(RuntimeError, match="far enough"):
+        local_cluster.up(2, 1)
