@@ -39,9 +39,9 @@ def expertmesh(*words: str | Path, folder: Path, timeout: float = 240) -> subpro
     )
 
 
-def expertmesh_json(*words: str | Path, folder: Path) -> dict[str, Any]:
+def expertmesh_json(*words: str | Path, folder: Path, timeout: float = 240) -> dict[str, Any]:
     """Run a verb with --json; standard output must hold its result and nothing else."""
-    done = expertmesh(*words, "--json", folder=folder)
+    done = expertmesh(*words, "--json", folder=folder, timeout=timeout)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 

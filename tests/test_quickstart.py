@@ -6,9 +6,9 @@ from commands import expertmesh_json
 
 
 def test_quickstart_beats_unigrams_and_itself_without_routed_experts(tmp_path):
-    whole = expertmesh_json("train", "quickstart", folder=tmp_path)
+    whole = expertmesh_json("train", "quickstart", folder=tmp_path, timeout=900)
     switched_off = ("name=without", "model.moe.ffn_experts=0", "parallel.ep=1")
-    without = expertmesh_json("train", "quickstart", *switched_off, folder=tmp_path)
+    without = expertmesh_json("train", "quickstart", *switched_off, folder=tmp_path, timeout=900)
     losses = (whole["validation_loss"], without["validation_loss"], whole["unigram_loss"])
     print("\nheld-out loss {:.3f}; routed experts switched off {:.3f}; unigram model {:.3f}".format(*losses))
     assert whole["unigram_loss"] == without["unigram_loss"], "not the same data"

@@ -77,7 +77,7 @@ def main() -> None:
             spread = stdev(losses) if len(losses) > 1 else 0.0
             print(f"{name:16} mean {fmean(losses):.4f}, standard deviation {spread:.4f}")
         for tau in asked.taus:
-            run(f"MoE++ tau={tau}", asked.seeds[0], [f"tau={tau}"])
+            run(f"tau={tau}", asked.seeds[0], [f"tau={tau}"])
 
 
 if __name__ == "__main__":
