@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,8 @@ def plan_recipe(recipe: Recipe, rank: int, check: bool) -> dict[str, Any]:
     # As few micro-batches as show every part of the order: the rest repeats it.
     micro_batches = min(train.micro_batches, 2 * sizes.pp if sizes.pp > 1 else 1)
     length = 2 * sizes.cp * sizes.tp
-    orders = {each: calls_of(each, sizes, model, micro_batches, length) for each in ranks}
+    with warnings.catch_warnings(action="ignore"):  # Megatron's, of parts that it would find on a GPU
+        orders = {each: calls_of(each, sizes, model, micro_batches, length) for each in ranks}
     if problem := play(orders):
         raise RuntimeError(f"{recipe.name}: {problem}")
     return result | {"check": {"ranks": ranks, "calls": {each: len(calls) for each, calls in orders.items()}}}
