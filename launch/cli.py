@@ -451,11 +451,16 @@ def serve(
     host: Annotated[str, typer.Option(help="address to listen on; 0.0.0.0 is every network")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes any free one")] = 8000,
     model_name: Annotated[str | None, typer.Option(help="name that clients use; none: the checkpoint's folder")] = None,
+    api_key: Annotated[
+        str | None, typer.Option(envvar="EXPERTMESH_API_KEY", help="clients must send it; none: anybody may ask")
+    ] = None,
     address: AddressOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Answer OpenAI-compatible requests over HTTP, until interrupted."""
     with wrong_input():
+        if api_key is not None and not (api_key and api_key.isascii() and api_key.isprintable()):
+            raise ValueError("--api-key: it must be printable ASCII, and not empty")
         from expertmesh.launch.recipe import serve_settings
         from expertmesh.launch.serving import check_pools, check_trace, listen, look_at, serve_forever
 
@@ -477,7 +482,7 @@ def serve(
         )
 
     with failures():
-        serve_forever(served, pools, config, name, socket, ready, address, trace)
+        serve_forever(served, pools, config, name, socket, ready, address, trace, api_key)
 
 
 @convert.command("from-hf")

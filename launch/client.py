@@ -84,11 +84,16 @@ class Client:
             with suppress(asyncio.CancelledError):
                 await reader
 
+    @property
+    def down(self) -> str | None:
+        """Why no worker answers any more; None where one does."""
+        return str(next(iter(self._failed.values()))) if len(self._failed) == len(self._workers) else None
+
     async def generate(self, request: Request) -> AsyncIterator[Output]:
         """Yield the tokens of `request`; closing early cancels it. Raises RuntimeError when its worker fails."""
+        if self.down is not None:
+            raise RuntimeError(f"no engine is left: {self.down}")
         alive = [index for index in range(len(self._workers)) if index not in self._failed]
-        if not alive:
-            raise RuntimeError(f"no engine is left: {next(iter(self._failed.values()))}")
         index = min(alive, key=lambda i: len(self._open[i]))
         queue: asyncio.Queue[Output | Exception] = asyncio.Queue()
         self._open[index][request.id] = queue

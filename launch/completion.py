@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Iterable
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import cast
 
-from expertmesh.launch.openai_api import ApiError, GenerationBody
-from expertmesh.system.serve.request import EngineClient, FinishReason, Output, Request
+from expertmesh.launch.openai_api import MOST_ANSWERS, ApiError, GenerationBody, Said
+from expertmesh.system.serve.request import EngineClient, FinishReason, Logprobs, Output, Request
 from expertmesh.system.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -27,11 +27,15 @@ CLEANUP_SECONDS = 5.0
 
 @dataclass(frozen=True)
 class Piece:
-    """Some text of choice `index`, or, with finish_reason and without text, its end."""
+    """Some text of choice `index`, or, with finish_reason and without text, its end.
+
+    `said`: the tokens since the piece before, where log-probabilities were asked for.
+    """
 
     index: int
     text: str
     finish_reason: FinishReason | None = None
+    said: tuple[Said, ...] = ()
 
 
 class StopStrings:
@@ -89,7 +93,13 @@ class Completion:
         text of their choices.
         ApiError 400: an empty prompt, an id outside the vocabulary, or more tokens than the context holds.
         """
+        if len(prompts) * body.n > MOST_ANSWERS:
+            message = f"{len(prompts)} in {param} times n={body.n}: a request may have {MOST_ANSWERS} answers"
+            raise ApiError(400, message, param=param)
+        for field, ids in (("logit_bias", body.logit_bias), ("stop_token_ids", body.stop_token_ids)):
+            _check_vocabulary(field, ids, tokenizer)
         self._engine, self._tokenizer, self._stops = engine, tokenizer, body.stop
+        self.tells_logprobs = body.told_logprobs is not None
         self.requests: list[Request] = []
         for prompt in prompts:
             for sampling in body.samplings(_max_tokens(prompt, engine, tokenizer, body, param)):
@@ -137,32 +147,66 @@ class Completion:
     async def _write(self, index: int, put: Callable[[Piece], None]) -> None:
         """Turn the tokens of one choice into pieces of text."""
         text, stops = self._tokenizer.stream(), StopStrings(self._stops)
-        if self._echo:
-            put(Piece(index, self._echo[index]))
+        echo = self._echo[index] if self._echo else ""
+        if echo:
+            put(Piece(index, echo))
+        said: list[Said] = []
+        written = given = len(echo)  # characters: of all tokens, and of the pieces
         # The engine promises that its iterator can be closed, which AsyncIterator cannot say.
         tokens = cast(AsyncGenerator[Output, None], self._engine.generate(self.requests[index]))
         async with aclosing(tokens):
             async for output in tokens:
                 self.completion_tokens += 1
                 # The end-of-text token is no part of the text, special or not.
-                new = "" if output.finish_reason == "stop" else stops.push(text.push(output.token_id))
+                if output.prompt_logprobs is not None:
+                    said += self._prompt_said(self.requests[index].prompt_token_ids, output.prompt_logprobs)
+                new = ""
+                if output.finish_reason != "stop":
+                    if output.logprobs is not None:
+                        said.append(self._said(output.logprobs, written))
+                    more = text.push(output.token_id)
+                    written += len(more)
+                    new = stops.push(more)
                 if output.finish_reason is not None:
                     new += stops.push(text.finish()) + stops.finish()
+                given += len(new)
+                if stops.hit:
+                    said = [one for one in said if one.offset < given]
                 if new:
-                    put(Piece(index, new))
+                    put(Piece(index, new, said=tuple(said)))
+                    said = []
                 finish_reason = "stop" if stops.hit else output.finish_reason
                 if finish_reason is not None:
-                    put(Piece(index, "", finish_reason))
+                    put(Piece(index, "", finish_reason, tuple(said)))
                     return
         raise RuntimeError("the tokens ended without a finish reason")
+
+    def _said(self, logprobs: Logprobs, offset: int) -> Said:
+        spell = self._tokenizer.spell
+        top = [(spell(one.token_id), one.logprob) for one in logprobs.top]
+        return Said(spell(logprobs.token.token_id), offset, logprobs.token.logprob, top)
+
+    def _prompt_said(self, prompt: list[int], told: tuple[Logprobs, ...]) -> list[Said]:
+        """The prompt's tokens; what was told begins with the second."""
+        text, offset = self._tokenizer.stream(), len(self._tokenizer.decode(prompt[:1]))
+        text.push(prompt[0])
+        said = [Said(self._tokenizer.spell(prompt[0]), 0, None, [])]
+        for token_id, logprobs in zip(prompt[1:], told, strict=True):
+            said.append(self._said(logprobs, offset))
+            offset += len(text.push(token_id))
+        return said
+
+
+def _check_vocabulary(field: str, token_ids: Iterable[int], tokenizer: Tokenizer) -> None:
+    if not all(0 <= token_id < tokenizer.vocab_size for token_id in token_ids):
+        raise ApiError(400, f"{field}: token ids go from 0 to {tokenizer.vocab_size - 1}", param=field)
 
 
 def _max_tokens(prompt: list[int], engine: EngineClient, tokenizer: Tokenizer, body: GenerationBody, param: str) -> int:
     """How many tokens may follow `prompt`; ApiError 400 if it cannot be continued as asked."""
     if not prompt:
         raise ApiError(400, f"{param} is empty: there is nothing to continue", param=param)
-    if not all(0 <= token_id < tokenizer.vocab_size for token_id in prompt):
-        raise ApiError(400, f"{param}: token ids go from 0 to {tokenizer.vocab_size - 1}", param=param)
+    _check_vocabulary(param, prompt, tokenizer)
     room = engine.context_length - len(prompt)
     max_tokens = max(1, body.max_tokens_for(room))
     if max_tokens > room:

@@ -2,6 +2,8 @@
 
     POST /v1/completions        POST /v1/chat/completions        GET /v1/models[/{id}]        GET /health
 
+With an API key all of them but /health need it, as "Authorization: Bearer KEY". A body has at most 32 MiB.
+
 What lies between prompt and text is in completion.py, the shape of the bodies in openai_api.py. Here are the routes,
 the errors (all in OpenAI's form), the event stream, and the watch on the caller's connection: a caller who leaves
 frees the engine at once, streamed or not.
@@ -10,6 +12,7 @@ frees the engine at once, streamed or not.
 from __future__ import annotations
 
 import asyncio
+import hmac
 import json
 import time
 from collections.abc import AsyncGenerator, Coroutine
@@ -19,8 +22,9 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from expertmesh.launch.completion import Completion
 from expertmesh.launch.openai_api import (
@@ -30,14 +34,18 @@ from expertmesh.launch.openai_api import (
     CompletionAnswer,
     CompletionBody,
     GenerationBody,
+    Said,
 )
 from expertmesh.system.serve.request import EngineClient
 from expertmesh.system.tokenizer import Tokenizer
 
+MOST_BODY_BYTES = 32 * 2**20  # a prompt of a million tokens as ids, and more
 
-def build_app(engine: EngineClient, tokenizer: Tokenizer, model_name: str) -> FastAPI:
-    """Build the server's app for one model, known to callers as `model_name`."""
+
+def build_app(engine: EngineClient, tokenizer: Tokenizer, model_name: str, api_key: str | None = None) -> FastAPI:
+    """Build the server's app for one model, known to callers as `model_name`; with `api_key` they must have it."""
     app = FastAPI(title="expertmesh")
+    app.add_middleware(_Guard, api_key=api_key)
     for kind in (ApiError, RequestValidationError, HTTPException, Exception):
         app.add_exception_handler(kind, _answer_error)
     card = {"id": model_name, "object": "model", "created": int(time.time()), "owned_by": "expertmesh"}
@@ -49,7 +57,9 @@ def build_app(engine: EngineClient, tokenizer: Tokenizer, model_name: str) -> Fa
 
     @app.get("/health")
     async def health() -> dict[str, str]:
-        """Say that the process answers; nothing about the engine behind it."""
+        """Say whether the engine behind this process answers: 503 where it does not."""
+        if engine.down is not None:
+            raise ApiError(503, f"the engine is gone: {engine.down}")
         return {"status": "ok"}
 
     @app.get("/v1/models")
@@ -105,12 +115,16 @@ async def _respond(
 async def _whole(completion: Completion, answer: CompletionAnswer) -> dict[str, Any]:
     """Gather all pieces into one body."""
     texts = [""] * len(completion.requests)
+    said: list[list[Said]] = [[] for _ in texts]
     choices: dict[int, dict[str, Any]] = {}
     async with aclosing(completion.pieces()) as pieces:
         async for piece in pieces:
-            texts[piece.index] += piece.text
+            index = piece.index
+            texts[index] += piece.text
+            said[index] += piece.said
             if piece.finish_reason is not None:
-                choices[piece.index] = answer.choice(piece.index, texts[piece.index], piece.finish_reason)
+                told = said[index] if completion.tells_logprobs else None
+                choices[index] = answer.choice(index, texts[index], piece.finish_reason, told)
     return answer.whole([choices[index] for index in sorted(choices)], completion.usage)
 
 
@@ -124,7 +138,8 @@ async def _events(completion: Completion, answer: CompletionAnswer, body: Genera
                 yield _event(answer.chunk(opening, **no_usage))
         async with aclosing(completion.pieces()) as pieces:
             async for piece in pieces:
-                delta = answer.delta(piece.index, piece.text, piece.finish_reason)
+                told = list(piece.said) if completion.tells_logprobs else None
+                delta = answer.delta(piece.index, piece.text, piece.finish_reason, told)
                 yield _event(answer.chunk([delta], **no_usage))
         if include_usage:
             yield _event(answer.chunk([], usage=completion.usage))
@@ -136,6 +151,42 @@ async def _events(completion: Completion, answer: CompletionAnswer, body: Genera
 def _event(content: dict[str, Any]) -> str:
     # ASCII only: many clients take U+2028 or U+0085 inside a text for the end of the line.
     return f"data: {json.dumps(content, separators=(',', ':'))}\n\n"
+
+
+class _Guard:
+    """Before all routes, also those of nobody: the key, and the size of a body, announced or not."""
+
+    def __init__(self, app: ASGIApp, api_key: str | None) -> None:
+        self._app, self._key = app, api_key
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers, size = Headers(scope=scope), 0
+        if self._key is not None and scope["path"] != "/health":
+            given = headers.get("authorization", "").removeprefix("Bearer ")
+            if not hmac.compare_digest(given.encode(), self._key.encode()):
+                error = ApiError(
+                    401, "this server needs its API key: Authorization: Bearer KEY", code="invalid_api_key"
+                )
+                await JSONResponse(error.body(), 401, {"WWW-Authenticate": "Bearer"})(scope, receive, send)
+                return
+
+        async def counted() -> Message:
+            nonlocal size
+            message = await receive()
+            size += len(message.get("body", b""))
+            if size > MOST_BODY_BYTES:
+                raise HTTPException(413, f"the body has more than {MOST_BODY_BYTES} bytes")
+            return message
+
+        announced = headers.get("content-length", "0")
+        if announced.isdecimal() and int(announced) > MOST_BODY_BYTES:
+            error = ApiError(413, f"the body has {announced} bytes; at most {MOST_BODY_BYTES} are taken")
+            await JSONResponse(error.body(), 413)(scope, receive, send)
+            return
+        await self._app(scope, counted, send)
 
 
 class _EventStream(StreamingResponse):

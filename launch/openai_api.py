@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, model_validator
 
@@ -28,6 +28,8 @@ IGNORED = {
 }
 
 INT64 = 2**63
+MOST_LOGPROBS = 20  # alternatives told for each token
+MOST_ANSWERS = 256  # of one request: prompts times n
 
 
 class ApiError(Exception):
@@ -57,6 +59,15 @@ def _as_prompts(value: Any) -> list[str | list[int]]:
         if all(isinstance(item, list) and all(type(token_id) is int for token_id in item) for item in value):
             return value
     raise ValueError("must be a text, a list of texts, a list of token ids or a list of token id lists, and not empty")
+
+
+def _as_biases(value: Any) -> Any:
+    """JSON has no numbers as keys: token ids come as texts."""
+    if not isinstance(value, dict):
+        return value
+    if not all(isinstance(key, int) or (isinstance(key, str) and key.isdecimal()) for key in value):
+        raise ValueError("keys must be token ids")
+    return {int(key): bias for key, bias in value.items()}
 
 
 def _encodable(text: str) -> str:
@@ -118,6 +129,13 @@ class GenerationBody(_Body):
     stream_options: StreamOptions | None = None
     ignore_eos: bool = False
     max_tokens: int | None = Field(None, ge=1)
+    min_tokens: int = Field(0, ge=0)
+    min_p: float = Field(0.0, ge=0, le=1)
+    presence_penalty: float = Field(0.0, ge=-2, le=2)
+    frequency_penalty: float = Field(0.0, ge=-2, le=2)
+    repetition_penalty: float = Field(1.0, gt=0, le=10)
+    logit_bias: Annotated[dict[int, Annotated[float, Field(ge=-100, le=100)]], BeforeValidator(_as_biases)] = {}
+    stop_token_ids: list[int] = []
 
     @model_validator(mode="before")
     @classmethod
@@ -129,6 +147,16 @@ class GenerationBody(_Body):
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options is only allowed with stream=true")
         return self
+
+    @property
+    def told_logprobs(self) -> int | None:
+        """How many alternatives are told of each token; None: not even the token's own log-probability."""
+        raise NotImplementedError
+
+    @property
+    def told_prompt(self) -> bool:
+        """Whether log-probabilities of the prompt are told, too."""
+        return False
 
     def max_tokens_for(self, room: int) -> int:
         """Tokens to generate when the context has `room` for so many; more than `room` if the caller insists."""
@@ -144,6 +172,15 @@ class GenerationBody(_Body):
                 top_k=self.top_k,
                 seed=None if self.seed is None else self.seed + choice,
                 ignore_eos=self.ignore_eos,
+                min_tokens=self.min_tokens,
+                min_p=self.min_p,
+                presence_penalty=self.presence_penalty,
+                frequency_penalty=self.frequency_penalty,
+                repetition_penalty=self.repetition_penalty,
+                logit_bias=self.logit_bias,
+                stop_token_ids=frozenset(self.stop_token_ids),
+                logprobs=self.told_logprobs,
+                prompt_logprobs=self.told_logprobs if self.told_prompt else None,
             )
             for choice in range(self.n)
         ]
@@ -154,13 +191,16 @@ class CompletionBody(GenerationBody):
 
     prompt: Annotated[list[str | list[int]], PlainValidator(_as_prompts)]
     echo: bool = False
-    without_effect: ClassVar = {
-        "best_of": (1,),
-        "frequency_penalty": (0,),
-        "logit_bias": ({},),
-        "presence_penalty": (0,),
-        "suffix": ("",),
-    }
+    logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
+    without_effect: ClassVar = {"best_of": (1,), "suffix": ("",)}
+
+    @property
+    def told_logprobs(self) -> int | None:
+        return self.logprobs
+
+    @property
+    def told_prompt(self) -> bool:
+        return self.echo
 
     def max_tokens_for(self, room: int) -> int:
         """OpenAI's default of 16, or the room if that is less."""
@@ -183,23 +223,39 @@ class ChatBody(GenerationBody):
 
     messages: list[Message] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1)
+    logprobs: bool = False
+    top_logprobs: int = Field(0, ge=0, le=MOST_LOGPROBS)
     without_effect: ClassVar = {
-        "frequency_penalty": (0,),
         "function_call": ("none", "auto"),
         "functions": ([],),
-        "logit_bias": ({},),
-        "logprobs": (False,),
         "modalities": (["text"],),
-        "presence_penalty": (0,),
         "response_format": ({"type": "text"},),
         "tool_choice": ("none", "auto"),
         "tools": ([],),
-        "top_logprobs": (0,),
     }
+
+    @model_validator(mode="after")
+    def _top_logprobs_need_logprobs(self) -> ChatBody:
+        if self.top_logprobs and not self.logprobs:
+            raise ValueError("top_logprobs is only allowed with logprobs=true")
+        return self
+
+    @property
+    def told_logprobs(self) -> int | None:
+        return self.top_logprobs if self.logprobs else None
 
     def max_tokens_for(self, room: int) -> int:
         """max_completion_tokens, or its older name, or all the room."""
         return self.max_completion_tokens or self.max_tokens or room
+
+
+class Said(NamedTuple):
+    """A token of a text, and how likely it was."""
+
+    text: str
+    offset: int  # characters of the choice's text before it
+    logprob: float | None  # None: the first token of a prompt, which nothing comes before
+    top: list[tuple[str, float]]  # the likeliest tokens there
 
 
 class CompletionAnswer:
@@ -223,13 +279,17 @@ class CompletionAnswer:
         """Choices of the event that opens choice `index`; empty if none does."""
         return []
 
-    def choice(self, index: int, text: str, finish_reason: FinishReason) -> dict[str, Any]:
-        """Build a finished choice."""
-        return {"index": index, "text": text, "logprobs": None, "finish_reason": finish_reason}
+    def choice(
+        self, index: int, text: str, finish_reason: FinishReason | None, said: list[Said] | None
+    ) -> dict[str, Any]:
+        """Build a finished choice. `said`: its tokens, where log-probabilities were asked for."""
+        return {"index": index, "text": text, "logprobs": _of_completion(said), "finish_reason": finish_reason}
 
-    def delta(self, index: int, text: str, finish_reason: FinishReason | None) -> dict[str, Any]:
+    def delta(
+        self, index: int, text: str, finish_reason: FinishReason | None, said: list[Said] | None
+    ) -> dict[str, Any]:
         """Build the next piece of a choice."""
-        return {"index": index, "text": text, "logprobs": None, "finish_reason": finish_reason}
+        return self.choice(index, text, finish_reason, said)
 
 
 class ChatAnswer(CompletionAnswer):
@@ -239,17 +299,41 @@ class ChatAnswer(CompletionAnswer):
 
     def opening(self, index: int) -> list[dict[str, Any]]:
         """Say whose turn it is before the first text."""
-        return [_chat_delta(index, {"role": "assistant", "content": "", "refusal": None}, None)]
+        delta = {"role": "assistant", "content": "", "refusal": None}
+        return [{"index": index, "delta": delta, "logprobs": None, "finish_reason": None}]
 
-    def choice(self, index: int, text: str, finish_reason: FinishReason) -> dict[str, Any]:
+    def choice(
+        self, index: int, text: str, finish_reason: FinishReason | None, said: list[Said] | None
+    ) -> dict[str, Any]:
         """Build a finished choice."""
         message = {"role": "assistant", "content": text, "refusal": None}
-        return {"index": index, "message": message, "logprobs": None, "finish_reason": finish_reason}
+        return {"index": index, "message": message, "logprobs": _of_chat(said), "finish_reason": finish_reason}
 
-    def delta(self, index: int, text: str, finish_reason: FinishReason | None) -> dict[str, Any]:
+    def delta(
+        self, index: int, text: str, finish_reason: FinishReason | None, said: list[Said] | None
+    ) -> dict[str, Any]:
         """Build the next piece of a choice; the last one has a finish reason and no content."""
-        return _chat_delta(index, {"content": text} if text else {}, finish_reason)
+        delta = {"content": text} if text else {}
+        return {"index": index, "delta": delta, "logprobs": _of_chat(said), "finish_reason": finish_reason}
 
 
-def _chat_delta(index: int, delta: dict[str, Any], finish_reason: FinishReason | None) -> dict[str, Any]:
-    return {"index": index, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
+def _of_completion(said: list[Said] | None) -> dict[str, Any] | None:
+    if said is None:
+        return None
+    return {
+        "tokens": [one.text for one in said],
+        "token_logprobs": [one.logprob for one in said],
+        "top_logprobs": [None if one.logprob is None else {one.text: one.logprob, **dict(one.top)} for one in said],
+        "text_offset": [one.offset for one in said],
+    }
+
+
+def _of_chat(said: list[Said] | None) -> dict[str, Any] | None:
+    if said is None:
+        return None
+
+    def entry(text: str, logprob: float | None) -> dict[str, Any]:
+        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+
+    content = [entry(one.text, one.logprob) | {"top_logprobs": [entry(*top) for top in one.top]} for one in said]
+    return {"content": content, "refusal": None}

@@ -90,6 +90,7 @@ def serve_forever(
     ready: Callable[[], None],
     address: str | None,
     trace: Path | None = None,
+    api_key: str | None = None,
 ) -> None:
     """Answer HTTP requests on `listener` until the process is interrupted; `ready` is called once it does."""
     import uvicorn
@@ -98,7 +99,7 @@ def serve_forever(
 
     async def answer() -> None:
         async with bring_up(served, pools, config, address, trace) as client:
-            app = build_app(client, served.tokenizer, model_name)
+            app = build_app(client, served.tokenizer, model_name, api_key)
             server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
             serving = asyncio.create_task(server.serve(sockets=[listener]))
             while not server.started and not serving.done():

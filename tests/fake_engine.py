@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Callable
 
-from expertmesh.system.serve.request import Output, Request
+from expertmesh.system.serve.request import Logprobs, Output, Request, TokenLogprob
 from expertmesh.system.tokenizer import Tokenizer
 
 END = 0  # the end-of-text token of byte_tokenizer
@@ -16,10 +16,16 @@ def byte_tokenizer() -> Tokenizer:
     return Tokenizer.train(iter([]), 261)
 
 
+def likelihood(token_id: int, top: int) -> Logprobs:
+    """Tokens 70, 71, ... are the likeliest everywhere."""
+    return Logprobs(TokenLogprob(token_id, -token_id / 100), tuple(TokenLogprob(70 + i, -float(i)) for i in range(top)))
+
+
 class FakeEngine:
     """Says what `script` returns for a request (token ids); remembers what it was asked and what is still running."""
 
     context_length = 64
+    down: str | None = None
 
     def __init__(self, script: Callable[[Request], list[int]]) -> None:
         self.script = script
@@ -34,11 +40,16 @@ class FakeEngine:
         try:
             for count, token_id in enumerate(self.script(request), start=1):
                 await asyncio.sleep(self.pause)
+                asked, prompt = request.sampling, request.prompt_token_ids
+                told = None if asked.logprobs is None else likelihood(token_id, asked.logprobs)
+                of_prompt = None
+                if count == 1 and asked.prompt_logprobs is not None:
+                    of_prompt = tuple(likelihood(one, asked.prompt_logprobs) for one in prompt[1:])
                 if token_id == END and not request.sampling.ignore_eos:
-                    yield Output(request.id, token_id, "stop")
+                    yield Output(request.id, token_id, "stop", told, of_prompt)
                     return
                 length = count == request.sampling.max_tokens
-                yield Output(request.id, token_id, "length" if length else None)
+                yield Output(request.id, token_id, "length" if length else None, told, of_prompt)
                 if length:
                     return
             if self.failure is not None:

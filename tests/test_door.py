@@ -30,11 +30,11 @@ def say(text: str) -> Callable[[Request], list[int]]:
 class Door:
     """A server in a thread, the engine behind it and the clients before it."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, api_key: str | None = None) -> None:
         self.engine = FakeEngine(say(TEXT))
         listener = socket.create_server(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-        app = build_app(self.engine, tokenizer, "org/tiny")
+        app = build_app(self.engine, tokenizer, "org/tiny", api_key)
         self.server = uvicorn.Server(uvicorn.Config(app, log_level="critical", lifespan="off"))
         self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [listener]}, daemon=True)
         self.thread.start()
@@ -116,6 +116,101 @@ def test_sampling_reaches_the_engine(door: Door) -> None:
     prompt = byte_tokenizer().encode("<|user|>\nhi<|end|>\n<|assistant|>\n")
     assert door.engine.requests[-1].prompt_token_ids == prompt
     assert chat_plain.max_tokens == 64 - len(prompt)
+
+
+def test_every_field_of_sampling_reaches_the_engine(door: Door) -> None:
+    penalties = {"presence_penalty": 0.5, "frequency_penalty": -1, "logit_bias": {"71": -100, "72": 2.5}}
+    more = {"min_p": 0.1, "repetition_penalty": 1.2, "min_tokens": 2, "stop_token_ids": [7, 8]}
+    door.complete(**penalties, logprobs=3, extra_body=more)
+    door.chat(**penalties, logprobs=True, top_logprobs=3, extra_body=more)
+    for asked in (request.sampling for request in door.engine.requests):
+        assert (asked.presence_penalty, asked.frequency_penalty, asked.repetition_penalty) == (0.5, -1, 1.2)
+        assert (asked.logit_bias, asked.stop_token_ids) == ({71: -100, 72: 2.5}, {7, 8})
+        assert (asked.min_p, asked.min_tokens, asked.logprobs, asked.prompt_logprobs) == (0.1, 2, 3, None)
+    door.chat(logprobs=True)
+    assert door.engine.requests[-1].sampling.logprobs == 0
+
+
+# The text, what is asked, and the tokens that are told of, those that begin within what the caller reads, and where.
+TOLD: dict[str, tuple[str, dict[str, Any], list[str], list[int]]] = {
+    "to the end": ("Grü", {}, ["G", "r", "\ufffd", "\ufffd"], [0, 1, 2, 2]),
+    "to max_tokens": ("Grü", {"max_tokens": 2}, ["G", "r"], [0, 1]),
+    "to a stop": ("abcd", {"stop": "c"}, ["a", "b"], [0, 1]),
+    "held back for a stop that does not come": ("abcd", {"stop": "cx"}, ["a", "b", "c", "d"], [0, 1, 2, 3]),
+    "nothing": ("", {}, [], []),
+}
+
+
+@pytest.mark.parametrize("case", TOLD)
+def test_logprobs(door: Door, case: str) -> None:
+    script, fields, tokens, offsets = TOLD[case]
+    door.engine.script = say(script)
+    ids = byte_tokenizer().encode(script)[: len(tokens)]
+    whole = door.complete(logprobs=2, **fields).choices[0].logprobs
+    assert whole.tokens == tokens and whole.token_logprobs == [-token / 100 for token in ids]
+    assert whole.text_offset == offsets
+    likeliest = dict(zip(byte_tokenizer().decode([70, 71]), (0.0, -1.0), strict=True))
+    for top, token, token_id in zip(whole.top_logprobs, tokens, ids, strict=True):
+        assert top == {token: -token_id / 100, **likeliest}
+    parts = [chunk.choices[0].logprobs for chunk in door.complete(logprobs=2, stream=True, **fields)]
+    assert [token for part in parts for token in part.tokens] == tokens
+    turn = door.chat(logprobs=True, top_logprobs=2, **fields).choices[0].logprobs.content
+    assert [(one.token, one.logprob, bytes(one.bytes)) for one in turn] == [
+        (token, -id / 100, token.encode()) for token, id in zip(tokens, ids, strict=True)
+    ]
+    assert all([(top.token, top.logprob) for top in one.top_logprobs] == list(likeliest.items()) for one in turn)
+    turns = [chunk.choices[0].logprobs for chunk in door.chat(logprobs=True, stream=True, **fields)]
+    assert [one.token for part in turns if part for one in part.content] == tokens
+    assert door.complete(**fields).choices[0].logprobs is None
+
+
+def test_logprobs_of_an_echoed_prompt(door: Door) -> None:
+    door.engine.script = say("b")
+    told = door.complete(prompt="hé", echo=True, logprobs=0, max_tokens=1).choices[0].logprobs
+    ids = byte_tokenizer().encode("héb")
+    assert told.tokens == ["h", "\ufffd", "\ufffd", "b"] and told.text_offset == [0, 1, 1, 2]
+    assert told.token_logprobs == [None, *(-token / 100 for token in ids[1:])]
+    assert told.top_logprobs[0] is None
+
+
+def test_an_api_key_covers_all_but_health() -> None:
+    door = Door(byte_tokenizer(), api_key="sesame-open")
+    try:
+        assert door.http.get("/health").status_code == 200
+        for method, path in (
+            ("GET", "/v1/models"),
+            ("GET", "/openapi.json"),
+            ("GET", "/nowhere"),
+            ("POST", COMPLETION),
+        ):
+            for header in ({}, {"Authorization": "Bearer sesame"}, {"Authorization": "Basic x"}):
+                answer = door.http.request(method, path, headers=header)
+                assert answer.status_code == 401 and answer.json()["error"]["code"] == "invalid_api_key"
+        with pytest.raises(openai.AuthenticationError, match="needs its API key"):
+            door.complete()
+        assert not door.engine.requests
+        right = {"Authorization": "Bearer sesame-open"}
+        assert door.http.get("/v1/models", headers=right).status_code == 200
+    finally:
+        door.close()
+
+
+def test_health_is_that_of_the_engine(door: Door) -> None:
+    door.engine.down = "worker 3 is gone"
+    try:
+        answer = door.http.get("/health")
+    finally:
+        door.engine.down = None
+    assert answer.status_code == 503 and "worker 3 is gone" in answer.json()["error"]["message"]
+    assert door.http.get("/health").status_code == 200
+
+
+@pytest.mark.parametrize("announced", [True, False])
+def test_a_body_that_is_too_large(door: Door, announced: bool) -> None:
+    content = b" " * (32 * 2**20 + 1)
+    body = content if announced else iter([content[: 2**20]] * 33)
+    answer = door.http.post(COMPLETION, content=body, headers={"content-type": "application/json"})
+    assert answer.status_code == 413 and "33554432" in answer.json()["error"]["message"]
 
 
 # What the engine says, what is asked, the text and the finish reason that follow, in all four variants.
@@ -213,7 +308,10 @@ ERRORS = [  # path, what differs from a good body, status, param, part of the me
     (COMPLETION, {"max_tokens": 63}, 400, "prompt", "holds 64 tokens, the request needs 65: 2 in prompt and 63"),
     (CHAT_PATH, {"messages": [{"role": "user", "content": "x" * 70}]}, 400, "messages", "holds 64 tokens"),
     (COMPLETION, {"temperature": 3}, 400, "temperature", "temperature: Input should be less than or equal to 2"),
-    (COMPLETION, {"logprobs": 1}, 400, "logprobs", "logprobs: this server does not support the field"),
+    (COMPLETION, {"suffix": "x"}, 400, "suffix", "suffix: this server does not support the field"),
+    (COMPLETION, {"logit_bias": {"261": 1}}, 400, "logit_bias", "from 0 to 260"),
+    (CHAT_PATH, {"stop_token_ids": [-1]}, 400, "stop_token_ids", "from 0 to 260"),
+    (COMPLETION, {"prompt": ["x"] * 129, "n": 2}, 400, "prompt", "129 in prompt times n=2: a request may have 256"),
     (CHAT_PATH, {"tools": [{}]}, 400, "tools", "tools: this server does not support the field"),
     (CHAT_PATH, {"messages": [{"role": "user", "content": 1}]}, 400, "messages.0.content", "valid string"),
     (CHAT_PATH, {"stream_options": {}}, 400, None, "only allowed with stream=true"),

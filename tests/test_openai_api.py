@@ -37,19 +37,27 @@ def test_fields_without_effect_pass(base: dict[str, Any], extra: dict[str, Any])
 
 
 REFUSED = [
-    (COMPLETION, "logprobs", 0),  # asks for the log-probability of the chosen tokens
+    (COMPLETION, "logprobs", 21),
+    (COMPLETION, "logprobs", -1),
+    (COMPLETION, "logprobs", True),
     (COMPLETION, "best_of", 2),
     (COMPLETION, "suffix", "x"),
-    (COMPLETION, "presence_penalty", 0.1),
-    (COMPLETION, "repetition_penalty", 1.1),
+    (COMPLETION, "presence_penalty", 2.1),
+    (COMPLETION, "repetition_penalty", 0),
+    (COMPLETION, "min_p", 1.1),
+    (COMPLETION, "min_tokens", -1),
+    (COMPLETION, "stop_token_ids", ["1"]),
+    (COMPLETION, "logit_bias", {"a": 1}),
+    (COMPLETION, "logit_bias", {"1": 101}),
+    (COMPLETION, "logit_bias", {"1": "5"}),
+    (COMPLETION, "logit_bias", [1]),
     (COMPLETION, "max_token", 5),  # a slip of the pen
-    (CHAT, "logprobs", True),
-    (CHAT, "top_logprobs", 3),
+    (CHAT, "logprobs", 1),
+    (CHAT, "top_logprobs", 21),
     (CHAT, "tools", [{"type": "function"}]),
     (CHAT, "tool_choice", "required"),
     (CHAT, "response_format", {"type": "json_object"}),
-    (CHAT, "logit_bias", {"1": 5}),
-    (CHAT, "frequency_penalty", -1),
+    (CHAT, "frequency_penalty", -2.1),
     (CHAT, "echo", True),
     (CHAT, "reasoning_effort", "low"),
     # out of range, or of the wrong type
@@ -93,6 +101,11 @@ def test_the_refused_field_is_named(base: dict[str, Any], field: str, value: Any
 def test_stream_options_need_a_stream() -> None:
     with pytest.raises(ValidationError, match="only allowed with stream"):
         ChatBody.model_validate(CHAT | {"stream_options": {"include_usage": True}})
+
+
+def test_top_logprobs_need_logprobs() -> None:
+    with pytest.raises(ValidationError, match="only allowed with logprobs=true"):
+        ChatBody.model_validate(CHAT | {"top_logprobs": 3})
 
 
 def test_message_parts_and_roles() -> None:

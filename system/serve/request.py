@@ -75,6 +75,11 @@ class EngineClient(Protocol):
 
     context_length: int
 
+    @property
+    def down(self) -> str | None:
+        """Why nothing answers any more; None where something does."""
+        ...
+
     def generate(self, request: Request) -> AsyncIterator[Output]:
         """Yield the tokens of `request` as they come; closing the iterator early cancels the request."""
         ...
