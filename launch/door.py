@@ -1,6 +1,7 @@
 """The OpenAI-compatible HTTP door: it checks what comes in, hands it to the engine and writes the answer.
 
-    POST /v1/completions        POST /v1/chat/completions        GET /v1/models[/{id}]        GET /health
+    POST /v1/completions        POST /v1/chat/completions
+    GET /v1/models[/{id}]        GET /health        GET /metrics
 
 With an API key all of them but /health need it, as "Authorization: Bearer KEY". A body has at most 32 MiB.
 
@@ -22,11 +23,13 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
+from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from expertmesh.launch.completion import Completion
+from expertmesh.launch.metrics import Metrics, Observed
 from expertmesh.launch.openai_api import (
     ApiError,
     ChatAnswer,
@@ -46,6 +49,8 @@ def build_app(engine: EngineClient, tokenizer: Tokenizer, model_name: str, api_k
     """Build the server's app for one model, known to callers as `model_name`; with `api_key` they must have it."""
     app = FastAPI(title="expertmesh")
     app.add_middleware(_Guard, api_key=api_key)
+    metrics = Metrics(model_name)
+    engine = Observed(engine, metrics)
     for kind in (ApiError, RequestValidationError, HTTPException, Exception):
         app.add_exception_handler(kind, _answer_error)
     card = {"id": model_name, "object": "model", "created": int(time.time()), "owned_by": "expertmesh"}
@@ -61,6 +66,11 @@ def build_app(engine: EngineClient, tokenizer: Tokenizer, model_name: str, api_k
         if engine.down is not None:
             raise ApiError(503, f"the engine is gone: {engine.down}")
         return {"status": "ok"}
+
+    @app.get("/metrics")
+    async def figures() -> Response:
+        """Tell Prometheus what was counted so far."""
+        return Response(await metrics.text(engine), media_type=CONTENT_TYPE_LATEST)
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Callable
 
+from expertmesh.system.serve.engine import EngineCounts
 from expertmesh.system.serve.request import Logprobs, Output, Request, TokenLogprob
 from expertmesh.system.tokenizer import Tokenizer
 
@@ -56,3 +57,14 @@ class FakeEngine:
                 raise self.failure
         finally:
             self.running.discard(request.id)
+
+    async def counts(self) -> list[EngineCounts]:
+        """Of two workers; every figure is its place, and twice that."""
+        places = range(1, len(EngineCounts._fields) + 1)
+        return [EngineCounts(*places), EngineCounts(*(2 * place for place in places))]
+
+    async def loads(self) -> dict[int, list[int]]:
+        return {1: [5, 7], 3: [0, 12]}
+
+    async def stages(self) -> dict[str, dict[str, float]]:
+        return {"attention 0": {"seconds": 1.5, "bubble": 0.25}, "wire 0": {"seconds": 0.5}}

@@ -205,6 +205,19 @@ def test_health_is_that_of_the_engine(door: Door) -> None:
     assert door.http.get("/health").status_code == 200
 
 
+def test_metrics_are_of_the_requests_that_came_by(door: Door) -> None:
+    def read() -> float:
+        answer = door.http.get("/metrics")
+        assert answer.headers["content-type"].startswith("text/plain")
+        lines = [line for line in answer.text.splitlines() if line.startswith("vllm:time_to_first_token_seconds_count")]
+        return float(lines[0].split()[-1])
+
+    before = read()
+    door.complete()
+    door.chat(n=2)
+    assert read() == before + 3
+
+
 @pytest.mark.parametrize("announced", [True, False])
 def test_a_body_that_is_too_large(door: Door, announced: bool) -> None:
     content = b" " * (32 * 2**20 + 1)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
+
+if TYPE_CHECKING:  # the engine is made of more than its requests
+    from expertmesh.system.serve.engine import EngineCounts
 
 FinishReason = Literal["stop", "length"]
 
@@ -82,4 +85,16 @@ class EngineClient(Protocol):
 
     def generate(self, request: Request) -> AsyncIterator[Output]:
         """Yield the tokens of `request` as they come; closing the iterator early cancels the request."""
+        ...
+
+    async def counts(self) -> list[EngineCounts]:
+        """What each worker tells about its requests and its cache."""
+        ...
+
+    async def loads(self) -> dict[int, list[int]]:
+        """For each layer with experts, how many choices each of them served so far; FFN experts come first."""
+        ...
+
+    async def stages(self) -> dict[str, dict[str, float]]:
+        """Seconds of work of every stage, and its bubble where it has one."""
         ...
