@@ -1,9 +1,10 @@
 """The OpenAI-compatible HTTP door: it checks what comes in, hands it to the engine and writes the answer.
 
     POST /v1/completions        POST /v1/chat/completions
-    GET /v1/models[/{id}]        GET /health        GET /metrics
+    GET /v1/models[/{id}]        GET /health        GET /metrics        GET /dashboard
 
-With an API key all of them but /health need it, as "Authorization: Bearer KEY". A body has at most 32 MiB.
+With an API key all of them but /health need it, as "Authorization: Bearer KEY", or in a browser as the password. A
+body has at most 32 MiB.
 
 What lies between prompt and text is in completion.py, the shape of the bodies in openai_api.py. Here are the routes,
 the errors (all in OpenAI's form), the event stream, and the watch on the caller's connection: a caller who leaves
@@ -16,13 +17,15 @@ import asyncio
 import hmac
 import json
 import time
+from base64 import b64decode
 from collections.abc import AsyncGenerator, Coroutine
-from contextlib import aclosing
+from contextlib import aclosing, suppress
+from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
@@ -42,6 +45,7 @@ from expertmesh.launch.openai_api import (
 from expertmesh.system.serve.request import EngineClient
 from expertmesh.system.tokenizer import Tokenizer
 
+DASHBOARD = Path(__file__).with_name("dashboard.html")
 MOST_BODY_BYTES = 32 * 2**20  # a prompt of a million tokens as ids, and more
 
 
@@ -71,6 +75,11 @@ def build_app(engine: EngineClient, tokenizer: Tokenizer, model_name: str, api_k
     async def figures() -> Response:
         """Tell Prometheus what was counted so far."""
         return Response(await metrics.text(engine), media_type=CONTENT_TYPE_LATEST)
+
+    @app.get("/dashboard")
+    async def dashboard() -> Response:
+        """Show the figures to people, as they change."""
+        return HTMLResponse(DASHBOARD.read_text())
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
@@ -175,12 +184,12 @@ class _Guard:
             return
         headers, size = Headers(scope=scope), 0
         if self._key is not None and scope["path"] != "/health":
-            given = headers.get("authorization", "").removeprefix("Bearer ")
+            given = _key_in(headers.get("authorization", ""))
             if not hmac.compare_digest(given.encode(), self._key.encode()):
-                error = ApiError(
-                    401, "this server needs its API key: Authorization: Bearer KEY", code="invalid_api_key"
-                )
-                await JSONResponse(error.body(), 401, {"WWW-Authenticate": "Bearer"})(scope, receive, send)
+                message = "this server needs its API key: Authorization: Bearer KEY"
+                refusal = ApiError(401, message, code="invalid_api_key").body()
+                asking = {"WWW-Authenticate": 'Basic realm="expertmesh"'}
+                await JSONResponse(refusal, 401, asking)(scope, receive, send)
                 return
 
         async def counted() -> Message:
@@ -197,6 +206,16 @@ class _Guard:
             await JSONResponse(error.body(), 413)(scope, receive, send)
             return
         await self._app(scope, counted, send)
+
+
+def _key_in(authorization: str) -> str:
+    """Of "Bearer KEY", and of a browser's "Basic base64(anybody:KEY)"."""
+    scheme, _, value = authorization.partition(" ")
+    if scheme.lower() != "basic":
+        return value
+    with suppress(ValueError):
+        return b64decode(value, validate=True).decode().partition(":")[2]
+    return ""
 
 
 class _EventStream(StreamingResponse):

@@ -5,6 +5,7 @@ import json
 import socket
 import threading
 import time
+from base64 import b64encode
 from collections.abc import AsyncGenerator, Callable, Iterator
 from typing import Any
 
@@ -189,8 +190,9 @@ def test_an_api_key_covers_all_but_health() -> None:
         with pytest.raises(openai.AuthenticationError, match="needs its API key"):
             door.complete()
         assert not door.engine.requests
-        right = {"Authorization": "Bearer sesame-open"}
-        assert door.http.get("/v1/models", headers=right).status_code == 200
+        for right in ("Bearer sesame-open", f"Basic {b64encode(b'anybody:sesame-open').decode()}"):
+            assert door.http.get("/v1/models", headers={"Authorization": right}).status_code == 200
+        assert door.http.get("/v1/models", headers={"Authorization": "Basic ?"}).status_code == 401
     finally:
         door.close()
 
@@ -216,6 +218,11 @@ def test_metrics_are_of_the_requests_that_came_by(door: Door) -> None:
     door.complete()
     door.chat(n=2)
     assert read() == before + 3
+
+
+def test_the_dashboard_needs_nothing_from_elsewhere(door: Door) -> None:
+    page = door.http.get("/dashboard")
+    assert page.headers["content-type"].startswith("text/html") and "://" not in page.text
 
 
 @pytest.mark.parametrize("announced", [True, False])

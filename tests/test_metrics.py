@@ -1,4 +1,4 @@
-"""What Prometheus reads of a server: every series with its value, of requests that were made and an engine that tells."""
+"""What Prometheus reads of a server: every series and its value."""
 
 from __future__ import annotations
 
