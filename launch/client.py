@@ -1,10 +1,16 @@
-"""One face for all engines: requests go to the least busy one, its outputs come back to whoever asked."""
+"""One face for all engines: requests go to the least busy one, its outputs come back to whoever asked.
+
+A request outlives its engine: what was said is kept here, and another engine says the rest.
+"""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import suppress
+import logging
+import secrets
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing, suppress
+from dataclasses import replace
 from typing import Protocol
 
 from expertmesh.parallel.timeline import Busy, stages
@@ -12,9 +18,17 @@ from expertmesh.system.serve.engine import EngineCounts
 from expertmesh.system.serve.loop import EngineLoop
 from expertmesh.system.serve.request import Output, Request
 
+logger = logging.getLogger(__name__)
+
+MOVES = 2  # of one request: if more workers failed with it, it may be the reason
+
+
+class _WorkerLost(Exception):
+    """The worker of a request is gone."""
+
 
 class EngineWorker(Protocol):
-    """An engine somewhere: in this process, or an attention worker of a pool."""
+    """An engine somewhere: in this process, or an attention worker of a pool. ConnectionError says that it is gone."""
 
     async def submit(self, request: Request) -> None: ...
 
@@ -90,38 +104,71 @@ class Client:
         return str(next(iter(self._failed.values()))) if len(self._failed) == len(self._workers) else None
 
     async def generate(self, request: Request) -> AsyncIterator[Output]:
-        """Yield the tokens of `request`; closing early cancels it. Raises RuntimeError when its worker fails."""
-        if self.down is not None:
-            raise RuntimeError(f"no engine is left: {self.down}")
-        alive = [index for index in range(len(self._workers)) if index not in self._failed]
-        index = min(alive, key=lambda i: len(self._open[i]))
+        """Yield the tokens of `request`; closing early cancels it.
+
+        When its worker fails, another goes on where it was: it computes the text so far again, and then says what the
+        first would have said. Raises RuntimeError where none is left, or where MOVES of them failed with it.
+        """
+        if request.sampling.seed is None:  # drawn here, so that all workers draw alike
+            request = replace(request, sampling=replace(request.sampling, seed=secrets.randbits(62)))
+        said: list[int] = []
+        for move in range(MOVES + 1):
+            if self.down is not None:
+                raise RuntimeError(f"no engine is left: {self.down}")
+            index = min(self._alive_places, key=lambda i: len(self._open[i]))
+            try:
+                async with aclosing(self._on(index, request.resumed(said))) as outputs:
+                    async for output in outputs:
+                        said.append(output.token_id)
+                        yield output
+                return
+            except _WorkerLost as lost:
+                if move == MOVES:
+                    raise RuntimeError(f"{MOVES + 1} workers failed with this request: {lost}") from lost
+
+    async def _on(self, index: int, request: Request) -> AsyncGenerator[Output, None]:
+        """What one worker says. Raises _WorkerLost."""
         queue: asyncio.Queue[Output | Exception] = asyncio.Queue()
         self._open[index][request.id] = queue
         finished = False
         try:
-            await self._workers[index].submit(request)
+            try:
+                await self._workers[index].submit(request)
+            except ConnectionError as error:
+                self._lose(index, error)
             while not finished:
                 output = await queue.get()
                 if isinstance(output, Exception):
-                    raise RuntimeError(str(output)) from output
+                    raise _WorkerLost(str(output)) from output
                 finished = output.finish_reason is not None
                 yield output
         finally:
             del self._open[index][request.id]
             if not finished and index not in self._failed:
-                await self._workers[index].cancel(request.id)
+                with suppress(ConnectionError):  # it has just died: nothing is left to be cancelled
+                    await self._workers[index].cancel(request.id)
+
+    @property
+    def _alive_places(self) -> list[int]:
+        return [index for index in range(len(self._workers)) if index not in self._failed]
+
+    @property
+    def _alive(self) -> list[EngineWorker]:
+        return [self._workers[index] for index in self._alive_places]
 
     async def stages(self) -> dict[str, dict[str, float]]:
         """Seconds of work and bubble of every stage (see `timeline.stages`)."""
-        return stages([await worker.busy() for worker in self._workers])
+        return stages([await worker.busy() for worker in self._alive])
 
     async def counts(self) -> list[EngineCounts]:
         """What each worker tells about its requests and its cache."""
-        return [await worker.counts() for worker in self._workers]
+        return [await worker.counts() for worker in self._alive]
 
     async def loads(self) -> dict[int, list[int]]:
         """What experts served on all workers together."""
-        each = [await worker.loads() for worker in self._workers]
+        each = [await worker.loads() for worker in self._alive]
+        if not each:
+            return {}
         return {
             layer: [sum(counts) for counts in zip(*(loads[layer] for loads in each), strict=True)] for layer in each[0]
         }
@@ -135,6 +182,12 @@ class Client:
                         queue.put_nowait(output)
             raise RuntimeError("it ended")
         except Exception as error:
+            self._lose(index, error)
+
+    def _lose(self, index: int, error: Exception) -> None:
+        """A worker is gone: it is asked no more, and its requests are told."""
+        if index not in self._failed:
             self._failed[index] = error
-            for queue in self._open[index].values():
-                queue.put_nowait(error)
+            logger.error("worker %d is gone: %s", index, error)
+        for queue in self._open[index].values():
+            queue.put_nowait(error)

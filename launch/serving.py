@@ -163,10 +163,10 @@ class PoolWorker:
         self._pool, self._rank = pool, rank
 
     async def submit(self, request: Request) -> None:
-        await self._pool.ask(self._rank, "submit", request)
+        await self._order("submit", request)
 
     async def cancel(self, request_id: str) -> None:
-        await self._pool.ask(self._rank, "cancel", request_id)
+        await self._order("cancel", request_id)
 
     async def busy(self) -> Busy:
         return await self._pool.ask(self._rank, "busy")
@@ -179,3 +179,13 @@ class PoolWorker:
 
     def outputs(self) -> AsyncIterator[list[Output]]:
         return self._pool.stream(self._rank, "outputs")
+
+    async def _order(self, what: str, argument: object) -> None:
+        from expertmesh.launch.ray_cluster import WorkerFailed
+
+        try:
+            await self._pool.ask(self._rank, what, argument)
+        except WorkerFailed as failure:
+            if failure.died:
+                raise ConnectionError(str(failure)) from failure
+            raise

@@ -152,6 +152,24 @@ def test_text_does_not_depend_on_company(model, alone_answers, way, reason):
     assert len(said) > len(alone_answers) // 2, "a model that always says the same proves nothing"
 
 
+RESUMED = [
+    Sampling(max_tokens=8, temperature=0),
+    Sampling(max_tokens=8, seed=4, top_k=5),
+    Sampling(max_tokens=8, seed=4, repetition_penalty=1.5, frequency_penalty=1.0, min_tokens=4),
+    Sampling(max_tokens=99, temperature=0, logprobs=2),
+]
+
+
+@pytest.mark.parametrize("sampling", RESUMED, ids=["greedy", "drawn", "penalties", "to the end of the context"])
+def test_a_request_cut_after_any_token_goes_on_in_another_engine(model, sampling):
+    request = Request("x", prompt(14, 3), sampling)
+    end = frozenset({request.prompt_token_ids[0]})
+    whole = drive(engine_of(model, eos_ids=end), {0: [request]})["x"]
+    for cut in range(1, len(whole.token_ids)):
+        rest = drive(engine_of(model, eos_ids=end), {0: [request.resumed(whole.token_ids[:cut])]})["x"]
+        assert rest == Answer(whole.token_ids[cut:], whole.finish_reason)
+
+
 def test_equal_beginnings_are_computed_once(model):
     """The whole prompt, its beginning, the prompt and more; the second time all of it is found."""
     greedy = Sampling(max_tokens=5, temperature=0)

@@ -121,7 +121,7 @@ class Engine:
 
     def check(self, request: Request) -> None:
         """Raise ValueError where the request can never be computed: one line that says why."""
-        length = len(request.prompt_token_ids)
+        length = len(request.token_ids)
         if not 0 < length < self._room:
             raise ValueError(f"the prompt has {length} tokens; it must have at least 1 and at most {self._room - 1}")
 

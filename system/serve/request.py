@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
 if TYPE_CHECKING:  # the engine is made of more than its requests
@@ -43,6 +43,19 @@ class Request:
     id: str
     prompt_token_ids: list[int]
     sampling: Sampling = field(default_factory=lambda: Sampling(max_tokens=16))
+    said_token_ids: tuple[int, ...] = ()  # of the answer, by a worker that is gone: they are not said again
+
+    @property
+    def token_ids(self) -> list[int]:
+        """All that is known of its text."""
+        return [*self.prompt_token_ids, *self.said_token_ids]
+
+    def resumed(self, said_token_ids: Sequence[int]) -> Request:
+        """The rest of it, where the first tokens of the answer are known. With a seed it is what it would have been."""
+        if not said_token_ids:
+            return self
+        sampling = replace(self.sampling, prompt_logprobs=None)  # they came with the first token
+        return replace(self, sampling=sampling, said_token_ids=tuple(said_token_ids))
 
 
 class TokenLogprob(NamedTuple):

@@ -118,7 +118,7 @@ class Scheduler:
 
     def add(self, request: Request, seed: int, longest: int) -> None:
         """Queue a request, which alone must fit the pages: `longest` tokens, answer included, at most."""
-        sequence = Sequence(request, self._arrivals, seed, list(request.prompt_token_ids), longest)
+        sequence = Sequence(request, self._arrivals, seed, request.token_ids, longest)
         self._arrivals += 1
         self.waiting.append(sequence)
 

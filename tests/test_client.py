@@ -1,0 +1,122 @@
+"""A request outlives its engine: another says the rest, and nobody who listens can tell."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+
+import pytest
+
+from expertmesh.launch.client import Client
+from expertmesh.parallel.timeline import Busy
+from expertmesh.system.serve.engine import EngineCounts
+from expertmesh.system.serve.request import Output, Request, Sampling
+
+
+class Worker:
+    """Says how long the text is, as a token; is gone after `lasts` tokens. Remembers what it was asked."""
+
+    def __init__(self, lasts: int = 1000, dead_to_orders: bool = False) -> None:
+        self.lasts, self.dead_to_orders = lasts, dead_to_orders
+        self.asked: list[Request] = []
+        self.cancelled: list[str] = []
+        self.inbox: asyncio.Queue[Request] = asyncio.Queue()
+
+    async def submit(self, request: Request) -> None:
+        if self.dead_to_orders:
+            raise ConnectionError("nobody is there")
+        self.asked.append(request)
+        self.inbox.put_nowait(request)
+
+    async def cancel(self, request_id: str) -> None:
+        self.cancelled.append(request_id)
+        if self.dead_to_orders:
+            raise ConnectionError("nobody is there")
+
+    async def busy(self) -> Busy:
+        return Busy(1.0, {"attention": 0.5})
+
+    async def counts(self) -> EngineCounts:
+        return EngineCounts(*range(len(EngineCounts._fields)))
+
+    async def loads(self) -> dict[int, list[int]]:
+        return {0: [1, 2]}
+
+    async def outputs(self) -> AsyncIterator[list[Output]]:
+        while True:
+            request = await self.inbox.get()
+            for length in range(len(request.token_ids), len(request.prompt_token_ids) + request.sampling.max_tokens):
+                if not self.lasts:
+                    raise RuntimeError("killed")
+                self.lasts -= 1
+                last = length + 1 == len(request.prompt_token_ids) + request.sampling.max_tokens
+                yield [Output(request.id, length, "length" if last else None)]
+                await asyncio.sleep(0)
+
+
+REQUEST = Request("x", [5, 6], Sampling(max_tokens=6, prompt_logprobs=1))
+WHOLE = [2, 3, 4, 5, 6, 7]
+
+
+def said(workers: list[Worker], request: Request = REQUEST) -> list[int]:
+    async def ask() -> list[int]:
+        async with Client(list(workers), 64) as client:
+            return [output.token_id async for output in client.generate(request)]
+
+    return asyncio.run(asyncio.wait_for(ask(), 10))
+
+
+@pytest.mark.parametrize("lasts", range(7))
+def test_another_worker_goes_on_where_the_first_was(lasts):
+    first, second = Worker(lasts), Worker()
+    assert said([first, second]) == WHOLE
+    (asked,) = first.asked
+    assert asked.sampling.seed is not None, "or the second would draw another text"
+    if lasts == 6:
+        assert not second.asked
+        return
+    (again,) = second.asked
+    assert again.said_token_ids == tuple(WHOLE[:lasts]) and again.prompt_token_ids == REQUEST.prompt_token_ids
+    assert again.sampling.seed == asked.sampling.seed
+    assert again.sampling.prompt_logprobs == (None if lasts else 1), "told with the first token, and once"
+
+
+def test_a_worker_that_is_gone_before_it_is_asked():
+    assert said([Worker(dead_to_orders=True), Worker()]) == WHOLE
+
+
+def test_two_moves_and_no_more():
+    assert said([Worker(1), Worker(1), Worker()]) == WHOLE
+    with pytest.raises(RuntimeError, match="3 workers failed with this request: killed"):
+        said([Worker(1), Worker(1), Worker(1), Worker()])
+
+
+def test_nobody_is_left():
+    with pytest.raises(RuntimeError, match="no engine is left: killed"):
+        said([Worker(2), Worker(1)])
+
+
+def test_what_is_told_is_of_those_that_are_left():
+    async def ask() -> None:
+        async with Client([Worker(0), Worker()], 64) as client:
+            assert len(await client.counts()) == 2 and client.down is None
+            assert [output.token_id async for output in client.generate(REQUEST)] == WHOLE
+            assert len(await client.counts()) == 1 and client.down is None
+            assert await client.loads() == {0: [1, 2]}
+            assert set(await client.stages()) == {"attention 0"}
+
+    asyncio.run(ask())
+
+
+def test_leaving_cancels_even_if_the_worker_is_gone():
+    worker = Worker()
+
+    async def ask() -> None:
+        async with Client([worker], 64) as client, aclosing(client.generate(REQUEST)) as outputs:
+            async for _ in outputs:
+                worker.dead_to_orders = True
+                break
+
+    asyncio.run(ask())
+    assert worker.cancelled == ["x"]
