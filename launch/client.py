@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import replace
 from typing import Protocol
@@ -81,27 +81,36 @@ class LocalWorker:
 class Client:
     """An `EngineClient` over several workers. Use it as an async context manager within one event loop."""
 
-    def __init__(self, workers: list[EngineWorker], context_length: int) -> None:
-        self.context_length = context_length
+    def __init__(
+        self,
+        workers: Sequence[EngineWorker],
+        context_length: int,
+        revive: Callable[[int, Exception], Awaitable[None]] | None = None,
+    ) -> None:
+        """`revive` starts worker number so much again, or raises; None: nobody can."""
+        self.context_length, self._revive = context_length, revive
         self._workers = workers
         self._open: list[dict[str, asyncio.Queue[Output | Exception]]] = [{} for _ in workers]
         self._failed: dict[int, Exception] = {}
         self._readers: list[asyncio.Task[None]] = []
+        self._coming: dict[int, asyncio.Task[None]] = {}  # workers that are being started again
 
     async def __aenter__(self) -> Client:
         self._readers = [asyncio.create_task(self._read(index)) for index in range(len(self._workers))]
         return self
 
     async def __aexit__(self, *error: object) -> None:
-        for reader in self._readers:
-            reader.cancel()
+        for task in (*self._coming.values(), *self._readers):
+            task.cancel()
             with suppress(asyncio.CancelledError):
-                await reader
+                await task
 
     @property
     def down(self) -> str | None:
-        """Why no worker answers any more; None where one does."""
-        return str(next(iter(self._failed.values()))) if len(self._failed) == len(self._workers) else None
+        """Why no worker answers any more; None where one does, or will soon."""
+        if self._coming or len(self._failed) < len(self._workers):
+            return None
+        return str(next(iter(self._failed.values())))
 
     async def generate(self, request: Request) -> AsyncIterator[Output]:
         """Yield the tokens of `request`; closing early cancels it.
@@ -113,6 +122,8 @@ class Client:
             request = replace(request, sampling=replace(request.sampling, seed=secrets.randbits(62)))
         said: list[int] = []
         for move in range(MOVES + 1):
+            while not self._alive_places and self._coming:
+                await asyncio.wait(self._coming.values(), return_when=asyncio.FIRST_COMPLETED)
             if self.down is not None:
                 raise RuntimeError(f"no engine is left: {self.down}")
             index = min(self._alive_places, key=lambda i: len(self._open[i]))
@@ -184,10 +195,25 @@ class Client:
         except Exception as error:
             self._lose(index, error)
 
+    async def _bring_back(self, index: int, error: Exception) -> None:
+        assert self._revive is not None
+        try:
+            await self._revive(index, error)
+        except Exception as reason:
+            logger.error("worker %d does not come back: %s", index, reason)
+        else:
+            del self._failed[index]
+            self._readers.append(asyncio.create_task(self._read(index)))
+            logger.warning("worker %d is back", index)
+        finally:
+            del self._coming[index]
+
     def _lose(self, index: int, error: Exception) -> None:
         """A worker is gone: it is asked no more, and its requests are told."""
         if index not in self._failed:
             self._failed[index] = error
             logger.error("worker %d is gone: %s", index, error)
+            if self._revive is not None:
+                self._coming[index] = asyncio.create_task(self._bring_back(index, error))
         for queue in self._open[index].values():
             queue.put_nowait(error)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from expertmesh.launch.client import Client, LocalWorker
 from expertmesh.launch.find_checkpoint import find_checkpoint
@@ -23,6 +24,11 @@ if TYPE_CHECKING:  # serving joined does without Ray
     from expertmesh.launch.ray_cluster import Pool
     from expertmesh.parallel.timeline import Busy
     from expertmesh.system.serve.engine import EngineCounts
+
+
+logger = logging.getLogger(__name__)
+
+WATCH_S = 0.2  # between two looks at the FFN workers
 
 
 class Pools(NamedTuple):
@@ -147,13 +153,65 @@ async def bring_up(
         linking = attention.start("start", served.checkpoint, config, pools.ffn, trace is not None)
         while not await asyncio.to_thread(attention.finished, linking, 0.2):
             ffn.finished(answering, seconds=0)  # one that cannot load its experts would be waited for in vain
-        async with Client([PoolWorker(attention, rank) for rank in range(pools.attention)], context_length) as client:
+        restarts = Restarts(config.restarts)
+        ask_again = ("run", served.checkpoint, config, pools.ffn, pools.attention)
+        watching = asyncio.create_task(keep_up(ffn, answering, ask_again, restarts))
+
+        async def revive(rank: int, error: Exception) -> None:
+            restarts.spend(str(error))
+            attention.replace(rank)
+            call = attention.call(rank, "start", served.checkpoint, config, pools.ffn, trace is not None)
+            while not attention.wait([call], 0):
+                await asyncio.sleep(0.1)
+            attention.answer(rank, call, 0)
+
+        workers = [PoolWorker(attention, rank) for rank in range(pools.attention)]
+        async with Client(workers, context_length, revive) as client:
             try:
                 yield client
             finally:
+                watching.cancel()
                 if trace is not None:
                     with suppress(RuntimeError):  # of a worker that died: there is a better message on its way
                         write_trace(trace, [await attention.ask(rank, "spans") for rank in range(pools.attention)])
+
+
+class Restarts:
+    """How many workers of a service may be started again, all pools together."""
+
+    def __init__(self, most: int) -> None:
+        self._left = most
+
+    def spend(self, why: str) -> None:
+        """Raises RuntimeError where none is left."""
+        if not self._left:
+            raise RuntimeError(f"{why}; serve.restarts is used up")
+        self._left -= 1
+        logger.warning("%s; started again, %d more times at most", why, self._left)
+
+
+async def keep_up(pool: Pool, calls: list[Any], call: tuple[Any, ...], restarts: Restarts) -> None:
+    """Have a new worker in the place of each whose call has ended, however it did, until the budget is used up.
+
+    Whoever waits for its answers finds the new one by itself (link.py).
+    """
+    from expertmesh.launch.ray_cluster import WorkerFailed
+
+    while True:
+        await asyncio.sleep(WATCH_S)
+        for rank in range(len(calls)):
+            if not pool.wait([calls[rank]], 0):
+                continue
+            try:
+                pool.answer(rank, calls[rank], 0)  # it is there: all attention workers were gone for a moment
+            except WorkerFailed as failure:
+                try:
+                    restarts.spend(str(failure))
+                except RuntimeError as spent:
+                    logger.error("%s", spent)
+                    return
+                pool.replace(rank)
+            calls[rank] = pool.call(rank, *call)
 
 
 class PoolWorker:

@@ -27,7 +27,7 @@ import torch
 from expertmesh.kernels.combine import combine_rows
 from expertmesh.kernels.routing import sort_slots
 from expertmesh.kernels.rows import Rows
-from expertmesh.parallel.link import Link, as_bytes
+from expertmesh.parallel.link import LastingLink, Link, as_bytes
 from expertmesh.parallel.wire import Wire
 
 _QUESTION = struct.Struct("<iiii")  # layer, tokens, second number, bytes of one token
@@ -60,7 +60,7 @@ class Layout(NamedTuple):
 class Form(Protocol):
     """How a question reads, on both sides."""
 
-    def ask(self, link: Link, layer: int, parts: Any, layout: Layout) -> None: ...
+    def ask(self, link: LastingLink, layer: int, parts: Any, layout: Layout) -> None: ...
 
     def hear(self, link: Link, layout: Layout, experts: Callable[[int], range]) -> Work:
         """The next question of a link; `experts(layer)`: those held here. Raises OSError when nobody is there."""
@@ -76,7 +76,7 @@ class RoutedParts(NamedTuple):
 
 
 class Routed:
-    def ask(self, link: Link, layer: int, parts: RoutedParts, layout: Layout) -> None:
+    def ask(self, link: LastingLink, layer: int, parts: RoutedParts, layout: Layout) -> None:
         packed_UW = layout.wire.pack(parts.x_UD.cpu())
         head = _QUESTION.pack(layer, len(parts.x_UD), len(parts.index_R), _row_bytes(packed_UW))
         link.send([head, as_bytes(parts.counts_E), as_bytes(parts.index_R), as_bytes(packed_UW)])
@@ -98,7 +98,7 @@ class BroadcastParts(NamedTuple):
 
 
 class Broadcast:
-    def ask(self, link: Link, layer: int, parts: BroadcastParts, layout: Layout) -> None:
+    def ask(self, link: LastingLink, layer: int, parts: BroadcastParts, layout: Layout) -> None:
         packed_UW = layout.wire.pack(parts.x_UD.cpu())
         tokens, choices = parts.experts_UK.shape
         head = _QUESTION.pack(layer, tokens, choices, _row_bytes(packed_UW))
@@ -130,7 +130,7 @@ def tell(link: Link, answer: torch.Tensor, answered: Answered) -> None:
     link.send([_ANSWER.pack(len(data), *answered), data])
 
 
-def hear_answer(link: Link, into: torch.Tensor) -> Answered:
+def hear_answer(link: LastingLink, into: torch.Tensor) -> Answered:
     """Attention side: fill `into`, contiguous on the CPU, with the answer."""
     head = bytearray(_ANSWER.size)
     link.receive(memoryview(head))

@@ -50,21 +50,32 @@ class ExpertServer:
         self._waiting: list[_Question] = []
         self._at_work = False
         self._failures: list[BaseException] = []
+        self._come = self._open = 0  # links
 
     def serve(self, listener: Listener, links: int) -> None:
-        """Let `links` links in, and answer them until all are gone. Raises what the experts raised, if they did."""
-        threads = []
-        for _ in range(links):
-            link, who = listener.accept()
-            name = f"attention-{who.attention}-{who.micro_batch}"
-            threads.append(Thread(target=self.answer, args=(link,), name=name, daemon=True))
-            threads[-1].start()
-        for thread in threads:
-            thread.join()
+        """Let links in and answer them, until `links` or more have come and all are gone.
+
+        Raises what the experts raised, as soon as they did.
+        """
+        Thread(target=self._let_in, args=(listener,), name="listener", daemon=True).start()
+        with self._condition:
+            self._condition.wait_for(lambda: self._failures or (self._come >= links and not self._open))
         if self._failures:
             raise self._failures[0]
 
-    def answer(self, link: Link) -> None:
+    def _let_in(self, listener: Listener) -> None:
+        while True:
+            try:
+                link, who = listener.accept()
+            except OSError:  # nobody is let in any more
+                return
+            with self._condition:
+                self._come += 1
+                self._open += 1
+            name = f"attention-{who.attention}-{who.micro_batch}"
+            Thread(target=self._answer, args=(link,), name=name, daemon=True).start()
+
+    def _answer(self, link: Link) -> None:
         """Answer one link until the other side is gone."""
         try:
             while True:
@@ -79,6 +90,9 @@ class ExpertServer:
             pass
         finally:
             link.close()
+            with self._condition:
+                self._open -= 1
+                self._condition.notify_all()
 
     def _wait_for_answer(self, question: _Question) -> None:
         with self._condition:

@@ -2,7 +2,8 @@
 
 An FFN worker listens at a port that the kernel chose and says so in the store where all workers meet; attention workers
 connect. There is no world and no group: a lost worker breaks its own links, and one that comes later joins like the
-first. Each side can go as often as it likes; the store only holds the newest address.
+first. Each side can go as often as it likes; the store only holds the newest address. An attention worker that loses
+an FFN worker waits for the next one of that number and asks it the same again: experts keep nothing of a request.
 
 A message is a head of fixed size and buffers after it, sent as they lie and received into one buffer, which is made
 once for each link and grows to the largest message.
@@ -18,8 +19,9 @@ from __future__ import annotations
 import secrets
 import socket
 import struct
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import NamedTuple
 
@@ -29,6 +31,7 @@ import torch.distributed as dist
 Buffer = memoryview | bytes
 _HELLO = struct.Struct("<16sii")  # token, attention worker, micro-batch
 _CONNECT_S = 60.0  # for an FFN worker that has said where it is
+RETRY_S = 0.05  # until the store is asked again where the next one is
 
 
 class LinkBroken(RuntimeError):
@@ -91,6 +94,43 @@ class Link:
         self._connection.close()
 
 
+class LastingLink:
+    """An attention worker's end. It outlives the FFN worker: `renew` finds the next one of that number.
+
+    A `send` to one that is gone says nothing; the `receive` that follows raises ConnectionError.
+    """
+
+    def __init__(self, dial: Callable[[], Link], patience: float) -> None:
+        """`patience`: seconds within which somebody must be reached."""
+        self._dial, self._patience = dial, patience
+        self._link, self._asked = dial(), list[Buffer]()
+
+    def send(self, buffers: Sequence[Buffer]) -> None:
+        self._asked = list(buffers)
+        with suppress(ConnectionError):
+            self._link.send(buffers)
+
+    def receive(self, into: memoryview) -> None:
+        self._link.receive(into)
+
+    def renew(self) -> None:
+        """Reach an FFN worker and ask it what was asked last. Raises OSError where there is none for too long."""
+        until = time.monotonic() + self._patience
+        while True:
+            self._link.close()
+            try:
+                self._link = self._dial()
+                self._link.send(self._asked)
+                return
+            except ConnectionError:
+                if time.monotonic() >= until:
+                    raise
+                time.sleep(RETRY_S)
+
+    def close(self) -> None:
+        self._link.close()
+
+
 class Listener:
     """Where an FFN worker is reached."""
 
@@ -124,13 +164,22 @@ class Listener:
         self._socket.close()
 
 
-def connect(store: dist.Store, attention: int, ffn: int, micro_batch: int, timeout: timedelta) -> Link:
-    """Attention worker's side of a link; waits until the FFN worker has said where it is. `timeout`: of one answer."""
-    host, port, token = store.get(_key(ffn)).decode().split()
-    with naming(ffn):
+def connect(
+    store: dist.Store, attention: int, ffn: int, micro_batch: int, timeout: timedelta, patience: float = 0.0
+) -> LastingLink:
+    """Attention worker's side of a link; waits until the FFN worker has said where it is.
+
+    `timeout`: of one answer. `patience`: seconds for a new FFN worker to come when this one is gone.
+    """
+
+    def dial() -> Link:
+        host, port, token = store.get(_key(ffn)).decode().split()
         connection = socket.create_connection((host, int(port)), _CONNECT_S)
         connection.sendall(_HELLO.pack(bytes.fromhex(token), attention, micro_batch))
-    return Link(connection, timeout.total_seconds())
+        return Link(connection, timeout.total_seconds())
+
+    with naming(ffn):
+        return LastingLink(dial, patience)
 
 
 @contextmanager

@@ -19,8 +19,8 @@ from expertmesh.kernels.routing import Routing, SlotOrder, sort_slots
 from expertmesh.kernels.zero_computation import ZeroComputation
 from expertmesh.parallel.all_to_all import Traffic
 from expertmesh.parallel.dispatchers import Dispatched, Dispatcher, ExpertLayer
-from expertmesh.parallel.exchange import FORMS, BroadcastParts, Layout, RoutedParts, hear_answer
-from expertmesh.parallel.link import Link, naming
+from expertmesh.parallel.exchange import FORMS, Answered, BroadcastParts, Layout, RoutedParts, hear_answer
+from expertmesh.parallel.link import LastingLink, naming
 from expertmesh.parallel.placement import expert_shard, shard_sizes
 from expertmesh.parallel.timeline import Turns, now
 
@@ -49,7 +49,7 @@ class _Sent(NamedTuple):
 class _LinkDispatcher:
     """For one micro-batch. `links[f]` leads to FFN worker f; whoever runs a forward has a turn of `pool.turns`."""
 
-    def __init__(self, links: list[Link], micro_batch: int, pool: Pool) -> None:
+    def __init__(self, links: list[LastingLink], micro_batch: int, pool: Pool) -> None:
         self.links, self.micro_batch, self.pool = links, micro_batch, pool
 
     def _dispatched(self, sent: _Sent) -> Dispatched:
@@ -71,9 +71,18 @@ class _LinkDispatcher:
             for ffn, answer in enumerate(answers):
                 if len(answer):
                     with naming(ffn):
-                        answered = hear_answer(self.links[ffn], answer)
+                        answered = self._hear(self.links[ffn], answer)
                     self._note(ffn, sent.layer, sent.departed[ffn], now(), *answered)
         return answers
+
+    @staticmethod
+    def _hear(link: LastingLink, answer: torch.Tensor) -> Answered:
+        """From whoever is FFN worker now. Raises OSError when nobody is, or when it is silent."""
+        while True:
+            try:
+                return hear_answer(link, answer)
+            except ConnectionError:
+                link.renew()
 
     def _note(self, ffn: int, layer: int, departed: int, arrived: int, waited: int, worked: int) -> None:
         """A round trip on the timeline: half of the wire, the worker's wait and work, the other half."""
@@ -163,7 +172,7 @@ class BroadcastLinkDispatcher(_LinkDispatcher):
         return tokens * (layout.wire.row_bytes(width, layout.dtype) + 8 * choices + width * layout.dtype.itemsize)
 
 
-DISPATCHERS: dict[str, Callable[[list[Link], int, Pool], Dispatcher]] = {
+DISPATCHERS: dict[str, Callable[[list[LastingLink], int, Pool], Dispatcher]] = {
     "routed": RoutedLinkDispatcher,
     "broadcast": BroadcastLinkDispatcher,
 }

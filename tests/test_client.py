@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
 
 import pytest
@@ -59,9 +59,13 @@ REQUEST = Request("x", [5, 6], Sampling(max_tokens=6, prompt_logprobs=1))
 WHOLE = [2, 3, 4, 5, 6, 7]
 
 
-def said(workers: list[Worker], request: Request = REQUEST) -> list[int]:
+def said(
+    workers: list[Worker],
+    request: Request = REQUEST,
+    revive: Callable[[int, Exception], Awaitable[None]] | None = None,
+) -> list[int]:
     async def ask() -> list[int]:
-        async with Client(list(workers), 64) as client:
+        async with Client(list(workers), 64, revive) as client:
             return [output.token_id async for output in client.generate(request)]
 
     return asyncio.run(asyncio.wait_for(ask(), 10))
@@ -107,6 +111,28 @@ def test_what_is_told_is_of_those_that_are_left():
             assert set(await client.stages()) == {"attention 0"}
 
     asyncio.run(ask())
+
+
+def test_a_worker_that_is_started_again_is_waited_for():
+    """Of two workers both are gone; the first to come back goes on."""
+    workers, revived = [Worker(2), Worker(1)], []
+
+    async def revive(index: int, error: Exception) -> None:
+        revived.append((index, str(error)))
+        await asyncio.sleep(0.05 if index else 0.02)
+        workers[index].lasts = 1000
+
+    assert said(workers, revive=revive) == WHOLE
+    assert revived == [(0, "killed"), (1, "killed")]
+    assert [len(worker.asked) for worker in workers] == [2, 1]
+
+
+def test_a_worker_that_does_not_come_back():
+    async def revive(index: int, error: Exception) -> None:
+        raise RuntimeError("no place for it")
+
+    with pytest.raises(RuntimeError, match="no engine is left: killed"):
+        said([Worker(2)], revive=revive)
 
 
 def test_leaving_cancels_even_if_the_worker_is_gone():

@@ -52,7 +52,7 @@ def test_messages_arrive_whole(store, buffers, reason):
     assert bytes(memory) == whole
     sender.join(20)
     ffn.send([b"ok"])
-    answer = attention.memory(2)
+    answer = memoryview(bytearray(2))
     attention.receive(answer)
     assert bytes(answer) == b"ok"
 
@@ -88,10 +88,16 @@ def test_the_other_end_is_gone(store):
     attention, ffn = pair(store)
     ffn.close()
     with pytest.raises(LinkBroken, match="FFN worker 5 is gone"), naming(5):
-        attention.receive(attention.memory(1))
+        attention.receive(memoryview(bytearray(1)))
+    for _ in range(100):  # the system takes the first ones, and of the others `receive` says it
+        attention.send([bytes(1 << 16)])
     with pytest.raises(LinkBroken, match="FFN worker 5 is gone"), naming(5):
-        for _ in range(100):  # the first ones may still be taken by the system
-            attention.send([bytes(1 << 16)])
+        attention.receive(memoryview(bytearray(1)))
+    with pytest.raises(LinkBroken, match="FFN worker 7 is gone"), naming(7):
+        attention.renew()  # its listener closed with it, and nobody came
+    with pytest.raises(OSError):
+        for _ in range(100):
+            ffn.send([bytes(1 << 16)])
 
 
 def test_a_thread_that_waits_notices_its_own_end_closing(store):
@@ -114,7 +120,7 @@ def test_a_thread_that_waits_notices_its_own_end_closing(store):
 def test_silence_is_an_end_for_whoever_waits_for_an_answer(store):
     attention, _ = pair(store, timeout=timedelta(seconds=0.05))
     with pytest.raises(LinkBroken, match="FFN worker 2 did not answer in time"), naming(2):
-        attention.receive(attention.memory(1))
+        attention.receive(memoryview(bytearray(1)))
 
 
 def test_strangers_are_not_let_in(store):

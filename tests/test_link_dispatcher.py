@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from datetime import timedelta
 from threading import Thread
+from time import sleep
 
 import pytest
 import torch
@@ -15,9 +17,9 @@ from expertmesh.kernels.rows import Rows
 from expertmesh.kernels.zero_computation import ZeroComputation
 from expertmesh.parallel.all_to_all import Traffic
 from expertmesh.parallel.dispatchers import ExpertLayer, LocalDispatcher
-from expertmesh.parallel.exchange import FORMS, Layout
+from expertmesh.parallel.exchange import FORMS, Answered, Layout, tell
 from expertmesh.parallel.expert_server import Experts, ExpertServer
-from expertmesh.parallel.link import Listener, connect
+from expertmesh.parallel.link import Link, LinkBroken, Listener, connect
 from expertmesh.parallel.link_dispatcher import DISPATCHERS, Pool
 from expertmesh.parallel.placement import expert_shard
 from expertmesh.parallel.timeline import Timeline, Turns
@@ -192,3 +194,66 @@ def test_a_round_trip_is_on_the_timeline():
         assert all(span.layer == LAYER.layer and span.start <= span.end for span in trip)
     attention = [span for span in spans if span.track == "attention"]
     assert len(attention) == 2 and attention[0].end <= attention[1].start, "before and after the wait"
+
+
+@pytest.mark.parametrize("form", ["routed", "broadcast"])
+@pytest.mark.parametrize("moment", ["before it is asked", "while it computes", "while it answers"])
+def test_an_ffn_worker_dies_and_the_next_one_answers(form, moment):
+    """The layer's answer is what it is without the death, and so are those after it; the worker came later by 0.2 s."""
+    store = dist.HashStore()
+    store.set_timeout(WAIT)
+    layout, shard = Layout(WIRES["native"], WIDTH, torch.float32), range(EXPERTS)
+    lives: list[Listener] = []
+
+    def live(dies: bool) -> None:
+        listener = Listener(store, 0)
+        lives.append(listener)
+        link, _ = listener.accept()
+        with suppress(ConnectionError):  # at the end of the test
+            answer_until_death(dies, link)
+        listener.close()
+        link.close()
+        if dies:
+            sleep(0.2)
+            Thread(target=live, args=(False,), daemon=True).start()
+
+    def answer_until_death(dies: bool, link: Link) -> None:
+        while True:
+            if dies and moment == "before it is asked":
+                break
+            work = FORMS[form].hear(link, layout, lambda layer: shard)
+            if dies and moment == "while it computes":
+                break
+            answer = work.finish(apply(work.rows, 0))
+            if dies:
+                link.send([bytes(8)])  # a part of the head
+                break
+            tell(link, answer, Answered(0, 0))
+
+    Thread(target=live, args=(True,), daemon=True).start()
+    link = connect(store, 0, 0, 0, WAIT, patience=20)
+    turns = Turns(Timeline())
+    dispatcher = DISPATCHERS[form]([link], 0, Pool(layout, turns, Traffic()))
+    routing, _ = ROUTINGS[0]
+    x_TD = torch.randn(len(routing.experts_TK), WIDTH, generator=torch.Generator().manual_seed(3))
+    for _ in range(3):
+        with turns.turn(0), torch.no_grad():
+            _, handle = dispatcher.dispatch(x_TD, routing, LAYER)
+            assert_close(dispatcher.combine((), handle), local(x_TD, routing))
+    assert len(lives) == 2
+    link.close()
+
+
+def test_patience_ends():
+    store = dist.HashStore()
+    store.set_timeout(WAIT)
+    listener = Listener(store, 0)
+    link = connect(store, 0, 0, 0, WAIT, patience=0.2)
+    listener.accept()[0].close()
+    listener.close()
+    turns = Turns(Timeline())
+    dispatcher = DISPATCHERS["routed"]([link], 0, Pool(Layout(WIRES["native"], WIDTH, torch.float32), turns, Traffic()))
+    routing, _ = ROUTINGS[0]
+    with pytest.raises(LinkBroken, match="FFN worker 0 is gone"), turns.turn(0), torch.no_grad():
+        _, handle = dispatcher.dispatch(torch.zeros(len(routing.experts_TK), WIDTH), routing, LAYER)
+        dispatcher.combine((), handle)

@@ -34,6 +34,9 @@ class ServeConfig(RecipeSection):
     )
     exchange_timeout_s: float = Field(60.0, gt=0, description="longest wait for an FFN worker's answer")
 
+    recover_s: float = Field(60.0, ge=0, description="longest wait for a new FFN worker where one died")
+    restarts: int = Field(8, ge=0, description="workers started again before those that are left go on alone")
+
     def room(self, context_length: int) -> int:
         """Tokens of the longest request, answer included."""
         pages = context_length if self.cache_tokens is None else -(-self.cache_tokens // self.page_size)

@@ -79,7 +79,7 @@ def attention_engine(
     timeout = timedelta(seconds=config.exchange_timeout_s)
     pool = Pool(wire_layout(checkpoint, config, device), Turns(Timeline(trace)), Traffic())
     links = [
-        [connect(store, rank, ffn, micro_batch, timeout) for ffn in range(ffn_workers)]
+        [connect(store, rank, ffn, micro_batch, timeout, config.recover_s) for ffn in range(ffn_workers)]
         for micro_batch in range(config.micro_batches)
     ]
     dispatchers = [DISPATCHERS[config.wire](mine, micro_batch, pool) for micro_batch, mine in enumerate(links)]
