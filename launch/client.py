@@ -96,7 +96,7 @@ class Client:
         self._coming: dict[int, asyncio.Task[None]] = {}  # workers that are being started again
 
     async def __aenter__(self) -> Client:
-        self._readers = [asyncio.create_task(self._read(index)) for index in range(len(self._workers))]
+        self._readers = [asyncio.create_task(self._read(index)) for index in range(len(self._workers))]  # of each
         return self
 
     async def __aexit__(self, *error: object) -> None:
@@ -122,11 +122,11 @@ class Client:
             request = replace(request, sampling=replace(request.sampling, seed=secrets.randbits(62)))
         said: list[int] = []
         for move in range(MOVES + 1):
-            while not self._alive_places and self._coming:
+            while not self.alive and self._coming:
                 await asyncio.wait(self._coming.values(), return_when=asyncio.FIRST_COMPLETED)
             if self.down is not None:
                 raise RuntimeError(f"no engine is left: {self.down}")
-            index = min(self._alive_places, key=lambda i: len(self._open[i]))
+            index = min(self.alive, key=lambda i: len(self._open[i]))
             try:
                 async with aclosing(self._on(index, request.resumed(said))) as outputs:
                     async for output in outputs:
@@ -146,7 +146,7 @@ class Client:
             try:
                 await self._workers[index].submit(request)
             except ConnectionError as error:
-                self._lose(index, error)
+                self.lose(index, error)
             while not finished:
                 output = await queue.get()
                 if isinstance(output, Exception):
@@ -160,24 +160,25 @@ class Client:
                     await self._workers[index].cancel(request.id)
 
     @property
-    def _alive_places(self) -> list[int]:
+    def alive(self) -> list[int]:
+        """The workers that are asked."""
         return [index for index in range(len(self._workers)) if index not in self._failed]
 
     @property
-    def _alive(self) -> list[EngineWorker]:
-        return [self._workers[index] for index in self._alive_places]
+    def _asked(self) -> list[EngineWorker]:
+        return [self._workers[index] for index in self.alive]
 
     async def stages(self) -> dict[str, dict[str, float]]:
         """Seconds of work and bubble of every stage (see `timeline.stages`)."""
-        return stages([await worker.busy() for worker in self._alive])
+        return stages([await worker.busy() for worker in self._asked])
 
     async def counts(self) -> list[EngineCounts]:
         """What each worker tells about its requests and its cache."""
-        return [await worker.counts() for worker in self._alive]
+        return [await worker.counts() for worker in self._asked]
 
     async def loads(self) -> dict[int, list[int]]:
         """What experts served on all workers together."""
-        each = [await worker.loads() for worker in self._alive]
+        each = [await worker.loads() for worker in self._asked]
         if not each:
             return {}
         return {
@@ -193,23 +194,24 @@ class Client:
                         queue.put_nowait(output)
             raise RuntimeError("it ended")
         except Exception as error:
-            self._lose(index, error)
+            self.lose(index, error)
 
     async def _bring_back(self, index: int, error: Exception) -> None:
         assert self._revive is not None
+        self._readers[index].cancel()  # what a worker that was given up still says is of no interest
         try:
             await self._revive(index, error)
         except Exception as reason:
             logger.error("worker %d does not come back: %s", index, reason)
         else:
             del self._failed[index]
-            self._readers.append(asyncio.create_task(self._read(index)))
+            self._readers[index] = asyncio.create_task(self._read(index))
             logger.warning("worker %d is back", index)
         finally:
             del self._coming[index]
 
-    def _lose(self, index: int, error: Exception) -> None:
-        """A worker is gone: it is asked no more, and its requests are told."""
+    def lose(self, index: int, error: Exception) -> None:
+        """A worker is gone, or as good as gone: it is asked no more, and its requests are told."""
         if index not in self._failed:
             self._failed[index] = error
             logger.error("worker %d is gone: %s", index, error)

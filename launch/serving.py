@@ -21,6 +21,8 @@ from expertmesh.system.serve.request import Output, Request
 from expertmesh.system.tokenizer import Tokenizer
 
 if TYPE_CHECKING:  # serving joined does without Ray
+    import torch.distributed as dist
+
     from expertmesh.launch.ray_cluster import Pool
     from expertmesh.parallel.timeline import Busy
     from expertmesh.system.serve.engine import EngineCounts
@@ -155,7 +157,7 @@ async def bring_up(
             ffn.finished(answering, seconds=0)  # one that cannot load its experts would be waited for in vain
         restarts = Restarts(config.restarts)
         ask_again = ("run", served.checkpoint, config, pools.ffn, pools.attention)
-        watching = asyncio.create_task(keep_up(ffn, answering, ask_again, restarts))
+        watching = [asyncio.create_task(keep_up(ffn, answering, ask_again, restarts, store.store))]
 
         async def revive(rank: int, error: Exception) -> None:
             restarts.spend(str(error))
@@ -167,10 +169,12 @@ async def bring_up(
 
         workers = [PoolWorker(attention, rank) for rank in range(pools.attention)]
         async with Client(workers, context_length, revive) as client:
+            watching.append(asyncio.create_task(give_up_silent(client, workers, config.exchange_timeout_s)))
             try:
                 yield client
             finally:
-                watching.cancel()
+                for task in watching:
+                    task.cancel()
                 if trace is not None:
                     with suppress(RuntimeError):  # of a worker that died: there is a better message on its way
                         write_trace(trace, [await attention.ask(rank, "spans") for rank in range(pools.attention)])
@@ -190,27 +194,52 @@ class Restarts:
         logger.warning("%s; started again, %d more times at most", why, self._left)
 
 
-async def keep_up(pool: Pool, calls: list[Any], call: tuple[Any, ...], restarts: Restarts) -> None:
-    """Have a new worker in the place of each whose call has ended, however it did, until the budget is used up.
+async def give_up_silent(client: Client, workers: list[PoolWorker], seconds: float) -> None:
+    """An attention worker that does not even say its figures for so long is treated as dead: another goes on for it."""
+    while True:
+        await asyncio.sleep(WATCH_S)
+        for rank in client.alive:
+            try:
+                await asyncio.wait_for(workers[rank].counts(), seconds)
+            except TimeoutError:
+                client.lose(rank, RuntimeError(f"attention {rank} did not answer for {seconds:g} s"))
+            except RuntimeError:
+                pass  # it died: whoever reads its outputs knows
+
+
+async def keep_up(pool: Pool, calls: list[Any], call: tuple[Any, ...], restarts: Restarts, store: dist.Store) -> None:
+    """Have a new FFN worker in the place of each that died or is silent, until the budget is used up.
 
     Whoever waits for its answers finds the new one by itself (link.py).
     """
     from expertmesh.launch.ray_cluster import WorkerFailed
+    from expertmesh.parallel.link import silent_address
+
+    given_up: set[bytes] = set()  # by all micro-batches, one after the other, and until the next one has come
+
+    def lost(rank: int) -> str | None:
+        if (address := silent_address(store, rank)) and address not in given_up:
+            given_up.add(address)
+            return f"{pool.name} {rank} does not answer"
+        try:
+            pool.answer(rank, calls[rank], 0)
+        except WorkerFailed as failure:
+            return str(failure)
+        return None
 
     while True:
         await asyncio.sleep(WATCH_S)
         for rank in range(len(calls)):
-            if not pool.wait([calls[rank]], 0):
-                continue
-            try:
-                pool.answer(rank, calls[rank], 0)  # it is there: all attention workers were gone for a moment
-            except WorkerFailed as failure:
+            if why := lost(rank):
                 try:
-                    restarts.spend(str(failure))
+                    restarts.spend(why)
                 except RuntimeError as spent:
                     logger.error("%s", spent)
                     return
                 pool.replace(rank)
+            elif not pool.wait([calls[rank]], 0):
+                continue  # at work
+            # Else it is there, but all attention workers were gone for a moment.
             calls[rank] = pool.call(rank, *call)
 
 

@@ -3,7 +3,8 @@
 An FFN worker listens at a port that the kernel chose and says so in the store where all workers meet; attention workers
 connect. There is no world and no group: a lost worker breaks its own links, and one that comes later joins like the
 first. Each side can go as often as it likes; the store only holds the newest address. An attention worker that loses
-an FFN worker waits for the next one of that number and asks it the same again: experts keep nothing of a request.
+an FFN worker waits for the next one of that number and asks it the same again: experts keep nothing of a request. One
+that is silent for too long is as good as lost; that is left in the store for whoever can end it.
 
 A message is a head of fixed size and buffers after it, sent as they lie and received into one buffer, which is made
 once for each link and grows to the largest message.
@@ -100,10 +101,14 @@ class LastingLink:
     A `send` to one that is gone says nothing; the `receive` that follows raises ConnectionError.
     """
 
-    def __init__(self, dial: Callable[[], Link], patience: float) -> None:
-        """`patience`: seconds within which somebody must be reached."""
-        self._dial, self._patience = dial, patience
-        self._link, self._asked = dial(), list[Buffer]()
+    def __init__(self, dial: Callable[[str], tuple[Link, str]], report: Callable[[str], None], patience: float) -> None:
+        """`dial`: a link and its address, which is not the one given. `report`: an address is silent.
+
+        `patience`: seconds within which somebody must be reached.
+        """
+        self._dial, self._report, self._patience = dial, report, patience
+        self._link, self._address = dial("")
+        self._asked: list[Buffer] = []
 
     def send(self, buffers: Sequence[Buffer]) -> None:
         self._asked = list(buffers)
@@ -113,19 +118,21 @@ class LastingLink:
     def receive(self, into: memoryview) -> None:
         self._link.receive(into)
 
-    def renew(self) -> None:
-        """Reach an FFN worker and ask it what was asked last. Raises OSError where there is none for too long."""
-        until = time.monotonic() + self._patience
-        while True:
+    def renew(self, why: OSError) -> None:
+        """Reach an FFN worker and ask it what was asked last. Raises `why` where there is none for too long."""
+        silent, until = isinstance(why, TimeoutError), time.monotonic() + self._patience
+        not_this = self._address if silent else ""
+        if silent:
+            self._report(self._address)
+        while time.monotonic() < until:
             self._link.close()
             try:
-                self._link = self._dial()
+                self._link, self._address = self._dial(not_this)
                 self._link.send(self._asked)
                 return
             except ConnectionError:
-                if time.monotonic() >= until:
-                    raise
                 time.sleep(RETRY_S)
+        raise why
 
     def close(self) -> None:
         self._link.close()
@@ -172,14 +179,28 @@ def connect(
     `timeout`: of one answer. `patience`: seconds for a new FFN worker to come when this one is gone.
     """
 
-    def dial() -> Link:
-        host, port, token = store.get(_key(ffn)).decode().split()
+    def dial(not_this: str) -> tuple[Link, str]:
+        address = store.get(_key(ffn)).decode()
+        if address == not_this:
+            raise ConnectionRefusedError("nobody else has come yet")
+        host, port, token = address.split()
         connection = socket.create_connection((host, int(port)), _CONNECT_S)
         connection.sendall(_HELLO.pack(bytes.fromhex(token), attention, micro_batch))
-        return Link(connection, timeout.total_seconds())
+        return Link(connection, timeout.total_seconds()), address
+
+    def report(address: str) -> None:
+        store.set(_silent_key(ffn), address)
 
     with naming(ffn):
-        return LastingLink(dial, patience)
+        return LastingLink(dial, report, patience)
+
+
+def silent_address(store: dist.Store, ffn: int) -> bytes | None:
+    """Where an attention worker says that the FFN worker does not answer; None: nobody does, or another has come."""
+    if not store.check([_silent_key(ffn)]):
+        return None
+    address = store.get(_silent_key(ffn))
+    return address if address == store.get(_key(ffn)) else None
 
 
 @contextmanager
@@ -194,6 +215,10 @@ def naming(ffn: int) -> Iterator[None]:
 
 def _key(ffn: int) -> str:
     return f"ffn-{ffn}"
+
+
+def _silent_key(ffn: int) -> str:
+    return f"ffn-{ffn}-silent"
 
 
 def _exactly(connection: socket.socket, size: int) -> bytes:

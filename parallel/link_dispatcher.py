@@ -77,12 +77,12 @@ class _LinkDispatcher:
 
     @staticmethod
     def _hear(link: LastingLink, answer: torch.Tensor) -> Answered:
-        """From whoever is FFN worker now. Raises OSError when nobody is, or when it is silent."""
+        """From whoever is FFN worker now. Raises OSError when nobody is for too long."""
         while True:
             try:
                 return hear_answer(link, answer)
-            except ConnectionError:
-                link.renew()
+            except (ConnectionError, TimeoutError) as error:
+                link.renew(error)
 
     def _note(self, ffn: int, layer: int, departed: int, arrived: int, waited: int, worked: int) -> None:
         """A round trip on the timeline: half of the wire, the worker's wait and work, the other half."""

@@ -146,3 +146,26 @@ def test_leaving_cancels_even_if_the_worker_is_gone():
 
     asyncio.run(ask())
     assert worker.cancelled == ["x"]
+
+
+def test_a_silent_worker_that_is_given_up_says_nothing_more():
+    """It is stopped, not dead: what it says when it goes on is nobody's, and its end is not that of the next one."""
+    silent, other = Worker(2), Worker()
+    goes_on = asyncio.Event()
+
+    async def revive(index: int, error: Exception) -> None:
+        assert str(error) == "silent"
+        goes_on.set()
+
+    async def ask() -> None:
+        async with Client([silent, other], 64, revive) as client:
+            texts = []
+            async for output in client.generate(REQUEST):
+                texts.append(output.token_id)
+                if len(texts) == 2:
+                    client.lose(0, RuntimeError("silent"))
+            assert texts == WHOLE and goes_on.is_set()
+            assert client.alive == [0, 1]
+
+    asyncio.run(asyncio.wait_for(ask(), 10))
+    assert len(other.asked) == 1

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import socket
+from contextlib import suppress
 from datetime import timedelta
 from threading import Thread
+from time import sleep
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from expertmesh.parallel.link import Hello, Link, LinkBroken, Listener, as_bytes, connect, naming
+from expertmesh.parallel.link import Hello, Link, LinkBroken, Listener, as_bytes, connect, naming, silent_address
 
 WAIT = timedelta(seconds=20)
 
@@ -94,7 +96,7 @@ def test_the_other_end_is_gone(store):
     with pytest.raises(LinkBroken, match="FFN worker 5 is gone"), naming(5):
         attention.receive(memoryview(bytearray(1)))
     with pytest.raises(LinkBroken, match="FFN worker 7 is gone"), naming(7):
-        attention.renew()  # its listener closed with it, and nobody came
+        attention.renew(ConnectionError())  # its listener closed with it, and nobody came
     with pytest.raises(OSError):
         for _ in range(100):
             ffn.send([bytes(1 << 16)])
@@ -154,3 +156,38 @@ def test_nobody_there():
     store.set("ffn-4", f"127.0.0.1 1 {bytes(16).hex()}")
     with pytest.raises(LinkBroken, match="FFN worker 4 is gone"):
         connect(store, 0, 4, 0, WAIT)
+
+
+def test_a_silent_worker_is_told_of_until_another_has_come(store):
+    """It takes connections, as a stopped process does; the one that comes later is asked what it was asked."""
+    silent = Listener(store, 0)
+    assert silent_address(store, 0) is None
+    attention = connect(store, 3, 0, 1, timedelta(seconds=0.05), patience=20)
+    attention.send([b"question"])
+    said, asked = memoryview(bytearray(2)), memoryview(bytearray(8))
+    with pytest.raises(TimeoutError) as caught:
+        attention.receive(said)
+
+    def come() -> None:
+        while silent_address(store, 0) is None:
+            sleep(0.01)
+        later, _ = Listener(store, 0).accept()
+        later.receive(asked)
+        later.send([b"ok"])
+
+    thread = Thread(target=come, daemon=True)
+    thread.start()
+    attention.renew(caught.value)
+    with suppress(TimeoutError):
+        attention.receive(said)
+    thread.join(20)
+    assert bytes(asked) == b"question" and not thread.is_alive()
+    assert silent_address(store, 0) is None and silent
+
+
+def test_silence_goes_on(store):
+    listener = Listener(store, 0)
+    attention = connect(store, 3, 0, 1, timedelta(seconds=0.05), patience=0.2)
+    with pytest.raises(LinkBroken, match="FFN worker 4 did not answer in time"), naming(4):
+        attention.renew(TimeoutError())
+    assert silent_address(store, 0) is not None and listener
