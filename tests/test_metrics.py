@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import re
 from contextlib import aclosing
+from pathlib import Path
 
 import pytest
 from fake_engine import END, FakeEngine
 from prometheus_client.parser import text_string_to_metric_families
 
 from expertmesh.launch.metrics import Metrics, Observed
+from expertmesh.launch.metrics import __file__ as metrics_file
 from expertmesh.system.serve.engine import EngineCounts
 from expertmesh.system.serve.request import Request, Sampling
 
@@ -85,3 +89,18 @@ def test_requests_are_timed():
     assert value(series, "vllm:time_to_first_token_seconds_sum") >= 3 * 0.02
     assert value(series, "vllm:time_to_first_token_seconds_bucket", le="0.01") == 0
     assert value(series, "vllm:e2e_request_latency_seconds_sum") >= 6 * 0.02
+
+
+def test_the_grafana_board_asks_for_what_there_is():
+    board = json.loads(Path(metrics_file).with_name("grafana.json").read_text())
+    expressions = [target["expr"] for panel in board["panels"] for target in panel["targets"]]
+    asked = {name for text in expressions for name in re.findall(r"(?:vllm:|expertmesh_)[a-z0-9_]+", text)}
+    engine, metrics = FakeEngine(lambda _: [70, END]), Metrics("org/tiny")
+
+    async def ask() -> None:
+        async for _ in Observed(engine, metrics).generate(Request("x", [1], Sampling(9))):
+            pass
+
+    asyncio.run(ask())
+    assert asked and asked <= {name for name, _ in read(metrics, engine)}
+    assert all('{model_name="$model"}' in text for text in expressions)
