@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import cast
 
 from expertmesh.launch.openai_api import MOST_ANSWERS, ApiError, GenerationBody, Said
+from expertmesh.system.serve.constraint import Constraints
 from expertmesh.system.serve.request import EngineClient, FinishReason, Logprobs, Output, Request
 from expertmesh.system.tokenizer import Tokenizer
 
@@ -98,6 +99,11 @@ class Completion:
             raise ApiError(400, message, param=param)
         for field, ids in (("logit_bias", body.logit_bias), ("stop_token_ids", body.stop_token_ids)):
             _check_vocabulary(field, ids, tokenizer)
+        if body.json_schema is not None:
+            try:
+                Constraints(tokenizer).check(body.json_schema)
+            except ValueError as error:
+                raise ApiError(400, f"response_format: {error}", param="response_format") from None
         self._engine, self._tokenizer, self._stops = engine, tokenizer, body.stop
         self.tells_logprobs = body.told_logprobs is not None
         self.requests: list[Request] = []

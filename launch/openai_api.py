@@ -6,6 +6,7 @@ or a value that means "as if absent") passes, and so do the few that are bookkee
 
 from __future__ import annotations
 
+import json
 import time
 import uuid
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
@@ -115,6 +116,35 @@ class StreamOptions(_Body):
     without_effect: ClassVar = {"include_obfuscation": (False,)}
 
 
+class Schema(_Body):
+    """What an answer must be JSON of; `strict` or not, it is."""
+
+    name: str = "answer"
+    description: str = ""
+    schema_: dict[str, Any] | bool = Field(alias="schema")
+    strict: bool = True
+
+
+class ResponseFormat(_Body):
+    """How the answer is written."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: Schema | None = None
+
+    @model_validator(mode="after")
+    def _schema_where_it_belongs(self) -> ResponseFormat:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise ValueError("json_schema goes with type=json_schema")
+        return self
+
+    @property
+    def schema_text(self) -> str | None:
+        """JSON; None: any text."""
+        if self.type == "text":
+            return None
+        return json.dumps({"type": "object"} if self.json_schema is None else self.json_schema.schema_)
+
+
 class GenerationBody(_Body):
     """What completions and chat have in common. `stop` is always a list here."""
 
@@ -136,6 +166,7 @@ class GenerationBody(_Body):
     repetition_penalty: float = Field(1.0, gt=0, le=10)
     logit_bias: Annotated[dict[int, Annotated[float, Field(ge=-100, le=100)]], BeforeValidator(_as_biases)] = {}
     stop_token_ids: list[int] = []
+    response_format: ResponseFormat | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -146,7 +177,14 @@ class GenerationBody(_Body):
     def _options_need_stream(self) -> GenerationBody:
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options is only allowed with stream=true")
+        if self.ignore_eos and self.json_schema is not None:
+            raise ValueError("ignore_eos is not allowed with a response_format: its text has an end")
         return self
+
+    @property
+    def json_schema(self) -> str | None:
+        """What the answer must be JSON of; None: it may be any text."""
+        return None if self.response_format is None else self.response_format.schema_text
 
     @property
     def told_logprobs(self) -> int | None:
@@ -179,6 +217,7 @@ class GenerationBody(_Body):
                 repetition_penalty=self.repetition_penalty,
                 logit_bias=self.logit_bias,
                 stop_token_ids=frozenset(self.stop_token_ids),
+                json_schema=self.json_schema,
                 logprobs=self.told_logprobs,
                 prompt_logprobs=self.told_logprobs if self.told_prompt else None,
             )
@@ -229,7 +268,6 @@ class ChatBody(GenerationBody):
         "function_call": ("none", "auto"),
         "functions": ([],),
         "modalities": (["text"],),
-        "response_format": ({"type": "text"},),
         "tool_choice": ("none", "auto"),
         "tools": ([],),
     }

@@ -162,6 +162,10 @@ class Tokenizer:
         """Give the text of `token_ids` without special tokens; bytes that are no UTF-8 become U+FFFD."""
         return self._backend.decode(token_ids, skip_special_tokens=True)
 
+    def to_json(self) -> str:
+        """What tokenizer.json holds."""
+        return self._backend.to_str()
+
     def spell(self, token_id: int) -> str:
         """How one token is written, special or not; bytes that are no whole character become U+FFFD."""
         return self._backend.decode([token_id], skip_special_tokens=False)

@@ -28,6 +28,7 @@ from expertmesh.parallel.dispatchers import Dispatcher
 from expertmesh.parallel.timeline import Turns
 from expertmesh.system.model.transformer import Transformer
 from expertmesh.system.serve.config import ServeConfig
+from expertmesh.system.serve.constraint import Constraints
 from expertmesh.system.serve.draft import Drafter
 from expertmesh.system.serve.kv_cache import KVCache, pages_for
 from expertmesh.system.serve.request import FinishReason, Logprobs, Output, Request
@@ -97,6 +98,7 @@ class Engine:
         turns: Turns,
         traffic: Traffic | None = None,
         drafter: Drafter | None = None,
+        constraints: Constraints | None = None,
     ) -> None:
         self.eos_ids, self.context_length = frozenset(eos_ids), model.config.context_length
         size, dtype = config.page_size, model.embed_tokens.weight.dtype
@@ -108,7 +110,8 @@ class Engine:
         )
         self._room = min(self.context_length, pages * size)
         self._done: queue.SimpleQueue[tuple[_Lane, Result | BaseException] | None] = queue.SimpleQueue()
-        self.runner = runner = Runner(model, self.cache, eos_ids, device, turns, drafter)
+        self.runner = runner = Runner(model, self.cache, eos_ids, device, turns, drafter, constraints)
+        self._constraints = constraints
         self.timeline = turns.timeline
         self._lanes = [_Lane(runner, dispatcher, self._done, i) for i, dispatcher in enumerate(dispatchers)]
         self._traffic = traffic or Traffic()
@@ -122,6 +125,10 @@ class Engine:
     def check(self, request: Request) -> None:
         """Raise ValueError where the request can never be computed: one line that says why."""
         length = len(request.token_ids)
+        if request.sampling.json_schema is not None:
+            if self._constraints is None:
+                raise ValueError("this engine knows no tokenizer that a schema could be held to")
+            self._constraints.check(request.sampling.json_schema)
         if not 0 < length < self._room:
             raise ValueError(f"the prompt has {length} tokens; it must have at least 1 and at most {self._room - 1}")
 
@@ -135,7 +142,7 @@ class Engine:
     def cancel(self, request_id: str) -> None:
         """Forget a request: nothing more is said for it. Unknown ids are ignored: it may just have ended."""
         self.scheduler.cancel(request_id)
-        self._told.pop(request_id, None)
+        self._forget(request_id)
 
     def step(self) -> list[Output]:
         """Have every lane at work, wait until one is done, and return what it said: possibly nothing.
@@ -200,7 +207,13 @@ class Engine:
         for piece, outputs in zip(batch.pieces, said, strict=True):
             if outputs and outputs[-1].finish_reason is not None:
                 self.scheduler.release(piece.sequence)
+                self._forget(piece.sequence.request.id)
         return [output for outputs in said for output in outputs]
+
+    def _forget(self, request_id: str) -> None:
+        self._told.pop(request_id, None)
+        if self._constraints is not None:
+            self._constraints.forget(request_id)
 
     def _say(self, running: Running, drawn: list[Drawn]) -> list[Output]:
         """Append what was drawn, up to where the text ends."""

@@ -33,6 +33,7 @@ class Sampling:
     stop_token_ids: frozenset[int] = frozenset()  # end the answer as the end-of-text token does
     min_tokens: int = 0  # before so many nothing ends the answer
     logprobs: int | None = None  # tells the token's log-probability, and those of so many likeliest ones
+    json_schema: str | None = None  # the answer is JSON of this schema, itself JSON
     prompt_logprobs: int | None = None  # the same for every token of the prompt but the first
 
 

@@ -14,6 +14,7 @@ from expertmesh.parallel.dispatchers import Dispatcher
 from expertmesh.parallel.timeline import Turns
 from expertmesh.system.model.context import Context, Decisions
 from expertmesh.system.model.transformer import ModelOutput, Transformer
+from expertmesh.system.serve.constraint import Constraints
 from expertmesh.system.serve.draft import Drafter, NoDrafts
 from expertmesh.system.serve.kv_cache import KVCache, PagedAttend, Span, plan
 from expertmesh.system.serve.request import Logprobs
@@ -39,9 +40,10 @@ class Runner:
         device: str,
         turns: Turns,
         drafter: Drafter | None = None,
+        constraints: Constraints | None = None,
     ) -> None:
         self.model, self.cache, self.eos_ids = model, cache, frozenset(eos_ids)
-        self.drafter = drafter or NoDrafts()
+        self.drafter, self.constraints = drafter or NoDrafts(), constraints
         self.device, self.turns = device, turns
         config = model.config
         self._loads = {
@@ -118,8 +120,12 @@ class Runner:
         """Where the token after its text and `draft` is drawn."""
         request = sequence.request
         ends = ends_of(request.sampling.stop_token_ids, self.eos_ids, request.sampling.ignore_eos)
-        text = [*sequence.token_ids, *draft] if draft else sequence.token_ids
-        return Place(request.sampling, sequence.seed, text, len(request.prompt_token_ids), ends)
+        text, prompt = [*sequence.token_ids, *draft] if draft else sequence.token_ids, len(request.prompt_token_ids)
+        allowed_V = None
+        if (schema := request.sampling.json_schema) is not None:
+            assert self.constraints is not None
+            allowed_V = self.constraints.allowed(request.id, schema, sequence.token_ids[prompt:], draft)
+        return Place(request.sampling, sequence.seed, text, prompt, ends, allowed_V)
 
     def _told(self, pieces: list[Piece], hidden: list[torch.Tensor]) -> list[list[Logprobs]]:
         """Logprobs of prompts that asked for them; a whole row of logits for each of their tokens."""

@@ -1,5 +1,6 @@
 """From logits to the next token, in this order:
 
+    0  schema       l = -inf for tokens that the schema of the answer does not allow            (constraint.py)
     1  bias         l += logit_bias;  before min_tokens, l = -inf for tokens that would end the answer
     2  repetition   l = l / r where l > 0, else l * r, for each token seen so far, prompt included   (arXiv 1909.05858)
     3  frequency    l -= f * (times it was generated)            presence: l -= p if it was generated     (OpenAI's API)
@@ -33,6 +34,7 @@ class Place(NamedTuple):
     token_ids: Sequence[int]
     prompt: int
     ends: frozenset[int] = frozenset()  # tokens that would end the answer
+    allowed_V: torch.Tensor | None = None  # bool: those that may come; None: all
 
 
 class Drawn(NamedTuple):
@@ -80,12 +82,19 @@ def draw(logits_V: torch.Tensor, place: Place) -> int:
 
 
 def penalised(logits_V: torch.Tensor, place: Place) -> torch.Tensor:
-    """A copy of the logits with steps 1 to 3 done."""
+    """A copy of the logits with steps 0 to 3 done."""
     sampling, logits_V = place.sampling, logits_V.clone()
+    may_go_on = True
+    if place.allowed_V is not None:  # a model may have more logits than its tokenizer has tokens
+        allowed_V = torch.zeros(len(logits_V), dtype=torch.bool).masked_scatter(
+            torch.arange(len(logits_V)) < len(place.allowed_V), place.allowed_V
+        )
+        logits_V.masked_fill_(~allowed_V, -torch.inf)
+        may_go_on = bool(allowed_V.sum() > allowed_V[list(place.ends)].sum())
     answer = place.token_ids[place.prompt :]
     for token_id, bias in sampling.logit_bias.items():
         logits_V[token_id] += bias
-    if place.ends and len(answer) < sampling.min_tokens:
+    if place.ends and may_go_on and len(answer) < sampling.min_tokens:
         logits_V[list(place.ends)] = -torch.inf
     if sampling.repetition_penalty != 1:
         seen = torch.tensor(sorted(set(place.token_ids)))
@@ -107,8 +116,10 @@ def told_prompt(logits_TV: torch.Tensor, token_ids: Sequence[int], top: int) -> 
 
 
 def _changes(place: Place) -> bool:
-    """Whether steps 1 to 3 do anything."""
+    """Whether steps 0 to 3 do anything."""
     sampling = place.sampling
+    if place.allowed_V is not None:
+        return True
     penalties = sampling.presence_penalty or sampling.frequency_penalty or sampling.repetition_penalty != 1
     return bool(penalties or sampling.logit_bias or sampling.min_tokens)
 

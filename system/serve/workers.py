@@ -33,6 +33,7 @@ from expertmesh.system.model.gate import LinearGate, TwoLayerGate
 from expertmesh.system.model.router import Router
 from expertmesh.system.model.transformer import ExpertPool, Transformer
 from expertmesh.system.serve.config import ServeConfig
+from expertmesh.system.serve.constraint import Constraints
 from expertmesh.system.serve.draft import build_drafter
 from expertmesh.system.serve.engine import Engine
 from expertmesh.system.serve.loop import EngineLoop
@@ -63,10 +64,15 @@ def joined_engine(checkpoint: Checkpoint, config: ServeConfig, trace: bool = Fal
     """Attention and experts in this process. `trace`: keep spans for `EngineLoop.spans`."""
     device = choose_device().name
     model = held(Transformer(checkpoint.config), checkpoint, device)
-    eos_ids = Tokenizer.load(checkpoint.folder).eos_ids
+    tokenizer = Tokenizer.load(checkpoint.folder)
     drafter = build_drafter(config, checkpoint.config, experts_here=True)
     turns = Turns(Timeline(trace))
-    return EngineLoop(Engine(model, eos_ids, config, device, [LocalDispatcher()], turns, drafter=drafter))
+    engine = Engine(
+        *(model, tokenizer.eos_ids, config, device, [LocalDispatcher()], turns),
+        drafter=drafter,
+        constraints=Constraints(tokenizer),
+    )
+    return EngineLoop(engine)
 
 
 def attention_engine(
@@ -75,7 +81,7 @@ def attention_engine(
     """Attention worker `rank`, linked to every FFN worker."""
     device = choose_device().name
     model = held(Transformer(checkpoint.config, expert_size=0), checkpoint, device)
-    eos_ids = Tokenizer.load(checkpoint.folder).eos_ids
+    tokenizer = Tokenizer.load(checkpoint.folder)
     timeout = timedelta(seconds=config.exchange_timeout_s)
     pool = Pool(wire_layout(checkpoint, config, device), Turns(Timeline(trace)), Traffic())
     links = [
@@ -89,7 +95,10 @@ def attention_engine(
             link.close()
 
     drafter = build_drafter(config, checkpoint.config, experts_here=False)
-    engine = Engine(model, eos_ids, config, device, dispatchers, pool.turns, pool.traffic, drafter)
+    engine = Engine(
+        *(model, tokenizer.eos_ids, config, device, dispatchers, pool.turns, pool.traffic, drafter),
+        Constraints(tokenizer),
+    )
     return EngineLoop(engine, hang_up)
 
 
