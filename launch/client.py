@@ -143,9 +143,12 @@ class Client:
         self._open[index][request.id] = queue
         finished = False
         try:
+            reader = self._readers[index]
             try:
                 await self._workers[index].submit(request)
             except ConnectionError as error:
+                if self._readers[index] is not reader:  # it is back already
+                    raise _WorkerLost(str(error)) from error
                 self.lose(index, error)
             while not finished:
                 output = await queue.get()

@@ -170,6 +170,8 @@ async def bring_up(
         workers = [PoolWorker(attention, rank) for rank in range(pools.attention)]
         async with Client(workers, context_length, revive) as client:
             watching.append(asyncio.create_task(give_up_silent(client, workers, config.exchange_timeout_s)))
+            for task in watching:
+                task.add_done_callback(tell_end)
             try:
                 yield client
             finally:
@@ -192,6 +194,12 @@ class Restarts:
             raise RuntimeError(f"{why}; serve.restarts is used up")
         self._left -= 1
         logger.warning("%s; started again, %d more times at most", why, self._left)
+
+
+def tell_end(task: asyncio.Task[None]) -> None:
+    """Nobody waits for those who watch: that they failed must not go unseen."""
+    if not task.cancelled() and (error := task.exception()) is not None:
+        logger.error("workers are watched no more: %s", error, exc_info=error)
 
 
 async def give_up_silent(client: Client, workers: list[PoolWorker], seconds: float) -> None:

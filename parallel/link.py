@@ -22,7 +22,7 @@ import socket
 import struct
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import NamedTuple
 
@@ -98,7 +98,7 @@ class Link:
 class LastingLink:
     """An attention worker's end. It outlives the FFN worker: `renew` finds the next one of that number.
 
-    A `send` to one that is gone says nothing; the `receive` that follows raises ConnectionError.
+    A `send` that fails says nothing; the `receive` that follows raises its error.
     """
 
     def __init__(self, dial: Callable[[str], tuple[Link, str]], report: Callable[[str], None], patience: float) -> None:
@@ -109,13 +109,18 @@ class LastingLink:
         self._dial, self._report, self._patience = dial, report, patience
         self._link, self._address = dial("")
         self._asked: list[Buffer] = []
+        self._unsent: OSError | None = None
 
     def send(self, buffers: Sequence[Buffer]) -> None:
         self._asked = list(buffers)
-        with suppress(ConnectionError):
+        try:
             self._link.send(buffers)
+        except OSError as error:  # TimeoutError: one that is stopped takes what the system holds for it, and no more
+            self._unsent = error
 
     def receive(self, into: memoryview) -> None:
+        if self._unsent is not None:
+            raise self._unsent
         self._link.receive(into)
 
     def renew(self, why: OSError) -> None:
@@ -129,8 +134,9 @@ class LastingLink:
             try:
                 self._link, self._address = self._dial(not_this)
                 self._link.send(self._asked)
+                self._unsent = None
                 return
-            except ConnectionError:
+            except OSError:
                 time.sleep(RETRY_S)
         raise why
 

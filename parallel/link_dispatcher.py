@@ -81,7 +81,7 @@ class _LinkDispatcher:
         while True:
             try:
                 return hear_answer(link, answer)
-            except (ConnectionError, TimeoutError) as error:
+            except OSError as error:
                 link.renew(error)
 
     def _note(self, ffn: int, layer: int, departed: int, arrived: int, waited: int, worked: int) -> None:

@@ -185,6 +185,29 @@ def test_a_silent_worker_is_told_of_until_another_has_come(store):
     assert silent_address(store, 0) is None and silent
 
 
+def test_one_that_is_stopped_takes_no_large_question(store):
+    """More than the system holds for it: sending is what times out, and `receive` says so."""
+    listener, large = Listener(store, 0), bytes(64 << 20)
+    attention = connect(store, 3, 0, 1, timedelta(seconds=0.2), patience=20)
+    attention.send([large])
+    with pytest.raises(TimeoutError) as caught:
+        attention.receive(memoryview(bytearray(2)))
+    said, asked = memoryview(bytearray(2)), memoryview(bytearray(len(large)))
+
+    def come() -> None:
+        while silent_address(store, 0) is None:
+            sleep(0.01)
+        later, _ = Listener(store, 0).accept()
+        later.receive(asked)
+        later.send([b"ok"])
+
+    thread = Thread(target=come, daemon=True)
+    thread.start()
+    attention.renew(caught.value)
+    attention.receive(said)
+    assert bytes(said) == b"ok" and listener
+
+
 def test_silence_goes_on(store):
     listener = Listener(store, 0)
     attention = connect(store, 3, 0, 1, timedelta(seconds=0.05), patience=0.2)
