@@ -30,7 +30,7 @@ def config_of(moe: dict[str, Any] | None = None, **depth: Any) -> ModelConfig:
 
 
 def layer_of(config: ModelConfig) -> DepthRouted:
-    block = build_blocks(config, shards(config, 0, 1))[0]
+    block = build_blocks(config, shards(config, 0, 1), {0})[0]
     initialise(block, 3, 0.4)
     return block
 

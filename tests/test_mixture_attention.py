@@ -256,7 +256,7 @@ def test_a_block_of_bam_mixed_from_one_model(gate_mode):
         attention=config_of(**BAM, own_kv=True),
         moe={**plain, "ffn_experts": 3, "top_k": 1, "expert": {"hidden_size": 6}, "gate_mode": gate_mode},
     )
-    block: nn.Module = build_blocks(config, [range(3)])[0]
+    block: nn.Module = build_blocks(config, [range(3)], {0})[0]
     initialise(block, seed=1, standard_deviation=0.5)
     alike(block.self_attn)
     experts = block.mlp.experts
