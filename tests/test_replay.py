@@ -12,6 +12,7 @@ from tiny import tiny_model, training_step
 from expertmesh.parallel.dispatchers import LocalDispatcher
 from expertmesh.parallel.groups import Groups
 from expertmesh.system.model.config import ModelConfig
+from expertmesh.system.model.context import Decisions
 from expertmesh.system.model.replay import choices_of_layer, read_choices, recorded, write_choices
 from expertmesh.system.model.transformer import Transformer
 from expertmesh.system.model.weights import initialise
@@ -37,11 +38,14 @@ def loss_of(config: ModelConfig) -> LanguageModelLoss:
 
 def choices_in(loss: LanguageModelLoss, *args) -> tuple[BatchLoss, dict[int, torch.Tensor], list]:
     """The loss, the choices that were made, and the decisions they are of."""
-    seen = []
-    hook = loss.model.register_forward_hook(lambda module, given, output: seen.append(output.decisions))
+    seen: list[Decisions] = []
+    hooks = [
+        block.register_forward_hook(lambda _, given, output: seen.append(output[1])) for block in loss.model.layers
+    ]
     batch = loss(*args)
-    hook.remove()
-    return batch, recorded(seen[0]), seen[0]
+    for hook in hooks:
+        hook.remove()
+    return batch, recorded(seen), seen
 
 
 def gradients(loss: LanguageModelLoss) -> dict[str, torch.Tensor]:
