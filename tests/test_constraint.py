@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import llguidance
 import pytest
 import torch
 from fake_engine import END, byte_tokenizer
@@ -15,6 +16,7 @@ from expertmesh.parallel.dispatchers import LocalDispatcher
 from expertmesh.parallel.timeline import Turns
 from expertmesh.system.model.transformer import Transformer
 from expertmesh.system.model.weights import initialise
+from expertmesh.system.serve import constraint
 from expertmesh.system.serve.config import ServeConfig
 from expertmesh.system.serve.constraint import Constraints
 from expertmesh.system.serve.draft import build_drafter
@@ -129,6 +131,35 @@ def test_an_answer_goes_on_in_another_engine(model):
     whole = drive(engine_of(model), {0: [request]})["x"].token_ids
     for cut in range(1, len(whole), 7):
         assert drive(engine_of(model), {0: [request.resumed(whole[:cut])]})["x"].token_ids == whole[cut:]
+
+
+@pytest.mark.parametrize("limits", [constraint.LIMITS, llguidance.LLParserLimits()], ids=["ours", "the library's"])
+def test_a_schema_that_is_too_much_ends_its_own_answer(model, monkeypatch, limits):
+    """Members that may each be left out or not; the request beside it is served to its end."""
+    ours = limits is constraint.LIMITS
+    monkeypatch.setattr(constraint, "LIMITS", limits)
+    members = {f"member {number}": {"type": "integer"} for number in range(600)}
+    schema = json.dumps({"type": "object", "properties": members, "additionalProperties": False})
+    large = Request("large", [70, 71], Sampling(max_tokens=60, temperature=0, json_schema=schema))
+    said = texts(engine_of(model), [large, Request("other", [70], ASKED[4])])
+    assert len(said["other"]) == 30
+    assert (said["large"][1:] == [END]) == (not ours), "after the first brace"
+    matched = Constraints(TOKENIZER)
+    broken_V = matched.allowed("x", '{"type": "boolean"}', [*TOKENIZER.encode("no")])
+    assert broken_V is not None and broken_V.nonzero()[:, 0].tolist() == [END]
+
+
+def test_nothing_is_kept_of_requests_that_left(model):
+    """Cancelled while their micro-batch is computed, and while it is not."""
+    engine = engine_of(model, micro_batches=2)
+    for number in range(6):
+        engine.add(Request(str(number), [70, 71, number], ASKED[1]))
+    for number in range(6):
+        engine.step()
+        engine.cancel(str(number))
+    while engine.has_work:
+        engine.step()
+    assert engine.runner.constraints is not None and not engine.runner.constraints._walked
 
 
 def test_an_engine_without_a_tokenizer_refuses(model):

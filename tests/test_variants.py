@@ -206,7 +206,8 @@ def test_expert_parallel_equals_one_rank(variant):
     for name, gradient in expected.items():
         # A rank's loss is the mean of its half of the tokens; whoever holds a weight has part of its gradient.
         of_ranks = [found[name] for _, found in ranks if name in found]
-        assert_close(torch.stack(of_ranks).sum(0) / 2, gradient, max_error=2e-4, rms_error=4e-5, what=name)
+        rms_error = 4e-5 if gradient.numel() > 64 else 2e-4  # of two numbers it is as large as the largest
+        assert_close(torch.stack(of_ranks).sum(0) / 2, gradient, max_error=2e-4, rms_error=rms_error, what=name)
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,7 @@ Legend: V vocabulary.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
@@ -22,6 +23,9 @@ import torch
 
 from expertmesh.system.tokenizer import Tokenizer
 
+logger = logging.getLogger(__name__)
+
+LIMITS = llguidance.LLParserLimits(max_items_in_row=100_000)  # 2,000 by default: an object of 450 optional members
 SPACING: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
@@ -40,24 +44,33 @@ class Constraints:
     def allowed(
         self, request_id: str, schema: str, answer: Sequence[int], draft: Sequence[int] = ()
     ) -> torch.Tensor | None:
-        """bool [V]: what may follow; None where the draft itself may not, so that what follows it does not matter."""
+        """bool [V]: what may follow; None where the draft itself may not, so that what follows it does not matter.
+
+        Where the grammar grows beyond LIMITS, the answer ends: nobody else's does.
+        """
         walked, matcher = self._walked.get(request_id) or (0, self._start(schema))
-        if not matcher.consume_tokens(list(answer[walked:])):
-            raise RuntimeError(f"an answer left its schema: {matcher.get_error()}")
-        self._walked[request_id] = len(answer), matcher
-        if draft:
-            matcher = matcher.deep_copy()
-            if matcher.try_consume_tokens(list(draft)) < len(draft):
-                return None
-        bits = np.frombuffer(matcher.compute_bitmask(), dtype=np.uint8)
-        return torch.from_numpy(np.unpackbits(bits, bitorder="little")[: self._tokenizer.vocab_size].astype(bool))
+        try:
+            matcher.consume_tokens(list(answer[walked:]))
+            self._walked[request_id] = len(answer), matcher
+            if draft:
+                matcher = matcher.deep_copy()
+                if matcher.try_consume_tokens(list(draft)) < len(draft):
+                    return None
+            mask = matcher.compute_bitmask()
+        except ValueError as error:
+            logger.error("request %s ends: it cannot be held to its schema: %.100s", request_id, error)
+            ends_V = torch.zeros(self._tokenizer.vocab_size, dtype=torch.bool)
+            ends_V[sorted(self._tokenizer.eos_ids)] = True
+            return ends_V
+        bits = np.unpackbits(np.frombuffer(mask, dtype=np.uint8), bitorder="little")
+        return torch.from_numpy(bits[: self._tokenizer.vocab_size].astype(bool))
 
     def forget(self, request_id: str) -> None:
         """The request is over."""
         self._walked.pop(request_id, None)
 
     def _start(self, schema: str) -> llguidance.LLMatcher:
-        return llguidance.LLMatcher(_vocabulary(self._tokenizer), _grammar(schema), log_level=0)
+        return llguidance.LLMatcher(_vocabulary(self._tokenizer), _grammar(schema), log_level=0, limits=LIMITS)
 
 
 @lru_cache(maxsize=8)

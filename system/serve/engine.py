@@ -208,6 +208,8 @@ class Engine:
             if outputs and outputs[-1].finish_reason is not None:
                 self.scheduler.release(piece.sequence)
                 self._forget(piece.sequence.request.id)
+            elif piece.sequence.cancelled:
+                self._forget(piece.sequence.request.id)  # again: its lane may have kept something since
         return [output for outputs in said for output in outputs]
 
     def _forget(self, request_id: str) -> None:
