@@ -158,6 +158,15 @@ def test_nobody_there():
         connect(store, 0, 4, 0, WAIT)
 
 
+def come_when_another_is_silent(store: dist.Store, asked: memoryview) -> None:
+    """An FFN worker that hears one question and says ok."""
+    while silent_address(store, 0) is None:
+        sleep(0.01)
+    later, _ = Listener(store, 0).accept()
+    later.receive(asked)
+    later.send([b"ok"])
+
+
 def test_a_silent_worker_is_told_of_until_another_has_come(store):
     """It takes connections, as a stopped process does; the one that comes later is asked what it was asked."""
     silent = Listener(store, 0)
@@ -167,15 +176,7 @@ def test_a_silent_worker_is_told_of_until_another_has_come(store):
     said, asked = memoryview(bytearray(2)), memoryview(bytearray(8))
     with pytest.raises(TimeoutError) as caught:
         attention.receive(said)
-
-    def come() -> None:
-        while silent_address(store, 0) is None:
-            sleep(0.01)
-        later, _ = Listener(store, 0).accept()
-        later.receive(asked)
-        later.send([b"ok"])
-
-    thread = Thread(target=come, daemon=True)
+    thread = Thread(target=come_when_another_is_silent, args=(store, asked), daemon=True)
     thread.start()
     attention.renew(caught.value)
     with suppress(TimeoutError):
@@ -193,15 +194,7 @@ def test_one_that_is_stopped_takes_no_large_question(store):
     with pytest.raises(TimeoutError) as caught:
         attention.receive(memoryview(bytearray(2)))
     said, asked = memoryview(bytearray(2)), memoryview(bytearray(len(large)))
-
-    def come() -> None:
-        while silent_address(store, 0) is None:
-            sleep(0.01)
-        later, _ = Listener(store, 0).accept()
-        later.receive(asked)
-        later.send([b"ok"])
-
-    thread = Thread(target=come, daemon=True)
+    thread = Thread(target=come_when_another_is_silent, args=(store, asked), daemon=True)
     thread.start()
     attention.renew(caught.value)
     attention.receive(said)
