@@ -112,7 +112,7 @@ class Client:
             return None
         return str(next(iter(self._failed.values())))
 
-    async def generate(self, request: Request) -> AsyncIterator[Output]:
+    async def generate(self, request: Request) -> AsyncGenerator[Output, None]:
         """Yield the tokens of `request`; closing early cancels it.
 
         When its worker fails, another goes on where it was: it computes the text so far again, and then says what the

@@ -13,11 +13,10 @@ import logging
 from collections.abc import AsyncGenerator, Callable, Iterable
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import cast
 
 from expertmesh.launch.openai_api import MOST_ANSWERS, ApiError, GenerationBody, Said
 from expertmesh.system.serve.constraint import Constraints
-from expertmesh.system.serve.request import EngineClient, FinishReason, Logprobs, Output, Request
+from expertmesh.system.serve.request import EngineClient, FinishReason, Logprobs, Request
 from expertmesh.system.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -158,10 +157,8 @@ class Completion:
             put(Piece(index, echo))
         said: list[Said] = []
         written = given = len(echo)  # characters: of all tokens, and of the pieces
-        # The engine promises that its iterator can be closed, which AsyncIterator cannot say.
-        tokens = cast(AsyncGenerator[Output, None], self._engine.generate(self.requests[index]))
-        async with aclosing(tokens):
-            async for output in tokens:
+        async with aclosing(self._engine.generate(self.requests[index])) as outputs:
+            async for output in outputs:
                 self.completion_tokens += 1
                 # The end-of-text token is no part of the text, special or not.
                 if output.prompt_logprobs is not None:

@@ -20,15 +20,10 @@ from typing import Any
 
 import yaml
 
+from expertmesh.launch.local_cluster import HEALTH
 from expertmesh.launch.recipe import Recipe
 
-HEALTH = {
-    "RAY_health_check_initial_delay_ms": "5000",
-    "RAY_health_check_period_ms": "2000",
-    "RAY_health_check_timeout_ms": "2000",
-    "RAY_health_check_failure_threshold": "5",
-    "RAY_USAGE_STATS_ENABLED": "0",
-}
+ENVIRONMENT = {"RAY_health_check_initial_delay_ms": "5000", **HEALTH, "RAY_USAGE_STATS_ENABLED": "0"}
 GCS_PORT = 6399  # not Ray's 6379: a shared host may have one there, and SkyPilot's own is at 6380
 DOOR_PORT = 8000
 RECIPE_FOLDER = "/etc/expertmesh"
@@ -153,7 +148,7 @@ def _pod(pool: str, name: str, place: Place, cpus: int, gpus: int, ports: list[d
     container: dict[str, Any] = {
         "name": f"ray-{'head' if pool == 'head' else 'worker'}",
         "image": place.image,
-        "env": [{"name": key, "value": value} for key, value in HEALTH.items()],
+        "env": [{"name": key, "value": value} for key, value in ENVIRONMENT.items()],
         "resources": {"requests": amounts, "limits": dict(amounts)},
         "volumeMounts": [
             {"name": "storage", "mountPath": place.storage},
@@ -192,7 +187,7 @@ def _documents(*documents: dict[str, Any]) -> str:
 
 # Hosts with a shell.
 
-_EXPORTS = "\n".join(f"export {key}={value}" for key, value in HEALTH.items())
+_EXPORTS = "\n".join(f"export {key}={value}" for key, value in ENVIRONMENT.items())
 
 
 def _slurm(recipe: Recipe, place: Place) -> str:

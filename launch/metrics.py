@@ -6,15 +6,15 @@
     expertmesh_expert_tokens_total       choices that each expert of each layer served; zero-computation ones come last
     expertmesh_wire_bytes_total          and those that zero-computation experts saved
 
-Counters are the engine's own totals: they fall to 0 when it starts anew, as Prometheus expects of a counter.
+Counters are the totals of the engines that are there. When one starts anew its own fall to 0; when one of several is
+lost the sum falls by its part, which Prometheus takes for a start from 0, and counts what is left once more.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing
-from typing import cast
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -118,11 +118,10 @@ class Observed:
     def down(self) -> str | None:
         return self._engine.down
 
-    async def generate(self, request: Request) -> AsyncIterator[Output]:
+    async def generate(self, request: Request) -> AsyncGenerator[Output, None]:
         metrics, began = self._metrics, time.perf_counter()
         before = began
-        # The engine promises that its iterator can be closed, which AsyncIterator cannot say.
-        async with aclosing(cast(AsyncGenerator[Output, None], self._engine.generate(request))) as outputs:
+        async with aclosing(self._engine.generate(request)) as outputs:
             async for output in outputs:
                 now = time.perf_counter()
                 (metrics.first if before == began else metrics.between).observe(now - before)

@@ -213,10 +213,6 @@ class Pool:
         """Call `method` on every worker, without waiting; `finished` looks after the calls."""
         return [getattr(worker, method).remote(*arguments) for worker in self.workers]
 
-    def first(self, method: str, *arguments: Any) -> Any:
-        """Call `method` on rank 0 and wait for its answer."""
-        return self._result(0, getattr(self.workers[0], method).remote(*arguments))
-
     async def ask(self, rank: int, method: str, *arguments: Any) -> Any:
         """Call `method` on one worker from an event loop."""
         with self._naming(rank):

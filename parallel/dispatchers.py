@@ -27,7 +27,7 @@ import torch.distributed as dist
 
 from expertmesh.kernels.combine import combine_rows
 from expertmesh.kernels.routing import Routing, SlotOrder, sort_slots
-from expertmesh.kernels.rows import Rows, gather_rows
+from expertmesh.kernels.rows import Rows
 from expertmesh.kernels.zero_computation import ZeroComputation
 from expertmesh.parallel.all_to_all import Lane, Traffic
 from expertmesh.parallel.hops import AllGatherHop, AllToAllHop, Choices, Destinations, Hop, Passage, Planned
@@ -95,13 +95,6 @@ def _rows_here(x_TD: torch.Tensor, order: SlotOrder, weights_TK: torch.Tensor) -
     weights_R = weights_TK.flatten()[order.slots_R] if by_experts else None
     rows = Rows(x_TD, order.slots_R // weights_TK.shape[1], order.counts_E, weights_R)
     return rows, LocalHandle(order, weights_TK, weigh=not by_experts)
-
-
-def rows_to_send(x_TD: torch.Tensor, routing: Routing, layer: ExpertLayer) -> tuple[torch.Tensor, LocalHandle]:
-    """A row for each slot of a routed expert, by expert, to be sent away; the weights stay here."""
-    order = sort_slots(routing.experts_TK, layer.num_experts)
-    rows_RD = gather_rows(x_TD, order.slots_R // routing.weights_TK.shape[1])
-    return rows_RD, LocalHandle(order, routing.weights_TK, weigh=True)
 
 
 @dataclass

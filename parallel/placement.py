@@ -32,11 +32,6 @@ def shard_sizes(num_experts: int, size: int) -> list[int]:
     return [len(expert_shard(num_experts, rank, size)) for rank in range(size)]
 
 
-def largest_shard(num_experts: int, size: int) -> int:
-    """The most experts that any of `size` ranks holds of a layer with up to `num_experts`."""
-    return -(-num_experts // size)
-
-
 @dataclass(frozen=True)
 class Placement:
     """The experts of one layer on `ranks` ranks, every expert at least once and never twice on one rank."""

@@ -16,7 +16,7 @@ from expertmesh.parallel.timeline import Turns
 from expertmesh.system.model.transformer import Transformer
 from expertmesh.system.model.weights import initialise
 from expertmesh.system.serve.config import ServeConfig
-from expertmesh.system.serve.draft import Drafter
+from expertmesh.system.serve.draft import NO_DRAFTS, Drafter
 from expertmesh.system.serve.engine import Engine
 from expertmesh.system.serve.request import Output, Request, Sampling
 from expertmesh.system.serve.sampler import Place, sample
@@ -58,7 +58,7 @@ def engine_of(
     running: int = 3,
     micro_batches: int = 1,
     eos_ids: Collection[int] = (),
-    drafter: Drafter | None = None,
+    drafter: Drafter = NO_DRAFTS,
     **changes: Any,
 ) -> Engine:
     config = ServeConfig(**{"max_running": running, "page_size": 4, **changes})

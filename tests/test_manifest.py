@@ -9,7 +9,7 @@ import pytest
 import yaml
 from commands import TINY_RECIPE
 
-from expertmesh.launch.manifest import HEALTH, Place, manifest
+from expertmesh.launch.manifest import ENVIRONMENT, Place, manifest
 from expertmesh.launch.recipe import Recipe, load_recipe
 
 PLACE = Place(image="registry/expertmesh:1", storage="/mnt/shared", claim="shared", gpus=1, attention=2, ffn=3)
@@ -61,7 +61,7 @@ def test_a_ray_job_on_kubernetes(recipe, target):
         assert group["replicas"] == group["minReplicas"] == group["maxReplicas"]
     for template in (head["template"], *(group["template"] for group in groups)):
         (container,) = template["spec"]["containers"]
-        assert {item["name"]: item["value"] for item in container["env"]} == HEALTH
+        assert {item["name"]: item["value"] for item in container["env"]} == ENVIRONMENT
         mounted, volumes = (
             {v["name"] for v in template["spec"]["volumes"]},
             {v["name"] for v in container["volumeMounts"]},
@@ -140,7 +140,7 @@ def test_the_recipe_inside_says_the_same(recipe, target, tmp_path):
 def test_safe_on_shared_hosts(recipe, target):
     text = manifest(recipe, target, PLACE)
     assert "ray stop" not in text, "it ends every Ray of a host"
-    assert "token" in text and all(key in text for key in HEALTH)
+    assert "token" in text and all(key in text for key in ENVIRONMENT)
 
 
 def test_a_target_that_is_not_known(recipe):

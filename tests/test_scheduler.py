@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 
-from expertmesh.system.serve.draft import Nested, NoDrafts
+from expertmesh.system.serve.draft import NO_DRAFTS, Nested
 from expertmesh.system.serve.request import Request, Sampling
 from expertmesh.system.serve.scheduler import Batch, Copy, Scheduler
 
@@ -244,7 +244,7 @@ def test_any_history_ends_and_keeps_the_books(seed):
     step_tokens = draw.choice([1, 5, 50])
     scheduler = Scheduler(
         *(count, size, lanes, draw.randint(1, 6), step_tokens, draw.random() < 0.7),
-        drafter=draw.choice([NoDrafts(), Nested(3, 0.5)]),
+        drafter=draw.choice([NO_DRAFTS, Nested(3, 0.5)]),
     )
     flying: list[Batch] = []
     written: dict[int, int] = {}  # page -> how often it is written to in flight

@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from expertmesh.parallel.all_to_all import Traffic
 from expertmesh.parallel.build_dispatcher import build_dispatcher
-from expertmesh.parallel.groups import Groups, build_groups
+from expertmesh.parallel.groups import Groups, build_groups, destroy_groups
 from expertmesh.parallel.sizes import ParallelSizes
 from expertmesh.system.model.config import ModelConfig
 from expertmesh.system.model.context import TrainingStep
@@ -98,15 +98,13 @@ class _Alone(Recorder):
 @contextmanager
 def fake_world(rank: int, size: int) -> Iterator[None]:
     """This process as one rank of a world that is not there."""
-    from megatron.core import parallel_state
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     dist.init_process_group("fake", rank=rank, world_size=size, store=FakeStore())
     try:
         yield
     finally:
-        parallel_state.destroy_model_parallel()
-        dist.destroy_process_group()
+        destroy_groups()
 
 
 def calls_of(rank: int, sizes: ParallelSizes, model: ModelConfig, micro_batches: int, length: int) -> list[Call]:

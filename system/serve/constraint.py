@@ -38,7 +38,9 @@ class Constraints:
 
     def check(self, schema: str) -> None:
         """Raises ValueError, one line, where no text can be held to the schema, or not by this library."""
-        if problem := llguidance.LLMatcher.validate_grammar(_grammar(schema), _vocabulary(self._tokenizer)):
+        if problem := llguidance.LLMatcher.validate_grammar(
+            _grammar(schema), _vocabulary(self._tokenizer), limits=LIMITS
+        ):
             raise ValueError(" ".join(problem.split())[:300])
 
     def allowed(

@@ -49,6 +49,9 @@ class NoDrafts:
         return [[] for _ in texts]
 
 
+NO_DRAFTS = NoDrafts()
+
+
 class Lookup(NamedTuple):
     most: int
 
@@ -95,7 +98,7 @@ def look_up(token_ids: Sequence[int], most: int) -> list[int]:
 def build_drafter(config: ServeConfig, model: ModelConfig, experts_here: bool) -> Drafter:
     """Raises ValueError, one line, where the model cannot draft so. `experts_here`: not in a pool of their own."""
     if config.drafts == "none":
-        return NoDrafts()
+        return NO_DRAFTS
     if config.drafts == "lookup":
         return Lookup(config.draft_tokens)
     shares = [share for share in model.nested_shares if share < 1]

@@ -29,7 +29,7 @@ from expertmesh.parallel.timeline import Turns
 from expertmesh.system.model.transformer import Transformer
 from expertmesh.system.serve.config import ServeConfig
 from expertmesh.system.serve.constraint import Constraints
-from expertmesh.system.serve.draft import Drafter
+from expertmesh.system.serve.draft import NO_DRAFTS, Drafter
 from expertmesh.system.serve.kv_cache import KVCache, pages_for
 from expertmesh.system.serve.request import FinishReason, Logprobs, Output, Request
 from expertmesh.system.serve.runner import Result, Runner, ends_of
@@ -97,7 +97,7 @@ class Engine:
         dispatchers: Sequence[Dispatcher],
         turns: Turns,
         traffic: Traffic | None = None,
-        drafter: Drafter | None = None,
+        drafter: Drafter = NO_DRAFTS,
         constraints: Constraints | None = None,
     ) -> None:
         self.eos_ids, self.context_length = frozenset(eos_ids), model.config.context_length

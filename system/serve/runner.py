@@ -15,7 +15,7 @@ from expertmesh.parallel.timeline import Turns
 from expertmesh.system.model.context import Context, Decisions
 from expertmesh.system.model.transformer import ModelOutput, Transformer
 from expertmesh.system.serve.constraint import Constraints
-from expertmesh.system.serve.draft import Drafter, NoDrafts
+from expertmesh.system.serve.draft import NO_DRAFTS, Drafter
 from expertmesh.system.serve.kv_cache import KVCache, PagedAttend, Span, plan
 from expertmesh.system.serve.request import Logprobs
 from expertmesh.system.serve.sampler import Drawn, Place, sample, told_prompt
@@ -39,11 +39,11 @@ class Runner:
         eos_ids: Collection[int],
         device: str,
         turns: Turns,
-        drafter: Drafter | None = None,
+        drafter: Drafter = NO_DRAFTS,
         constraints: Constraints | None = None,
     ) -> None:
         self.model, self.cache, self.eos_ids = model, cache, frozenset(eos_ids)
-        self.drafter, self.constraints = drafter or NoDrafts(), constraints
+        self.drafter, self.constraints = drafter, constraints
         self.device, self.turns = device, turns
         config = model.config
         self._loads = {

@@ -22,7 +22,7 @@ import bisect
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from expertmesh.system.serve.draft import Drafter, NoDrafts
+from expertmesh.system.serve.draft import NO_DRAFTS, Drafter
 from expertmesh.system.serve.pages import PagePool, name_pages
 from expertmesh.system.serve.request import Request
 
@@ -102,11 +102,11 @@ class Scheduler:
         max_running: int,
         step_tokens: int,
         prefix_cache: bool,
-        drafter: Drafter | None = None,
+        drafter: Drafter = NO_DRAFTS,
     ) -> None:
         self.pool, self.page_size, self.lanes = PagePool(pages), page_size, lanes
         self.max_running, self.step_tokens, self.prefix_cache = max_running, step_tokens, prefix_cache
-        self.drafter = drafter or NoDrafts()
+        self.drafter = drafter
         self.waiting: list[Sequence] = []  # by arrival
         self.running: list[Sequence] = []  # by arrival
         self.counts = Counts()

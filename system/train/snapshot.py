@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -79,80 +81,72 @@ def save(
     a pipeline write their layers each, and the first a tied embedding.
     Raises SaveFailed where the disk does not take it; other ranks then lose a peer.
     """
+    with _told_if_it_fails(state.step):
+        final = run_dir / "checkpoints" / f"step-{state.step:06d}"
+        writing = final.with_name(final.name + ".writing")
+        if groups.rank == 0:
+            clear_unfinished(run_dir)
+            (writing / "training").mkdir(parents=True)
+            shutil.copytree(tokenizer_folder, writing, dirs_exist_ok=True)
+            write_config(writing, model.config)
+        _wait_for_all()
+
+        model_tensors, optimizer_tensors = {}, {}
+        for number, weight in enumerate(weights(model)):
+            # A collective: also on ranks that write nothing. A frozen weight has no moments.
+            moments = zero.state(weight.parameter)._asdict() if weight.parameter.requires_grad else {}
+            if groups.expert_data_rank if weight.is_expert else groups.data_rank:
+                continue  # another rank has the same
+            if weight.parameter is model.tied_weight and groups.pipeline_rank:
+                continue
+            model_tensors.update(_whole(weight, weight.parameter.detach(), groups, number))
+            for kind, tensor in moments.items():
+                whole = _whole(weight, tensor, groups, number)
+                optimizer_tensors.update({f"{kind}/{name}": view for name, view in whole.items()})
+        # Megatron's order of ranks: stage by stage, and in each those that hold the first copy of something come first.
+        writers = max(groups.tensor_size, groups.expert_tensor_size * groups.expert_size)
+        rank_in_stage = groups.rank % groups.token_size
+        if rank_in_stage < writers:
+            number, count = groups.pipeline_rank * writers + rank_in_stage, groups.pipeline_size * writers
+            written = (
+                writing / shard_name("model", number, count),
+                writing / "training" / shard_name("optimizer", number, count),
+            )
+            for tensors, path in zip((model_tensors, optimizer_tensors), written, strict=True):
+                write_tensors(tensors, path)
+            write_checksums(writing, written, f"checksums-{number + 1:05d}-of-{count:05d}.json")
+        _wait_for_all()
+
+        if groups.rank == 0:
+            write_index(writing / INDEX, sorted(writing.glob("model-*.safetensors")))
+            optimizer_files = sorted((writing / "training").glob("optimizer-*.safetensors"))
+            write_index(writing / "training" / OPTIMIZER_INDEX, optimizer_files)
+            write_json(asdict(state), writing / "training" / "state.json")
+            write_checksums(writing, sorted(p for p in writing.rglob("*") if _is_small(p)))
+            for path in (*writing.rglob("*"), writing):
+                flush(path)
+            link = run_dir / "checkpoint"
+            if final.exists():  # a run that went back to an older checkpoint comes by here again
+                for other in [p for p in checkpoints_of(run_dir) if p != final][-1:]:
+                    _point_to(link, other)
+                _delete(final)
+            os.replace(writing, final)
+            flush(final.parent)
+            _point_to(link, final)
+            finished = checkpoints_of(run_dir)
+            for old in finished[: finished.index(final) + 1][:-keep]:
+                _delete(old)
+        _wait_for_all()
+        return final
+
+
+@contextmanager
+def _told_if_it_fails(step: int) -> Iterator[None]:
     try:
-        return _save(run_dir, state, model, zero, groups, tokenizer_folder, keep)
+        yield
     except (OSError, SafetensorError) as error:
         reason = " ".join(str(error).split())
-        raise SaveFailed(
-            f"step {state.step} could not be saved: {reason}; the checkpoints before it are whole"
-        ) from error
-
-
-def _save(
-    run_dir: Path,
-    state: RunState,
-    model: Transformer,
-    zero: Zero,
-    groups: Groups,
-    tokenizer_folder: Path,
-    keep: int,
-) -> Path:
-    final = run_dir / "checkpoints" / f"step-{state.step:06d}"
-    writing = final.with_name(final.name + ".writing")
-    if groups.rank == 0:
-        clear_unfinished(run_dir)
-        (writing / "training").mkdir(parents=True)
-        shutil.copytree(tokenizer_folder, writing, dirs_exist_ok=True)
-        write_config(writing, model.config)
-    _wait_for_all()
-
-    model_tensors, optimizer_tensors = {}, {}
-    for number, weight in enumerate(weights(model)):
-        # A collective: also on ranks that write nothing. A frozen weight has no moments.
-        moments = zero.state(weight.parameter)._asdict() if weight.parameter.requires_grad else {}
-        if groups.expert_data_rank if weight.is_expert else groups.data_rank:
-            continue  # another rank has the same
-        if weight.parameter is model.tied_weight and groups.pipeline_rank:
-            continue
-        model_tensors.update(_whole(weight, weight.parameter.detach(), groups, number))
-        for kind, tensor in moments.items():
-            whole = _whole(weight, tensor, groups, number)
-            optimizer_tensors.update({f"{kind}/{name}": view for name, view in whole.items()})
-    # Megatron's order of ranks: stage by stage, and in each those that hold the first copy of something come first.
-    writers = max(groups.tensor_size, groups.expert_tensor_size * groups.expert_size)
-    rank_in_stage = groups.rank % groups.token_size
-    if rank_in_stage < writers:
-        number, count = groups.pipeline_rank * writers + rank_in_stage, groups.pipeline_size * writers
-        written = (
-            writing / shard_name("model", number, count),
-            writing / "training" / shard_name("optimizer", number, count),
-        )
-        for tensors, path in zip((model_tensors, optimizer_tensors), written, strict=True):
-            write_tensors(tensors, path)
-        write_checksums(writing, written, f"checksums-{number + 1:05d}-of-{count:05d}.json")
-    _wait_for_all()
-
-    if groups.rank == 0:
-        write_index(writing / INDEX, sorted(writing.glob("model-*.safetensors")))
-        optimizer_files = sorted((writing / "training").glob("optimizer-*.safetensors"))
-        write_index(writing / "training" / OPTIMIZER_INDEX, optimizer_files)
-        write_json(asdict(state), writing / "training" / "state.json")
-        write_checksums(writing, sorted(p for p in writing.rglob("*") if _is_small(p)))
-        for path in (*writing.rglob("*"), writing):
-            flush(path)
-        link = run_dir / "checkpoint"
-        if final.exists():  # a run that went back to an older checkpoint comes by here again
-            for other in [p for p in checkpoints_of(run_dir) if p != final][-1:]:
-                _point_to(link, other)
-            _delete(final)
-        os.replace(writing, final)
-        flush(final.parent)
-        _point_to(link, final)
-        finished = checkpoints_of(run_dir)
-        for old in finished[: finished.index(final) + 1][:-keep]:
-            _delete(old)
-    _wait_for_all()
-    return final
+        raise SaveFailed(f"step {step} could not be saved: {reason}; the checkpoints before it are whole") from error
 
 
 def _is_small(path: Path) -> bool:
