@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from expertmesh.launch.ray_cluster import submission_client
-from expertmesh.launch.status import ask, find_run, is_held
+from expertmesh.launch.run_folder import ask, find_run, is_held
 
 INTERRUPTED = 130  # the exit code of a job that was told to end
 _WORKER = re.compile(r"([a-z]+)[:-](\d+)")

@@ -36,7 +36,7 @@ from expertmesh.launch.recovery import (
     begin,
 )
 from expertmesh.launch.roles import Epoch
-from expertmesh.launch.status import REQUEST
+from expertmesh.launch.run_folder import REQUEST
 from expertmesh.parallel.sizes import ParallelSizes
 from expertmesh.system.train.snapshot import clear_unfinished, last_whole, read_state, set_aside
 from expertmesh.system.train.trainer import Record

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from expertmesh.launch.find_checkpoint import find_checkpoint
 from expertmesh.launch.recipe import Recipe, check_together
 from expertmesh.launch.roles import Epoch
-from expertmesh.launch.status import lock_of
+from expertmesh.launch.run_folder import lock_of
 from expertmesh.launch.supervise import supervise
 from expertmesh.parallel.deepspeed_build import is_built, prepare_build
 from expertmesh.system.model.checkpoint import Checkpoint, open_checkpoint

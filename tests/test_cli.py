@@ -19,7 +19,8 @@ from commands import TINY_RECIPE, environment, expertmesh, expertmesh_json, star
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from expertmesh.launch.event_log import read_events
-from expertmesh.launch.status import ask_to_scale, await_scale, status_of
+from expertmesh.launch.run_folder import ask_to_scale, await_scale
+from expertmesh.launch.status import status_of
 from expertmesh.system.train.snapshot import read_state
 
 RESULT_KEYS = {

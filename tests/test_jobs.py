@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from expertmesh.launch.jobs import log_file, show_file, show_log, stop_job
-from expertmesh.launch.status import REQUEST, lock_of
+from expertmesh.launch.run_folder import REQUEST, lock_of
 
 
 @pytest.fixture

@@ -11,13 +11,10 @@ from rich.console import Console
 
 from expertmesh.launch.event_log import EventLog, read_events
 from expertmesh.launch.recovery import Beat, FaultConfig, How, Left, advance, begin
+from expertmesh.launch.run_folder import lock_of
 from expertmesh.launch.status import (
     TAIL_BYTES,
-    ask_to_scale,
-    await_scale,
     event_table,
-    find_run,
-    lock_of,
     status_of,
     summary,
     worker_table,
@@ -92,37 +89,7 @@ def test_a_long_log_is_read_from_its_end(run_dir):
     assert status_of(run_dir)["step"] == 8999
 
 
-def test_a_run_is_found_by_folder_and_by_name(run_dir, monkeypatch):
-    monkeypatch.chdir(run_dir.parent.parent)
-    assert find_run("a") == find_run("runs/a") == run_dir
-    with pytest.raises(ValueError, match="no run of that name here"):
-        find_run("b")
-
-
 def test_events_torn_by_a_kill_are_left_out(run_dir):
     with (run_dir / "events.jsonl").open("a") as file:
         file.write('{"what": "fini')
     assert [event["what"] for event in read_events(run_dir)] == ["started", "failed"]
-
-
-def test_only_a_job_that_trains_can_be_scaled(run_dir):
-    with pytest.raises(ValueError, match="nothing trains in"):
-        ask_to_scale(run_dir, 4)
-
-
-ANSWERS = [
-    ({"what": "re-formed", "epoch": 1}, None, ""),
-    ({"what": "not resized", "why": "ep=3 does not divide"}, ValueError, "ep=3 does not divide"),
-    ({"what": "saved"}, RuntimeError, "ended before it changed"),
-]
-
-
-@pytest.mark.parametrize("event, error, told", ANSWERS, ids=["it did", "it cannot", "it is gone"])
-def test_what_became_of_a_request(run_dir, event, error, told):
-    known = len(read_events(run_dir))
-    EventLog(run_dir).write(event)
-    if error is None:
-        assert await_scale(run_dir, known)["epoch"] == 1
-        return
-    with pytest.raises(error, match=told):
-        await_scale(run_dir, known)

@@ -16,7 +16,7 @@ from expertmesh.launch.ray_cluster import WorkerFailed
 from expertmesh.launch.recipe import load_recipe
 from expertmesh.launch.recovery import Beat, How, Left
 from expertmesh.launch.roles import Epoch
-from expertmesh.launch.status import REQUEST
+from expertmesh.launch.run_folder import REQUEST
 from expertmesh.launch.supervise import Job, JobFailed
 from expertmesh.system.train.snapshot import RunState
 from expertmesh.system.train.trainer import Record

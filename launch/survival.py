@@ -1,0 +1,94 @@
+"""Workers of a service that die or fall silent are started again, as often as `serve.restarts` allows.
+
+an FFN worker           its process is gone, or attention workers say in the store that it is silent: `keep_up`
+                        starts the next one; links find it by themselves (parallel/link.py)
+an attention worker     its outputs break off (client.py), or it says nothing when asked: `give_up_silent`; the
+                        client has it started again, and its requests go on meanwhile with another
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from expertmesh.launch.client import Client, EngineWorker
+
+if TYPE_CHECKING:  # serving joined does without Ray
+    import torch.distributed as dist
+
+    from expertmesh.launch.ray_cluster import Pool
+
+logger = logging.getLogger(__name__)
+
+WATCH_S = 0.2  # between two looks at the workers
+
+
+class Restarts:
+    """How many workers of a service may be started again, all pools together."""
+
+    def __init__(self, most: int) -> None:
+        self._left = most
+
+    def spend(self, why: str) -> None:
+        """Raises RuntimeError where none is left."""
+        if not self._left:
+            raise RuntimeError(f"{why}; serve.restarts is used up")
+        self._left -= 1
+        logger.warning("%s; started again, %d more times at most", why, self._left)
+
+
+def tell_end(task: asyncio.Task[None]) -> None:
+    """Nobody waits for those who watch: that they failed must not go unseen."""
+    if not task.cancelled() and (error := task.exception()) is not None:
+        logger.error("workers are watched no more: %s", error, exc_info=error)
+
+
+async def give_up_silent(client: Client, workers: Sequence[EngineWorker], seconds: float) -> None:
+    """An attention worker that does not even say its figures for so long is treated as dead: another goes on for it."""
+    while True:
+        await asyncio.sleep(WATCH_S)
+        for rank in client.alive:
+            try:
+                await asyncio.wait_for(workers[rank].counts(), seconds)
+            except TimeoutError:
+                client.lose(rank, RuntimeError(f"attention {rank} did not answer for {seconds:g} s"))
+            except RuntimeError:
+                pass  # it died: whoever reads its outputs knows
+
+
+async def keep_up(pool: Pool, calls: list[Any], call: tuple[Any, ...], restarts: Restarts, store: dist.Store) -> None:
+    """Have a new FFN worker in the place of each that died or is silent, until the budget is used up.
+
+    Whoever waits for its answers finds the new one by itself (link.py).
+    """
+    from expertmesh.launch.ray_cluster import WorkerFailed
+    from expertmesh.parallel.link import silent_address
+
+    given_up: set[bytes] = set()  # by all micro-batches, one after the other, and until the next one has come
+
+    def lost(rank: int) -> str | None:
+        if (address := silent_address(store, rank)) and address not in given_up:
+            given_up.add(address)
+            return f"{pool.name} {rank} does not answer"
+        try:
+            pool.answer(rank, calls[rank], 0)
+        except WorkerFailed as failure:
+            return str(failure)
+        return None
+
+    while True:
+        await asyncio.sleep(WATCH_S)
+        for rank in range(len(calls)):
+            if why := lost(rank):
+                try:
+                    restarts.spend(why)
+                except RuntimeError as spent:
+                    logger.error("%s", spent)
+                    return
+                pool.replace(rank)
+            elif not pool.wait([calls[rank]], 0):
+                continue  # at work
+            # Else it is there, but all attention workers were gone for a moment.
+            calls[rank] = pool.call(rank, *call)
