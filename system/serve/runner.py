@@ -66,23 +66,7 @@ class Runner:
             hidden_TD, decisions = self._forward(tokens, spans, dispatcher)
             self._count(decisions)
             hidden = list(hidden_TD.split([piece.rows for piece in pieces]))
-            told = self._told(pieces, hidden)
-            speaking = [(piece, rows_TD) for piece, rows_TD in zip(pieces, hidden, strict=True) if piece.speaks]
-            if not speaking:
-                return Result([[] for _ in pieces], told)
-            logits_SV = self.model.lm_head(torch.cat([rows_TD[piece.length - 1 :] for piece, rows_TD in speaking]))
-            places = [
-                self._place(piece.sequence, draft[:right])
-                for piece, draft in zip(pieces, drafts, strict=True)
-                if piece.speaks
-                for right in range(len(draft) + 1)
-            ]
-            said = iter(sample(logits_SV, places))
-            drawn = [
-                accept([next(said) for _ in range(piece.drafts + 1)], draft) if piece.speaks else []
-                for piece, draft in zip(pieces, drafts, strict=True)
-            ]
-            return Result(drawn, told)
+            return Result(self._drawn(pieces, hidden, drafts), self._told(pieces, hidden))
 
     def loads(self) -> dict[int, list[int]]:
         """For each layer with experts, how many choices each of them served so far; FFN experts come first."""
@@ -100,7 +84,7 @@ class Runner:
 
         def step(chosen: list[int], drafts: list[list[int]], width: float) -> list[int]:
             guessed = [(pieces[i].sequence, drafts[i]) for i in chosen]
-            lasts = [[*s.token_ids[-1:], *draft][-1] for s, draft in guessed]
+            lasts = [(draft or s.token_ids)[-1] for s, draft in guessed]
             spans = [Span(s.pages, len(s.token_ids) - 1 + len(draft), 1) for s, draft in guessed]
             hidden_SD, _ = self._forward(lasts, spans, dispatcher, width)
             places = [self._place(s, draft) for s, draft in guessed]
@@ -108,6 +92,23 @@ class Runner:
 
         texts = [piece.sequence.token_ids for piece in pieces]
         return self.drafter.draft(texts, [piece.drafts for piece in pieces], step)
+
+    def _drawn(self, pieces: list[Piece], hidden: list[torch.Tensor], drafts: list[list[int]]) -> list[list[Drawn]]:
+        """What comes next of each piece: a draw after its last token, and after each draft that was drawn itself."""
+        speaking = [
+            (piece.sequence, rows_TD[piece.length - 1 :], draft)
+            for piece, rows_TD, draft in zip(pieces, hidden, drafts, strict=True)
+            if piece.speaks
+        ]
+        if not speaking:
+            return [[] for _ in pieces]
+        logits_SV = self.model.lm_head(torch.cat([rows_TD for _, rows_TD, _ in speaking]))
+        places = [self._place(s, draft[:right]) for s, _, draft in speaking for right in range(len(draft) + 1)]
+        said = iter(sample(logits_SV, places))
+        return [
+            accept([next(said) for _ in range(len(draft) + 1)], draft) if piece.speaks else []
+            for piece, draft in zip(pieces, drafts, strict=True)
+        ]
 
     def _count(self, decisions: list[Decisions]) -> None:
         for layer, load_N in self._loads.items():
