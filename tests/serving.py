@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from datetime import timedelta
 from threading import Thread
 
@@ -10,8 +11,9 @@ import torch.distributed as dist
 
 from expertmesh.system.model.checkpoint import Checkpoint
 from expertmesh.system.serve.config import ServeConfig
+from expertmesh.system.serve.engine import Engine
 from expertmesh.system.serve.loop import EngineLoop
-from expertmesh.system.serve.request import Request, Sampling
+from expertmesh.system.serve.request import Output, Request, Sampling
 from expertmesh.system.serve.workers import attention_engine, run_ffn_worker
 
 Answers = dict[str, list[int]]
@@ -43,6 +45,15 @@ def answers(loop: EngineLoop, wanted: list[Request]) -> Answers:
             assert used == 0, f"{used} pages were not given back"
             return tokens
     raise AssertionError("the engine stopped early")
+
+
+def steps_to_the_end(engine: Engine, wanted: list[Request]) -> Iterator[list[Output]]:
+    """What each step says, from the arrival of all of them until no work is left; then no page is held."""
+    for request in wanted:
+        engine.add(request)
+    while engine.has_work:
+        yield engine.step()
+    assert engine.counts().pages_used == 0, "a page was lost"
 
 
 def split_in_threads(

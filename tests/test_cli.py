@@ -145,9 +145,15 @@ def test_killed_and_resumed_run_equals_the_uninterrupted_one_bit_for_bit(folder,
     wait_until(lambda: not family & set(processes()), "workers outlive the killed command", 30)
 
     # However far its workers came, the same command ends where the run that was never disturbed did.
-    resumed = expertmesh_json("train", "tiny.yaml", "name=killed", folder=folder)
-    assert resumed["losses"] == trained["losses"]
-    assert resumed["validation_loss"] == trained["validation_loss"]
+    assert_same_run(expertmesh_json("train", "tiny.yaml", "name=killed", folder=folder), trained)
+
+
+def assert_same_run(run: dict[str, Any], other: dict[str, Any]) -> None:
+    """Losses, and a file of weights, bit for bit."""
+    assert run["losses"] == other["losses"]
+    assert run["validation_loss"] == other["validation_loss"]
+    mine, theirs = (Path(each["checkpoint"]) / "model-00002-of-00002.safetensors" for each in (run, other))
+    assert mine.read_bytes() == theirs.read_bytes()
 
 
 def test_a_worker_that_dies_and_one_that_hangs_change_not_a_bit(folder, trained):
@@ -159,10 +165,7 @@ def test_a_worker_that_dies_and_one_that_hangs_change_not_a_bit(folder, trained)
     failed = [event["why"] for event in read_events(run_dir) if event["what"] == "failed"][-2:]
     assert failed[0].startswith("trainer 1 died") and failed[1].startswith("trainer 0 hangs: no heartbeat")
     assert "most recent call first" in (run_dir / "logs" / "trainer-1.log").read_text(), "no stacks of a hanging job"
-    assert resumed["losses"] == trained["losses"]
-    assert resumed["validation_loss"] == trained["validation_loss"]
-    weights = "model-00002-of-00002.safetensors"
-    assert (run_dir / "checkpoint" / weights).read_bytes() == (Path(trained["checkpoint"]) / weights).read_bytes()
+    assert_same_run(resumed, trained)
 
 
 def test_a_running_job_grows_and_saves_when_it_is_told_to_end(folder, trained):

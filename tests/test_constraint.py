@@ -7,11 +7,12 @@ from typing import Any
 
 import llguidance
 import pytest
-import torch
 from fake_engine import END, byte_tokenizer
+from serving import steps_to_the_end
 from test_engine import drive
 from tiny import tiny_model
 
+from expertmesh.launch.openai_api import ChatBody
 from expertmesh.parallel.dispatchers import LocalDispatcher
 from expertmesh.parallel.timeline import Turns
 from expertmesh.system.model.transformer import Transformer
@@ -106,10 +107,8 @@ def engine_of(model: Transformer, micro_batches: int = 1, **changes: Any) -> Eng
 
 def texts(engine: Engine, requests: list[Request]) -> dict[str, list[int]]:
     said: dict[str, list[int]] = {request.id: [] for request in requests}
-    for request in requests:
-        engine.add(request)
-    while engine.has_work:
-        for output in engine.step():
+    for outputs in steps_to_the_end(engine, requests):
+        for output in outputs:
             said[output.request_id].append(output.token_id)
     return said
 
@@ -169,8 +168,6 @@ def test_an_engine_without_a_tokenizer_refuses(model):
 
 
 def test_a_schema_reaches_the_engine_through_the_door():
-    from expertmesh.launch.openai_api import ChatBody
-
     wanted = {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "boolean"}, "strict": True}}
     for format, schema in ((wanted, {"type": "boolean"}), ({"type": "json_object"}, {"type": "object"})):
         body = ChatBody.model_validate(
@@ -178,4 +175,3 @@ def test_a_schema_reaches_the_engine_through_the_door():
         )
         (sampling,) = body.samplings(9)
         assert sampling.json_schema is not None and json.loads(sampling.json_schema) == schema
-    assert torch.is_tensor(Constraints(TOKENIZER).allowed("x", '{"type": "boolean"}', []))

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from serving import steps_to_the_end
 from test_engine import Answer, alone, engine_of, prompt
 from tiny import context_of, tiny_model
 
@@ -92,16 +93,12 @@ def answers(engine: Engine, requests: list[Request]) -> tuple[dict[str, Answer],
     """Of each request, and how many micro-batches were computed."""
     tokens: dict[str, list[int]] = {request.id: [] for request in requests}
     reasons: dict[str, str | None] = {}
-    for request in requests:
-        engine.add(request)
     steps = 0
-    while engine.has_work:
-        for output in engine.step():
+    for steps, outputs in enumerate(steps_to_the_end(engine, requests), start=1):
+        for output in outputs:
             assert reasons.get(output.request_id) is None, "a token after the last one"
             tokens[output.request_id].append(output.token_id)
             reasons[output.request_id] = output.finish_reason
-        steps += 1
-    assert engine.counts().pages_used == 0, "a page was lost"
     return {name: Answer(tokens[name], reasons[name]) for name in tokens}, steps
 
 

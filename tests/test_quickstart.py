@@ -13,4 +13,4 @@ def test_quickstart_beats_unigrams_and_itself_without_routed_experts(tmp_path):
     print("\nheld-out loss {:.3f}; routed experts switched off {:.3f}; unigram model {:.3f}".format(*losses))
     assert whole["unigram_loss"] == without["unigram_loss"], "not the same data"
     assert whole["validation_loss"] < whole["unigram_loss"] - 2.0
-    assert whole["validation_loss"] < without["validation_loss"] - 0.05
+    assert whole["validation_loss"] < without["validation_loss"] - 0.1

@@ -170,7 +170,10 @@ def test_parameters_are_counted(variant):
 
 @EACH
 def test_expert_parallel_equals_one_rank(variant):
-    """A step of training, with its noise, lots and dropped slots; then validation, which has none."""
+    """A step of training, with its noise, lots and dropped slots; then validation, which has none.
+
+    In float64, but for routers: in float32 some gradients of two numbers nearly cancel, and rounding is what is left.
+    """
     config = variant.config()
     tokens_BS1 = torch.randint(0, VOCAB_SIZE, (4, 17), generator=torch.Generator().manual_seed(2))
 
@@ -181,14 +184,14 @@ def test_expert_parallel_equals_one_rank(variant):
         with torch.no_grad():
             return trained, loss(mine_BS1)
 
-    single = made(config)
+    single = made(config).double()
     whole = both(LanguageModelLoss(single, LocalDispatcher(), Groups()), range(4))
     expected = gradients(single)
     if config.moe.capacity and config.moe.capacity.factor < 1:
         assert whole[0].dropped_L.all() and not whole[1].dropped_L.any()
 
     def rank_main(group: dist.ProcessGroup) -> tuple[tuple[BatchLoss, BatchLoss], dict[str, torch.Tensor]]:
-        model = made(config, group.rank(), group.size())
+        model = made(config, group.rank(), group.size()).double()
         groups = Groups(rank=group.rank(), data=group, token=group, expert=group)
         loss = LanguageModelLoss(model, AllToAllDispatcher(group, Traffic()), groups)
         return both(loss, range(2 * group.rank(), 2 * group.rank() + 2)), gradients(model)
@@ -206,8 +209,7 @@ def test_expert_parallel_equals_one_rank(variant):
     for name, gradient in expected.items():
         # A rank's loss is the mean of its half of the tokens; whoever holds a weight has part of its gradient.
         of_ranks = [found[name] for _, found in ranks if name in found]
-        rms_error = 4e-5 if gradient.numel() > 64 else 2e-4  # of two numbers it is as large as the largest
-        assert_close(torch.stack(of_ranks).sum(0) / 2, gradient, max_error=2e-4, rms_error=rms_error, what=name)
+        assert_close(torch.stack(of_ranks).sum(0) / 2, gradient, max_error=5e-6, rms_error=1e-6, what=name)
 
 
 @pytest.fixture(scope="module")
