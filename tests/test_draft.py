@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from typing import Any
 
@@ -93,13 +94,12 @@ def answers(engine: Engine, requests: list[Request]) -> tuple[dict[str, Answer],
     """Of each request, and how many micro-batches were computed."""
     tokens: dict[str, list[int]] = {request.id: [] for request in requests}
     reasons: dict[str, str | None] = {}
-    steps = 0
-    for steps, outputs in enumerate(steps_to_the_end(engine, requests), start=1):
-        for output in outputs:
-            assert reasons.get(output.request_id) is None, "a token after the last one"
-            tokens[output.request_id].append(output.token_id)
-            reasons[output.request_id] = output.finish_reason
-    return {name: Answer(tokens[name], reasons[name]) for name in tokens}, steps
+    steps = list(steps_to_the_end(engine, requests))
+    for output in itertools.chain.from_iterable(steps):
+        assert reasons.get(output.request_id) is None, "a token after the last one"
+        tokens[output.request_id].append(output.token_id)
+        reasons[output.request_id] = output.finish_reason
+    return {name: Answer(tokens[name], reasons[name]) for name in tokens}, len(steps)
 
 
 REQUESTS = [
