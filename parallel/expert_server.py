@@ -51,15 +51,23 @@ class ExpertServer:
         self._at_work = False
         self._failures: list[BaseException] = []
         self._come = self._open = 0  # links
+        self._answering: dict[Thread, Link] = {}
 
     def serve(self, listener: Listener, links: int) -> None:
-        """Let links in and answer them, until `links` or more have come and all are gone.
+        """Let links in and answer them, until `links` or more have come and all are gone; closes the listener.
 
-        Raises what the experts raised, as soon as they did.
+        Raises what the experts raised, as soon as they did. No thread is left: one that drops the last hold on a
+        tensor while the process ends aborts it.
         """
-        Thread(target=self._let_in, args=(listener,), name="listener", daemon=True).start()
+        letting_in = Thread(target=self._let_in, args=(listener,), name="listener", daemon=True)
+        letting_in.start()
         with self._condition:
             self._condition.wait_for(lambda: self._failures or (self._come >= links and not self._open))
+        listener.close()
+        letting_in.join()
+        for thread, link in self._answering.items():
+            link.close()
+            thread.join()
         if self._failures:
             raise self._failures[0]
 
@@ -73,7 +81,9 @@ class ExpertServer:
                 self._come += 1
                 self._open += 1
             name = f"attention-{who.attention}-{who.micro_batch}"
-            Thread(target=self._answer, args=(link,), name=name, daemon=True).start()
+            thread = Thread(target=self._answer, args=(link,), name=name, daemon=True)
+            self._answering = {old: its for old, its in self._answering.items() if old.is_alive()} | {thread: link}
+            thread.start()
 
     def _answer(self, link: Link) -> None:
         """Answer one link until the other side is gone."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import threading
 import time
+from contextlib import nullcontext
 from datetime import timedelta
 
 import pytest
@@ -157,6 +158,36 @@ def test_a_link_that_ends_leaves_the_others():
     assert ask(server.links[1], "routed", 0, parts, 3).isfinite().all()
     server.close()
     assert server.failure is None
+
+
+@pytest.mark.parametrize("fails", [False, True], ids=["at the end", "after an error"])
+def test_no_thread_is_left(fails):
+    """One that ends with the process, and drops tensors then, aborts it."""
+
+    def compute(layer: int, rows: Rows) -> torch.Tensor:
+        if fails:
+            raise RuntimeError("out of memory")
+        return experts_ref(layer, rows)
+
+    def use() -> None:
+        links = [connect(store, attention, 0, 0, WAIT) for attention in range(3)]
+        FORMS["routed"].ask(links[0], 0, routed(torch.Generator().manual_seed(1), 2, 2), LAYOUT)
+        if not fails:  # else two links stay open
+            hear_answer(links[0], torch.empty(2, WIDTH))
+            for link in links:
+                link.close()
+
+    for _ in range(20):
+        store, others = dist.HashStore(), set(threading.enumerate())
+        store.set_timeout(WAIT)
+        server = ExpertServer(Experts(compute, lambda layer: HELD, "cpu"), FORMS["routed"], LAYOUT)
+        user = threading.Thread(target=use)
+        user.start()
+        with pytest.raises(RuntimeError, match="out of memory") if fails else nullcontext():
+            server.serve(Listener(store, 0), 3)
+        left = set(threading.enumerate()) - others - {user}
+        user.join()
+        assert not left
 
 
 def test_experts_that_fail_close_the_link_and_are_told_at_the_end():

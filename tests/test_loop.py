@@ -103,6 +103,16 @@ def test_close_ends_the_outputs():
     assert within(WAIT, list, loop.outputs()) == []
 
 
+def test_close_leaves_no_thread():
+    """One that ends with the process, and drops tensors then, aborts it."""
+    for _ in range(20):
+        others = set(threading.enumerate())
+        loop = EngineLoop(engine())
+        assert len(set(threading.enumerate()) - others) >= 2, "the loop and its lanes"
+        loop.close()
+        assert set(threading.enumerate()) <= others
+
+
 def test_close_ends_an_idle_loop_and_a_busy_one():
     within(WAIT, EngineLoop(engine()).close)
     busy = EngineLoop(engine())

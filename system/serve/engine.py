@@ -73,6 +73,10 @@ class _Lane:
     def close(self) -> None:
         self._inbox.put(None)
 
+    def join(self) -> None:
+        """Wait for the end: a thread that drops the last hold on a tensor while the process ends aborts it."""
+        self._thread.join()
+
     def _work(self) -> None:
         while (batch := self._inbox.get()) is not None:
             try:
@@ -173,6 +177,8 @@ class Engine:
         """Wait for what is in flight and end the lanes."""
         for lane in self._lanes:
             lane.close()
+        for lane in self._lanes:
+            lane.join()
 
     def counts(self) -> EngineCounts:
         scheduler = self.scheduler

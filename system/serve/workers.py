@@ -116,7 +116,6 @@ def run_ffn_worker(
     listener = Listener(store, rank)
     server = ExpertServer(experts, FORMS[config.wire], wire_layout(checkpoint, config, device))
     server.serve(listener, attention_workers * config.micro_batches)
-    listener.close()
 
 
 def wire_layout(checkpoint: Checkpoint, config: ServeConfig, device: str) -> Layout:
