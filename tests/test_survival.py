@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import multiprocessing
 import os
 import signal
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import psutil
@@ -53,20 +55,25 @@ async def texts(
     return said
 
 
+async def outlive(checkpoint: Path, pools: Pools) -> None:
+    async with bring_up(look_at(checkpoint), pools, ServeConfig(exchange_timeout_s=2.0)) as client:
+        whole = await texts(client, requests())
+        for fault in FAULTS:
+            assert await texts(client, requests(), fault) == whole, fault
+        counts = await client.counts()
+        assert [one.pages_used for one in counts] == [0] * pools.attention, "a page was lost"
+        assert {len(processes_of(role)) for role in ("FFNRole", "AttentionRole")} == set(pools)
+
+
+def serve_and_strike(checkpoint: Path, pools: Pools) -> None:
+    asyncio.run(asyncio.wait_for(outlive(checkpoint, pools), 240))
+    assert not processes_of("FFNRole") and not processes_of("AttentionRole")
+
+
 @pytest.mark.parametrize("pools", [Pools(1, 2)], ids=["1:2"])
 def test_texts_outlive_workers(tmp_path: Path, pools: Pools) -> None:
+    """In a process of its own: Ray keeps what another test's cluster made of its settings, such as a token."""
     prepare_tiny_data(tmp_path)
-    served = look_at(write_random_checkpoint(tmp_path, tiny_model()))
-    config = ServeConfig(exchange_timeout_s=2.0)
-
-    async def scenario() -> None:
-        async with bring_up(served, pools, config) as client:
-            whole = await texts(client, requests())
-            for fault in FAULTS:
-                assert await texts(client, requests(), fault) == whole, fault
-            counts = await client.counts()
-            assert [one.pages_used for one in counts] == [0] * pools.attention, "a page was lost"
-            assert {len(processes_of(role)) for role in ("FFNRole", "AttentionRole")} == set(pools)
-
-    asyncio.run(asyncio.wait_for(scenario(), 240))
-    assert not processes_of("FFNRole") and not processes_of("AttentionRole")
+    checkpoint = write_random_checkpoint(tmp_path, tiny_model())
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+        process.submit(serve_and_strike, checkpoint, pools).result()
