@@ -93,6 +93,7 @@ convert.command("quantize")(converting.quantize)
 bench = group("bench", "Time parts of this project beside those of others.")
 bench.command("parallel")(measuring.bench_parallel)
 bench.command("moe")(measuring.bench_moe)
+bench.command("serve")(measuring.bench_serve)
 
 plan = group("plan", "Say what a job needs, before any worker starts.")
 plan.command("train")(training.plan_train)

@@ -106,12 +106,17 @@ def change_grid(
     """
     changes: dict[str, Any] = {"hidden_size": hidden_size, "ffn_size": ffn_size}
     for name, text in (("tokens", tokens), ("experts", experts), ("top_k", top_k)):
-        try:
-            changes[name] = tuple(int(number) for number in text.split(",")) if text else None
-        except ValueError:
-            raise ValueError(f"{name}={text}: give numbers with commas between them, such as 1,2,8") from None
+        changes[name] = whole_numbers(name, text) if text else None
     changes["dtypes"] = tuple(dtype.split(",")) if dtype else None
     return replace(QUICK if quick else Grid(), **{name: value for name, value in changes.items() if value is not None})
+
+
+def whole_numbers(name: str, text: str) -> tuple[int, ...]:
+    """The list that a command line gave. ValueError for something else."""
+    try:
+        return tuple(int(number) for number in text.split(","))
+    except ValueError:
+        raise ValueError(f"{name}={text}: give numbers with commas between them, such as 1,2,8") from None
 
 
 class Weights(NamedTuple):

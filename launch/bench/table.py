@@ -66,3 +66,19 @@ def parallel_table(rows: list[dict[str, Any]]) -> Table:
             shown.add_row(*cells)
     shown.caption = "\n".join(f"{row['what']}: {row['note']}" for row in rows if row["note"])
     return shown
+
+
+def serve_table(rows: list[dict[str, Any]]) -> Table:
+    """Speed is beside our joined engine. What was not timed says why below."""
+    first = rows[0]
+    sizes = f"{first['prompt_tokens']} tokens of prompt and {first['new_tokens']} new ones each, {first['dtype']}"
+    title = f"{first['concurrent']} requests at once, {sizes}"
+    shown = Table(title=title, title_justify="left", caption_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for number, name in enumerate(("", "tokens/s", "speed", "same tokens")):
+        shown.add_column(name, justify="right" if number else "left", no_wrap=True)
+    for row in rows:
+        if row["seconds"] is not None:
+            speed = f"{row['tokens_per_second']:,.0f}"
+            shown.add_row(row["what"], speed, _ratio(row["ratio_to_ours"]), f"{row['same_tokens']:.0%}")
+    shown.caption = "\n".join(f"{row['what']}: {row['note']}" for row in rows if row["note"])
+    return shown

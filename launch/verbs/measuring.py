@@ -86,6 +86,41 @@ def bench_parallel(
         Console().print(parallel_table(rows))
 
 
+def bench_serve(
+    concurrent: Annotated[str, typer.Option(help="requests at once, such as 1,16")] = "1,4,16,32",
+    prompt_tokens: Annotated[int, typer.Option(help="of each request")] = 64,
+    new_tokens: Annotated[int, typer.Option(help="of each request")] = 32,
+    layers: Annotated[int, typer.Option(help="blocks of the model")] = 4,
+    hidden_size: Annotated[int, typer.Option(help="width of the model")] = 512,
+    ffn_size: Annotated[int, typer.Option(help="width of an expert")] = 512,
+    experts: Annotated[int, typer.Option(help="of a layer")] = 16,
+    top_k: Annotated[int, typer.Option(help="experts of a token")] = 2,
+    dtype: Annotated[str, typer.Option(help="of the checkpoint: float32 or bfloat16")] = "float32",
+    rounds: Annotated[int, typer.Option(help="answers of each contender; the median counts")] = 5,
+    as_json: JsonOption = False,
+) -> None:
+    """Our engine, joined and split, beside transformers' generate and continuous batching: new tokens a second."""
+    with wrong_input():
+        from expertmesh.launch.bench import serve
+        from expertmesh.launch.bench.cases import whole_numbers
+
+        at_once = whole_numbers("concurrent", concurrent)
+        sizes = (prompt_tokens, new_tokens, layers, hidden_size, ffn_size, experts, top_k)
+        case = serve.ServeCase(at_once, *sizes, dtype, rounds)
+    from rich.console import Console
+
+    from expertmesh.launch.bench.table import serve_table
+
+    console, rows = Console(), []
+    with failures():
+        for of_table in serve.bench_serve(case, lambda line: typer.echo(line, err=True)):
+            rows += of_table
+            if not as_json:
+                console.print(serve_table(of_table))
+    if as_json:
+        typer.echo(json.dumps(rows))
+
+
 def bench_moe(
     quick: Annotated[bool, typer.Option("--quick", help="one layer at a decode and a prefill size")] = False,
     tokens: Annotated[str | None, typer.Option(help="batch sizes, such as 1,32,2048")] = None,
