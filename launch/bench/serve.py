@@ -15,6 +15,7 @@ nobody is left out.
 from __future__ import annotations
 
 import asyncio
+import importlib.util
 import itertools
 import logging
 import multiprocessing
@@ -90,8 +91,10 @@ def bench_serve(case: ServeCase, say: Say, contenders: Sequence[Contender] | Non
     ones), `same_tokens` (share of those that `generate` says in float32), `rounds, note`.
 
     Raises:
-        RuntimeError: if our own engine says something else than `generate`.
+        RuntimeError: if our own engine says something else than `generate`, or either cannot be had.
     """
+    if importlib.util.find_spec("transformers") is None:
+        raise RuntimeError("transformers is not installed: it writes the model, and its answers are what is right")
     contenders = everyone(case.dtype) if contenders is None else contenders
     draw = Random(1)
     with tempfile.TemporaryDirectory() as folder, ExitStack() as processes:
@@ -103,10 +106,12 @@ def bench_serve(case: ServeCase, say: Say, contenders: Sequence[Contender] | Non
         for contender in [REFERENCE, *contenders]:
             say(f"loading {contender.what}")
             process = processes.enter_context(_started(contender, checkpoint, case))
-            if process.failure:
-                reasons[contender.what] = process.failure
-            else:
+            if not process.failure:
                 running[contender.what] = process
+            elif contender.what in (REFERENCE.what, OURS):
+                raise RuntimeError(f"{contender.what}: {process.failure}")
+            else:
+                reasons[contender.what] = process.failure
         reference = running.pop(REFERENCE.what)
         notes = {contender.what: contender.note for contender in contenders} | reasons
         for concurrent in case.concurrent:
