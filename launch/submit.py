@@ -28,7 +28,7 @@ COMMAND = ["-m", "expertmesh.launch.cli", "train", "recipe.yaml", "--result-in-l
 NO_AGENT_RETRY_S = 30  # a head that has just started may not take jobs for some seconds
 
 
-class JobFailed(RuntimeError):
+class RemoteJobFailed(RuntimeError):
     """A job that did not succeed, and the exit code it left (1 where it left none)."""
 
     def __init__(self, message: str, exit_code: int | None) -> None:
@@ -44,7 +44,7 @@ class Job:
         self.known = known  # it was there before
 
     def follow(self, show: Callable[[str], None]) -> dict[str, Any]:
-        """Show the job's log until it ends; return its result. Raises JobFailed when it fails or was stopped.
+        """Show the job's log until it ends; return its result. Raises RemoteJobFailed when it fails or was stopped.
 
         Interrupting lets go of the log, not of the job.
         """
@@ -55,7 +55,7 @@ class Job:
             status = self._client.get_job_status(self.id)
         if status != "SUCCEEDED":
             exit_code = self._client.get_job_info(self.id).driver_exit_code
-            raise JobFailed(f"job {self.id} ended as {status}; its log is above", exit_code)
+            raise RemoteJobFailed(f"job {self.id} ended as {status}; its log is above", exit_code)
         results = [line.removeprefix(RESULT_MARK) for line in log.splitlines() if line.startswith(RESULT_MARK)]
         return {"job": self.id, **json.loads(results[-1])}
 
