@@ -8,6 +8,7 @@ from typing import Any
 
 from expertmesh.launch.find_checkpoint import find_checkpoint
 from expertmesh.launch.recipe import Recipe, check_together
+from expertmesh.system.plan.activations import activation_bytes
 from expertmesh.system.plan.membership import members
 from expertmesh.system.plan.rehearsal import calls_of, play, to_rehearse
 from expertmesh.system.plan.training_plan import plan_training
@@ -36,7 +37,9 @@ def plan_recipe(recipe: Recipe, rank: int, check: bool) -> dict[str, Any]:
         "micro_batches": train.micro_batches,
         "rank": rank,
         "groups": members(sizes, rank),
-        "stages": [stage._asdict() | {"memory_bytes": stage.memory_bytes} for stage in stages],
+        "stages": [
+            stage._asdict() | {"activation_bytes": None, "memory_bytes": stage.memory_bytes} for stage in stages
+        ],
     }
     if not check:
         return result
@@ -45,6 +48,8 @@ def plan_recipe(recipe: Recipe, rank: int, check: bool) -> dict[str, Any]:
     micro_batches = min(train.micro_batches, 2 * sizes.pp if sizes.pp > 1 else 1)
     length = 2 * sizes.cp * sizes.tp
     with warnings.catch_warnings(action="ignore"):  # Megatron's, of parts that it would find on a GPU
+        for stage, kept in zip(result["stages"], activation_bytes(model, sizes, train) or [], strict=False):
+            stage |= {"activation_bytes": kept, "memory_bytes": stage["memory_bytes"] + kept}
         orders = {each: calls_of(each, sizes, model, micro_batches, length) for each in ranks}
     if problem := play(orders):
         raise RuntimeError(f"{recipe.name}: {problem}")
@@ -56,17 +61,20 @@ def told(result: dict[str, Any]) -> list[str]:
     lines = [
         f"{result['parameters'] / 1e6:,.1f} M parameters on {result['world_size']} ranks, "
         f"{result['micro_batches']} micro-batches a step; a rank of each pipeline stage, in MB:",
-        "stage  layers        weights  gradients  optimizer      all   sent a step",
+        "stage  layers        weights  gradients  optimizer  activations      all   sent a step",
     ]
     for stage in result["stages"]:
         layers = " ".join(f"{first}-{after - 1}" for first, after in stage["layers"])
-        memory = [stage[f"{what}_bytes"] / 1e6 for what in ("weight", "gradient", "optimizer", "memory")]
+        memory = [stage[f"{what}_bytes"] for what in ("weight", "gradient", "optimizer", "activation", "memory")]
         sent = ", ".join(
             f"{what} {'not counted' if count is None else f'{count / 1e6:.2f}'}"
             for what, count in stage["sent_bytes"].items()
             if count != 0
         )
-        figures = " ".join(f"{size:{width}.1f}" for size, width in zip(memory, (10, 10, 10, 8), strict=True))
+        figures = " ".join(
+            f"{'?' if size is None else f'{size / 1e6:.1f}':>{width}}"
+            for size, width in zip(memory, (10, 10, 10, 12, 8), strict=True)
+        )
         lines.append(f"{stage['pipeline_rank']:5}  {layers:10} {figures}   {sent or 'nothing'}")
     for name, ranks in result["groups"].items():
         between = str(ranks) if len(ranks) <= 16 else f"{ranks[0]}, {ranks[1]}, ... {ranks[-1]} ({len(ranks)})"

@@ -13,7 +13,8 @@ from expertmesh.parallel.groups import build_groups
 from expertmesh.parallel.sizes import ParallelSizes
 from expertmesh.system.model.tensor_parallel import parallel_transformer
 from expertmesh.system.model.weights import initialise
-from expertmesh.system.plan.rehearsal import Call, Recorder, _batches, calls_of, narrow, play, to_rehearse
+from expertmesh.system.plan.rehearsal import Call, Recorder, _batches, calls_of, play, to_rehearse
+from expertmesh.system.plan.widths import narrowest, resized
 from expertmesh.system.train.loss import LanguageModelLoss
 from expertmesh.system.train.passes import Passes
 from expertmesh.system.train.tally import tally
@@ -56,7 +57,7 @@ def real_calls(layouts: list[ParallelSizes]) -> list[list[Call]]:
 
 def calls_in(sizes: ParallelSizes) -> list[Call]:
     groups = build_groups(sizes)
-    part = parallel_transformer(narrow(MODEL, sizes), groups)
+    part = parallel_transformer(resized(MODEL, narrowest(MODEL, sizes)), groups)
     initialise(part, 0, 0.02)
     loss = LanguageModelLoss(part, build_dispatcher(groups, sizes.dispatch, Traffic(), "cpu"), groups)
     passes = Passes(loss, _batches(groups, 2, 8))

@@ -11,8 +11,9 @@ from tiny import prepare_tiny_data, tiny_model, tiny_training
 from expertmesh.kernels.device import Device
 from expertmesh.parallel.groups import build_groups
 from expertmesh.parallel.sizes import ParallelSizes
-from expertmesh.system.plan.rehearsal import calls_of, narrow
+from expertmesh.system.plan.rehearsal import calls_of
 from expertmesh.system.plan.training_plan import plan_training
+from expertmesh.system.plan.widths import narrowest, resized
 from expertmesh.system.train.config import TrainConfig
 from expertmesh.system.train.trainer import Record, Trainer
 
@@ -38,7 +39,7 @@ def test_bytes_are_those_that_a_rank_asks_to_send(sizes, reason, model):
         model = model.model_copy(update={"attention": model.attention.model_copy(update={"kv_heads": 4})})
     layout, micro_batches = ParallelSizes(**sizes), 4
     train = TrainConfig(batch_size=micro_batches * layout.dp, micro_batch_size=layout.dp, sequence_length=LENGTH)
-    for stage, plan in enumerate(plan_training(narrow(model, layout), layout, train)):
+    for stage, plan in enumerate(plan_training(resized(model, narrowest(model, layout)), layout, train)):
         rank = stage * layout.stage_size
         calls = calls_of(rank, layout, model, micro_batches, LENGTH)
         down_and_up = sum(call.numbers or 0 for call in calls if call.what == "send")

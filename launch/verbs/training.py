@@ -99,7 +99,8 @@ def plan_train(
     overrides: OverridesArgument = None,
     rank: Annotated[int, typer.Option(help="whose groups are listed")] = 0,
     check: Annotated[
-        bool, typer.Option("--check", help="rehearse one step's collectives, and see that no two ranks disagree")
+        bool,
+        typer.Option("--check", help="rehearse a step with small models: what is kept, and whether ranks disagree"),
     ] = False,
     as_json: JsonOption = False,
 ) -> None:

@@ -32,11 +32,10 @@ from expertmesh.system.model.config import ModelConfig
 from expertmesh.system.model.context import TrainingStep
 from expertmesh.system.model.tensor_parallel import parallel_transformer
 from expertmesh.system.model.weights import initialise
+from expertmesh.system.plan.widths import NARROW, narrowest, resized
 from expertmesh.system.train.loss import LanguageModelLoss
 from expertmesh.system.train.passes import MicroBatch, Passes
 from expertmesh.system.train.tally import tally
-
-NARROW = 8  # hidden size, and hidden units of one rank's part of a network
 
 
 class Call(NamedTuple):
@@ -78,7 +77,7 @@ class Recorder(TorchDispatchMode):
         self.calls.append(Call(name, ranks, numbers))
 
 
-class _Alone(Recorder):
+class Alone(Recorder):
     """Fills in what would come of it if all ranks gave what this one gives. Of an all-reduce that stays as it is."""
 
     def note(self, name: str, args: tuple[Any, ...], ranks: tuple[int, ...]) -> None:
@@ -111,10 +110,10 @@ def calls_of(rank: int, sizes: ParallelSizes, model: ModelConfig, micro_batches:
     """What rank `rank` asks for in one update, with one sequence of `length` a data-parallel rank and micro-batch."""
     with fake_world(rank, sizes.world_size):
         groups = build_groups(sizes)
-        part = parallel_transformer(narrow(model, sizes), groups)
+        part = parallel_transformer(resized(model, narrowest(model, sizes)), groups)
         initialise(part, 0, 0.02)
         loss = LanguageModelLoss(part, build_dispatcher(groups, sizes.dispatch, Traffic(), "cpu"), groups)
-        with _Alone() as recorder:
+        with Alone() as recorder:
             passes = Passes(loss, _batches(groups, micro_batches, length))
             for total in passes.totals():
                 total.backward()
@@ -129,18 +128,6 @@ def _batches(groups: Groups, micro_batches: int, length: int) -> list[MicroBatch
         tokens_BS1 = (torch.arange(length + 1)[None] + mine) % NARROW
         found.append(MicroBatch(tokens_BS1, TrainingStep(1, 1, 0, range(mine, mine + 1), length)))
     return found
-
-
-def narrow(model: ModelConfig, sizes: ParallelSizes) -> ModelConfig:
-    """`model` with layers, heads and experts as they are, and everything else as small as `sizes` lets it be."""
-    moe = model.moe
-    of_moe: dict[str, Any] = {"expert": moe.expert.model_copy(update={"hidden_size": NARROW * sizes.etp})}
-    if moe.shared is not None:
-        of_moe["shared"] = moe.shared.model_copy(update={"hidden_size": NARROW * sizes.tp})
-    changes: dict[str, Any] = {"hidden_size": NARROW, "vocab_size": NARROW * sizes.tp}
-    if model.dense is not None:
-        changes["dense"] = model.dense.model_copy(update={"hidden_size": NARROW * sizes.tp})
-    return model.model_copy(update=changes | {"moe": moe.model_copy(update=of_moe)})
 
 
 def to_rehearse(sizes: ParallelSizes, most: int = 16) -> list[int]:

@@ -20,7 +20,7 @@ Dispatch is an expectation: K of all N experts chosen evenly, zero-computation o
 The ranks that a token goes to are then (ep - 1) (1 - C(N - E/ep, K) / C(N, K)). It is counted for the straight exchange
 in float32; for other forms (etp, all-gather, nodes, narrow wires), and for keys and values of cp, there is no count.
 
-Activations are not in here: `activation_bytes` of a run's own records counts them.
+Activations are not in here: activations.py counts them.
 
 Legend: P parameters, T tokens, D width, N experts of every kind, E FFN experts, K choices a token.
 """

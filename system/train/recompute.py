@@ -46,12 +46,14 @@ class Kept:
 @contextmanager
 def counting_kept(module: nn.Module) -> Iterator[Kept]:
     """Count the memory that autograd keeps for the backward of what is computed meanwhile; parameters do not count."""
-    kept, seen = Kept(), {parameter.untyped_storage().data_ptr() for parameter in module.parameters()}
+    kept = Kept()
+    # Held until the end: memory that was freed would be taken for new, or new for old.
+    seen = {parameter.untyped_storage().data_ptr(): parameter.untyped_storage() for parameter in module.parameters()}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in seen:
-            seen.add(storage.data_ptr())
+            seen[storage.data_ptr()] = storage
             kept.bytes += storage.nbytes()
         return tensor
 
