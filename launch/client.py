@@ -11,7 +11,7 @@ import secrets
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import replace
-from typing import Protocol
+from typing import Any, Protocol
 
 from expertmesh.parallel.timeline import Busy, stages
 from expertmesh.system.serve.engine import EngineCounts
@@ -94,6 +94,9 @@ class Client:
         self._failed: dict[int, Exception] = {}
         self._readers: list[asyncio.Task[None]] = []
         self._coming: dict[int, asyncio.Task[None]] = {}  # workers that are being started again
+        # What workers told last, and what those that are gone had told, or sums over all would fall.
+        self._last: dict[str, dict[int, Any]] = {"busy": {}, "counts": {}, "loads": {}}
+        self._past: dict[str, list[Any]] = {what: [] for what in self._last}
 
     async def __aenter__(self) -> Client:
         self._readers = [asyncio.create_task(self._read(index)) for index in range(len(self._workers))]  # of each
@@ -167,26 +170,29 @@ class Client:
         """The workers that are asked."""
         return [index for index in range(len(self._workers)) if index not in self._failed]
 
-    @property
-    def _asked(self) -> list[EngineWorker]:
-        return [self._workers[index] for index in self.alive]
-
     async def stages(self) -> dict[str, dict[str, float]]:
         """Seconds of work and bubble of every stage (see `timeline.stages`)."""
-        return stages([await worker.busy() for worker in self._asked])
+        return stages(await self._tell("busy"))
 
     async def counts(self) -> list[EngineCounts]:
-        """What each worker tells about its requests and its cache."""
-        return [await worker.counts() for worker in self._asked]
+        """What each worker tells about its requests and its cache; after them, what those counted that are gone."""
+        return [*await self._tell("counts"), *(counts.of_the_past() for counts in self._past["counts"])]
 
     async def loads(self) -> dict[int, list[int]]:
-        """What experts served on all workers together."""
-        each = [await worker.loads() for worker in self._asked]
+        """What experts served on all workers together, those that are gone among them."""
+        each = [*await self._tell("loads"), *self._past["loads"]]
         if not each:
             return {}
         return {
             layer: [sum(counts) for counts in zip(*(loads[layer] for loads in each), strict=True)] for layer in each[0]
         }
+
+    async def _tell(self, what: str) -> list[Any]:
+        """Of each worker that is asked. One that has died and was not missed yet tells what it told last."""
+        for index in self.alive:
+            with suppress(Exception):
+                self._last[what][index] = await getattr(self._workers[index], what)()
+        return list(self._last[what].values())
 
     async def _read(self, index: int) -> None:
         """Hand every output of one worker to its request, until the worker ends."""
@@ -217,6 +223,9 @@ class Client:
         """A worker is gone, or as good as gone: it is asked no more, and its requests are told."""
         if index not in self._failed:
             self._failed[index] = error
+            for what, last in self._last.items():
+                if index in last:
+                    self._past[what].append(last.pop(index))
             logger.error("worker %d is gone: %s", index, error)
             if self._revive is not None:
                 self._coming[index] = asyncio.create_task(self._bring_back(index, error))

@@ -14,7 +14,7 @@ from collections.abc import AsyncGenerator, Callable, Iterable
 from contextlib import aclosing
 from dataclasses import dataclass
 
-from expertmesh.launch.openai_api import MOST_ANSWERS, ApiError, GenerationBody, Said
+from expertmesh.launch.openai_api import MOST_ANSWERS, ApiError, GenerationBody, Said, Spelled
 from expertmesh.system.serve.constraint import Constraints
 from expertmesh.system.serve.request import EngineClient, FinishReason, Logprobs, Request
 from expertmesh.system.tokenizer import Tokenizer
@@ -49,12 +49,12 @@ class StopStrings:
         self._held = ""
         self.hit = False
 
-    def push(self, text: str) -> str:
-        """Add text; return what can no longer be part of a stop string."""
+    def push(self, text: str, may_stop: bool = True) -> str:
+        """Add text; return what can no longer be part of a stop string. One complete where none may be is text."""
         if self.hit:
             return ""
         text = self._held + text
-        starts = [(text.find(stop), stop) for stop in self._stops]
+        starts = [(text.find(stop), stop) for stop in self._stops] if may_stop else []
         ends = [(start + len(stop), start) for start, stop in starts if start >= 0]
         if ends:
             self.hit, self._held = True, ""
@@ -104,7 +104,8 @@ class Completion:
             except ValueError as error:
                 raise ApiError(400, f"response_format: {error}", param="response_format") from None
         self._engine, self._tokenizer, self._stops = engine, tokenizer, body.stop
-        self.tells_logprobs = body.told_logprobs is not None
+        self.tells_logprobs, self._min_tokens = body.told_logprobs is not None, body.min_tokens
+        self._prompt_alone = body.max_tokens == 0
         self.requests: list[Request] = []
         for prompt in prompts:
             for sampling in body.samplings(_max_tokens(prompt, engine, tokenizer, body, param)):
@@ -155,21 +156,29 @@ class Completion:
         echo = self._echo[index] if self._echo else ""
         if echo:
             put(Piece(index, echo))
+        if self._prompt_alone and not self.tells_logprobs:
+            put(Piece(index, "", "length"))
+            return
         said: list[Said] = []
         written = given = len(echo)  # characters: of all tokens, and of the pieces
+        tokens = 0
         async with aclosing(self._engine.generate(self.requests[index])) as outputs:
             async for output in outputs:
-                self.completion_tokens += 1
-                # The end-of-text token is no part of the text, special or not.
                 if output.prompt_logprobs is not None:
                     said += self._prompt_said(self.requests[index].prompt_token_ids, output.prompt_logprobs)
+                if self._prompt_alone:  # the engine tells of a prompt with the token that follows
+                    put(Piece(index, "", "length", tuple(said)))
+                    return
+                tokens += 1
+                self.completion_tokens += 1
+                # The end-of-text token is no part of the text, special or not.
                 new = ""
                 if output.finish_reason != "stop":
                     if output.logprobs is not None:
                         said.append(self._said(output.logprobs, written))
                     more = text.push(output.token_id)
                     written += len(more)
-                    new = stops.push(more)
+                    new = stops.push(more, tokens > self._min_tokens)
                 if output.finish_reason is not None:
                     new += stops.push(text.finish()) + stops.finish()
                 given += len(new)
@@ -185,15 +194,17 @@ class Completion:
         raise RuntimeError("the tokens ended without a finish reason")
 
     def _said(self, logprobs: Logprobs, offset: int) -> Said:
-        spell = self._tokenizer.spell
-        top = [(spell(one.token_id), one.logprob) for one in logprobs.top]
-        return Said(spell(logprobs.token.token_id), offset, logprobs.token.logprob, top)
+        top = [(self._spelled(one.token_id), one.logprob) for one in logprobs.top]
+        return Said(self._spelled(logprobs.token.token_id), offset, logprobs.token.logprob, top)
+
+    def _spelled(self, token_id: int) -> Spelled:
+        return Spelled(self._tokenizer.spell(token_id), self._tokenizer.bytes_of(token_id))
 
     def _prompt_said(self, prompt: list[int], told: tuple[Logprobs, ...]) -> list[Said]:
         """The prompt's tokens; what was told begins with the second."""
         text, offset = self._tokenizer.stream(), len(self._tokenizer.decode(prompt[:1]))
         text.push(prompt[0])
-        said = [Said(self._tokenizer.spell(prompt[0]), 0, None, [])]
+        said = [Said(self._spelled(prompt[0]), 0, None, [])]
         for token_id, logprobs in zip(prompt[1:], told, strict=True):
             said.append(self._said(logprobs, offset))
             offset += len(text.push(token_id))
@@ -218,4 +229,9 @@ def _max_tokens(prompt: list[int], engine: EngineClient, tokenizer: Tokenizer, b
             f"{len(prompt)} in {param} and {max_tokens} to generate"
         )
         raise ApiError(400, message, param=param, code="context_length_exceeded")
+    if body.max_tokens == 0 and not body.told_prompt:
+        raise ApiError(400, "max_tokens=0 asks for nothing; it goes with echo=true", param="max_tokens")
+    if body.min_tokens > max_tokens:
+        message = f"min_tokens={body.min_tokens} is more than the {max_tokens} tokens that max_tokens allows"
+        raise ApiError(400, message, param="min_tokens")
     return max_tokens

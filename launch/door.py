@@ -20,6 +20,7 @@ import time
 from base64 import b64decode
 from collections.abc import AsyncGenerator, Coroutine
 from contextlib import aclosing, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +104,9 @@ def build_app(engine: EngineClient, tokenizer: Tokenizer, model_name: str, api_k
         ]
         answer = CompletionAnswer(model_name)
         echo = body.prompt if body.echo else None
-        completion = Completion(answer.id, engine, tokenizer, prompts, body, param="prompt", echo=echo)
+        # So does the check: of a schema, it may take a second.
+        of_prompts = partial(Completion, answer.id, engine, tokenizer, prompts, body, param="prompt", echo=echo)
+        completion = await asyncio.to_thread(of_prompts)
         return await _respond(completion, answer, body, request)
 
     @app.post("/v1/chat/completions")
@@ -116,7 +119,8 @@ def build_app(engine: EngineClient, tokenizer: Tokenizer, model_name: str, api_k
             raise ApiError(400, str(error), param="messages") from None
         prompt = await asyncio.to_thread(tokenizer.encode, text)
         answer = ChatAnswer(model_name)
-        completion = Completion(answer.id, engine, tokenizer, [prompt], body, param="messages")
+        of_chat = partial(Completion, answer.id, engine, tokenizer, [prompt], body, param="messages")
+        completion = await asyncio.to_thread(of_chat)
         return await _respond(completion, answer, body, request)
 
     return app

@@ -6,8 +6,7 @@
     expertmesh_expert_tokens_total       choices that each expert of each layer served; zero-computation ones come last
     expertmesh_wire_bytes_total          and those that zero-computation experts saved
 
-Counters are the totals of the engines that are there. When one starts anew its own fall to 0; when one of several is
-lost the sum falls by its part, which Prometheus takes for a start from 0, and counts what is left once more.
+Totals never fall: what an engine told last stays in them when it is gone.
 """
 
 from __future__ import annotations

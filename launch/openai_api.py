@@ -31,6 +31,7 @@ IGNORED = {
 INT64 = 2**63
 MOST_LOGPROBS = 20  # alternatives told for each token
 MOST_ANSWERS = 256  # of one request: prompts times n
+MOST_SCHEMA = 2**18  # characters: an engine reads a schema while others wait
 
 
 class ApiError(Exception):
@@ -135,6 +136,8 @@ class ResponseFormat(_Body):
     def _schema_where_it_belongs(self) -> ResponseFormat:
         if (self.type == "json_schema") != (self.json_schema is not None):
             raise ValueError("json_schema goes with type=json_schema")
+        if len(self.schema_text or "") > MOST_SCHEMA:
+            raise ValueError(f"a schema may have {MOST_SCHEMA} characters")
         return self
 
     @property
@@ -193,7 +196,7 @@ class GenerationBody(_Body):
 
     @property
     def told_prompt(self) -> bool:
-        """Whether log-probabilities of the prompt are told, too."""
+        """Whether the prompt is told, too, and its log-probabilities if any are."""
         return False
 
     def max_tokens_for(self, room: int) -> int:
@@ -229,6 +232,7 @@ class CompletionBody(GenerationBody):
     """POST /v1/completions. `prompt` is always a list here, of texts and of token id lists."""
 
     prompt: Annotated[list[str | list[int]], PlainValidator(_as_prompts)]
+    max_tokens: int | None = Field(None, ge=0)  # 0: with echo, the prompt alone
     echo: bool = False
     logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
     without_effect: ClassVar = {"best_of": (1,), "suffix": ("",)}
@@ -243,7 +247,7 @@ class CompletionBody(GenerationBody):
 
     def max_tokens_for(self, room: int) -> int:
         """OpenAI's default of 16, or the room if that is less."""
-        return self.max_tokens or min(16, room)
+        return min(16, room) if self.max_tokens is None else self.max_tokens
 
 
 class Message(_Body):
@@ -287,13 +291,20 @@ class ChatBody(GenerationBody):
         return self.max_completion_tokens or self.max_tokens or room
 
 
+class Spelled(NamedTuple):
+    """A token as it is written; half a character is U+FFFD in the text, and itself in the bytes."""
+
+    text: str
+    bytes: bytes
+
+
 class Said(NamedTuple):
     """A token of a text, and how likely it was."""
 
-    text: str
+    token: Spelled
     offset: int  # characters of the choice's text before it
     logprob: float | None  # None: the first token of a prompt, which nothing comes before
-    top: list[tuple[str, float]]  # the likeliest tokens there
+    top: list[tuple[Spelled, float]]  # the likeliest tokens there
 
 
 class CompletionAnswer:
@@ -359,9 +370,14 @@ def _of_completion(said: list[Said] | None) -> dict[str, Any] | None:
     if said is None:
         return None
     return {
-        "tokens": [one.text for one in said],
+        "tokens": [one.token.text for one in said],
         "token_logprobs": [one.logprob for one in said],
-        "top_logprobs": [None if one.logprob is None else {one.text: one.logprob, **dict(one.top)} for one in said],
+        "top_logprobs": [
+            None
+            if one.logprob is None
+            else {spelled.text: logprob for spelled, logprob in [(one.token, one.logprob), *one.top]}
+            for one in said
+        ],
         "text_offset": [one.offset for one in said],
     }
 
@@ -370,8 +386,8 @@ def _of_chat(said: list[Said] | None) -> dict[str, Any] | None:
     if said is None:
         return None
 
-    def entry(text: str, logprob: float | None) -> dict[str, Any]:
-        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+    def entry(token: Spelled, logprob: float | None) -> dict[str, Any]:
+        return {"token": token.text, "logprob": logprob, "bytes": list(token.bytes)}
 
-    content = [entry(one.text, one.logprob) | {"top_logprobs": [entry(*top) for top in one.top]} for one in said]
+    content = [entry(one.token, one.logprob) | {"top_logprobs": [entry(*top) for top in one.top]} for one in said]
     return {"content": content, "refusal": None}

@@ -64,6 +64,8 @@ class Tokenizer:
         backend.no_truncation()
         backend.no_padding()
         self._backend = backend
+        self._added = frozenset(backend.get_added_tokens_decoder())  # written as they are
+        self._of_bytes = backend.decoder is not None and b'"ByteLevel"' in backend.decoder.__getstate__()
         self.eos_id = eos_id
         self.eos_ids = frozenset({eos_id, *stop_ids})
         self.vocab_size = 1 + max(backend.get_vocab(with_added_tokens=True).values())
@@ -170,6 +172,17 @@ class Tokenizer:
         """How one token is written, special or not; bytes that are no whole character become U+FFFD."""
         return self._backend.decode([token_id], skip_special_tokens=False)
 
+    def bytes_of(self, token_id: int) -> bytes:
+        """What one token adds to a text's bytes, also where they are no whole character."""
+        token = self._backend.id_to_token(token_id) or ""
+        if token_id in self._added:
+            return token.encode()
+        if self._of_bytes and all(character in BYTE_OF for character in token):
+            return bytes(BYTE_OF[character] for character in token)
+        if len(token) == 6 and token.startswith("<0x"):  # SentencePiece's name of a byte
+            return bytes.fromhex(token[3:5])
+        return self.spell(token_id).encode()
+
     def stream(self) -> TextStream:
         """Start decoding one text token by token."""
         return TextStream(self)
@@ -186,6 +199,16 @@ class Tokenizer:
             return template.render(messages=messages, add_generation_prompt=True, **self._special_names)
         except (jinja2.TemplateError, TypeError) as error:
             raise ValueError(f"the chat template cannot write these messages: {error}") from None
+
+
+def _characters_of_bytes() -> dict[str, int]:
+    """How byte-level BPE writes bytes (GPT-2): printable ones as they are, the others from U+0100 on, in order."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
+
+
+BYTE_OF = _characters_of_bytes()
 
 
 class TextStream:

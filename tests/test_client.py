@@ -101,14 +101,34 @@ def test_nobody_is_left():
         said([Worker(2), Worker(1)])
 
 
-def test_what_is_told_is_of_those_that_are_left():
+def test_totals_stay_when_a_worker_goes():
     async def ask() -> None:
         async with Client([Worker(0), Worker()], 64) as client:
             assert len(await client.counts()) == 2 and client.down is None
+            assert await client.loads() == {0: [2, 4]} and set(await client.stages()) == {"attention 0", "attention 1"}
             assert [output.token_id async for output in client.generate(REQUEST)] == WHOLE
-            assert len(await client.counts()) == 1 and client.down is None
-            assert await client.loads() == {0: [1, 2]}
-            assert set(await client.stages()) == {"attention 0"}
+            living, gone = await client.counts()
+            assert (gone.generated_tokens, gone.sent_bytes) == (living.generated_tokens, living.sent_bytes)
+            assert living.running == 0 and living.waiting and not (gone.waiting or gone.pages or gone.in_flight)
+            assert await client.loads() == {0: [2, 4]} and set(await client.stages()) == {"attention 0"}
+            assert client.down is None
+
+    asyncio.run(ask())
+
+
+@pytest.mark.parametrize("told_before", [True, False])
+def test_a_worker_that_died_unseen_spoils_no_figures(told_before):
+    workers = [Worker(), Worker()]
+
+    async def dead() -> dict[int, list[int]]:
+        raise ConnectionError("nobody is there")
+
+    async def ask() -> None:
+        async with Client(list(workers), 64) as client:
+            if told_before:
+                await client.loads()
+            workers[0].loads = dead
+            assert await client.loads() == {0: [2, 4] if told_before else [1, 2]}
 
     asyncio.run(ask())
 

@@ -102,6 +102,14 @@ def test_a_stop_string_ends_the_request_in_the_engine() -> None:
     assert whole.completion_tokens == len("one two th") and not engine.running
 
 
+@pytest.mark.parametrize(("min_tokens", "text"), [(1, ""), (2, "ab cd"), (7, "ab cd"), (8, "ab cd ab ef")])
+def test_no_stop_string_ends_the_text_before_min_tokens(min_tokens: int, text: str) -> None:
+    """One that is complete only after them does, though it began before."""
+    engine = FakeEngine(lambda _: [*TOKENIZER.encode("ab cd ab ef"), END])
+    pieces, _ = gather(engine, stop=["ab"], min_tokens=min_tokens, max_tokens=30)
+    assert text_of(pieces).rstrip() == text and pieces[-1].finish_reason == "stop"
+
+
 def test_a_held_prefix_comes_out_at_the_end() -> None:
     pieces, _ = gather(FakeEngine(lambda _: [*TOKENIZER.encode("one t"), END]), stop=[" two"])
     assert text_of(pieces) == "one t"

@@ -7,6 +7,7 @@ import threading
 import time
 from base64 import b64encode
 from collections.abc import AsyncGenerator, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
@@ -157,7 +158,8 @@ def test_logprobs(door: Door, case: str) -> None:
     assert [token for part in parts for token in part.tokens] == tokens
     turn = door.chat(logprobs=True, top_logprobs=2, **fields).choices[0].logprobs.content
     assert [(one.token, one.logprob, bytes(one.bytes)) for one in turn] == [
-        (token, -id / 100, token.encode()) for token, id in zip(tokens, ids, strict=True)
+        (token, -id / 100, bytes([byte]))
+        for token, id, byte in zip(tokens, ids, script.encode()[: len(tokens)], strict=True)
     ]
     assert all([(top.token, top.logprob) for top in one.top_logprobs] == list(likeliest.items()) for one in turn)
     turns = [chunk.choices[0].logprobs for chunk in door.chat(logprobs=True, stream=True, **fields)]
@@ -172,6 +174,37 @@ def test_logprobs_of_an_echoed_prompt(door: Door) -> None:
     assert told.tokens == ["h", "\ufffd", "\ufffd", "b"] and told.text_offset == [0, 1, 1, 2]
     assert told.token_logprobs == [None, *(-token / 100 for token in ids[1:])]
     assert told.top_logprobs[0] is None
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_prompt_alone(door: Door, stream: bool) -> None:
+    """max_tokens=0 with echo: what is told of the prompt, and nothing after it."""
+    door.engine.script = say("b")
+
+    def ask(**fields: Any) -> tuple[str, list[str], str]:
+        said = door.complete(prompt="hé", echo=True, max_tokens=0, stream=stream, **fields)
+        choices = [chunk.choices[0] for chunk in said] if stream else [said.choices[0]]
+        tokens = [token for choice in choices if choice.logprobs for token in choice.logprobs.tokens]
+        return "".join(choice.text for choice in choices), tokens, choices[-1].finish_reason
+
+    assert ask() == ("hé", [], "length") and not door.engine.requests
+    assert ask(logprobs=1) == ("hé", ["h", "\ufffd", "\ufffd"], "length")
+    usage = door.complete(prompt="hé", echo=True, max_tokens=0).usage
+    assert (usage.prompt_tokens, usage.completion_tokens) == (3, 0)
+
+
+def test_a_large_schema_does_not_stop_the_others(door: Door) -> None:
+    """Its check takes a second or more; who asks for health meanwhile is answered."""
+    members = {f"member{i}": {"type": "string", "maxLength": i} for i in range(3000)}
+    schema = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"properties": members}}}
+    body = {"model": "org/tiny", "prompt": "hi", "response_format": schema}
+    began, answered = time.perf_counter(), []
+    with ThreadPoolExecutor(1) as pool:
+        large = pool.submit(door.http.post, COMPLETION, json=body, timeout=60)
+        while not large.done():
+            door.http.get("/health")
+            answered.append(time.perf_counter() - began)
+    assert large.result().status_code in (200, 400) and len(answered) > 5
 
 
 def test_an_api_key_covers_all_but_health() -> None:
@@ -329,6 +362,17 @@ ERRORS = [  # path, what differs from a good body, status, param, part of the me
     (CHAT_PATH, {"messages": [{"role": "user", "content": "x" * 70}]}, 400, "messages", "holds 64 tokens"),
     (COMPLETION, {"temperature": 3}, 400, "temperature", "temperature: Input should be less than or equal to 2"),
     (COMPLETION, {"suffix": "x"}, 400, "suffix", "suffix: this server does not support the field"),
+    (COMPLETION, {"max_tokens": 0}, 400, "max_tokens", "max_tokens=0 asks for nothing; it goes with echo=true"),
+    (CHAT_PATH, {"max_tokens": 0}, 400, "max_tokens", "greater than or equal to 1"),
+    (COMPLETION, {"min_tokens": 17}, 400, "min_tokens", "min_tokens=17 is more than the 16 tokens that max_tokens"),
+    (CHAT_PATH, {"min_tokens": 3, "max_tokens": 2}, 400, "min_tokens", "min_tokens=3 is more than the 2 tokens"),
+    (
+        CHAT_PATH,
+        {"response_format": {"type": "json_schema", "json_schema": {"schema": {"title": "x" * 2**18}}}},
+        400,
+        "response_format",
+        "a schema may have 262144 characters",
+    ),
     (COMPLETION, {"logit_bias": {"261": 1}}, 400, "logit_bias", "from 0 to 260"),
     (CHAT_PATH, {"stop_token_ids": [-1]}, 400, "stop_token_ids", "from 0 to 260"),
     (COMPLETION, {"prompt": ["x"] * 129, "n": 2}, 400, "prompt", "129 in prompt times n=2: a request may have 256"),

@@ -61,7 +61,7 @@ async def outlive(checkpoint: Path, pools: Pools) -> None:
         for fault in FAULTS:
             assert await texts(client, requests(), fault) == whole, fault
         counts = await client.counts()
-        assert [one.pages_used for one in counts] == [0] * pools.attention, "a page was lost"
+        assert not any(one.pages_used for one in counts), "a page was lost"
         assert {len(processes_of(role)) for role in ("FFNRole", "AttentionRole")} == set(pools)
 
 

@@ -207,3 +207,18 @@ def test_stream_with_byte_fallback() -> None:
         check_stream(tokenizer, tokenizer.encode("".join(draw.choice("ab▁é世🙂\n") for _ in range(8))))
     stream = tokenizer.stream()  # bytes that fit no character: never an exception
     assert isinstance("".join(stream.push(draw.randrange(len(pieces))) for _ in range(500)) + stream.finish(), str)
+
+
+@pytest.mark.parametrize("text", ["plain words, 3 of them", "Grüße\n\t 🙂 Ā\u00a0x", "\x00\x7f\xad"])
+def test_the_bytes_of_tokens_are_those_of_the_text(text):
+    tokenizer = Tokenizer.train(iter(["plain words of Grüße"] * 3), 300)
+    assert b"".join(tokenizer.bytes_of(token_id) for token_id in tokenizer.encode(text)) == text.encode()
+    assert tokenizer.bytes_of(tokenizer.eos_id) == b"<|endoftext|>"
+
+
+def test_bytes_of_a_sentencepiece_vocabulary():
+    pieces = {"<unk>": 0, "</s>": 1, "<0xC3>": 2, "<0xBC>": 3, "\u2581a": 4}
+    backend = tokenizers.Tokenizer(models.BPE(pieces, [], unk_token="<unk>", byte_fallback=True))
+    backend.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer = Tokenizer(backend, "</s>")
+    assert [tokenizer.bytes_of(token_id) for token_id in (2, 3, 4)] == [b"\xc3", b"\xbc", b" a"]

@@ -55,6 +55,10 @@ class EngineCounts(NamedTuple):
     drafted_tokens: int  # guessed ahead
     accepted_tokens: int  # of them, those that became text
 
+    def of_the_past(self) -> EngineCounts:
+        """Of an engine that is gone: what it has done stays done, and nothing is under way."""
+        return self._replace(running=0, waiting=0, pages=0, pages_used=0, in_flight=0)
+
 
 class _Lane:
     """A thread and a dispatcher for one micro-batch in flight."""
