@@ -30,12 +30,12 @@ from expertmesh.system.train import snapshot
 from expertmesh.system.train.snapshot import (
     RunState,
     SaveFailed,
+    Saver,
     checkpoints_of,
     clear_unfinished,
     last_whole,
     load_optimizer,
     read_state,
-    save,
     set_aside,
 )
 
@@ -77,8 +77,18 @@ def tokenizer(tmp_path) -> Path:
     return folder
 
 
+def save(run_dir: Path, state: RunState, model: Transformer, groups: Groups, tokenizer: Path, keep: int) -> Path:
+    """The folder of a checkpoint that nothing else is done beside."""
+    landed = list[Path]()
+    with Saver(run_dir, groups, tokenizer, keep, lambda step, folder: landed.append(folder)) as saver:
+        saver.save(state, model, Optimizer())  # type: ignore[arg-type]
+        saver.wait()
+    (folder,) = landed
+    return folder
+
+
 def save_one(run_dir: Path, step: int, tokenizer: Path, keep: int = 9, seed: int = 1) -> Path:
-    return save(run_dir, run_state(step), model_of(seed=seed), Optimizer(), Groups(), tokenizer, keep)  # type: ignore[arg-type]
+    return save(run_dir, run_state(step), model_of(seed=seed), Groups(), tokenizer, keep)
 
 
 def check_whole(folder: Path) -> None:
@@ -125,7 +135,7 @@ def test_any_layout_reads_what_any_wrote(tmp_path, tokenizer, monkeypatch, ranks
             expert_data=group(rank // expert_size, ranks // expert_size),
         )
         model = model_of(groups.expert_rank, groups.expert_size)
-        save(tmp_path, run_state(2), model, Optimizer(), groups, tokenizer, 1)  # type: ignore[arg-type]
+        save(tmp_path, run_state(2), model, groups, tokenizer, 1)
 
     threads = [threading.Thread(target=write, args=(rank,)) for rank in range(ranks)]
     for thread in threads:
@@ -253,8 +263,7 @@ KEPT = [
 @pytest.mark.parametrize("written, keep, kept, reason", KEPT, ids=[reason for *_, reason in KEPT])
 def test_keep(tmp_path, tokenizer, written, keep, kept, reason):
     for step in written:
-        state = RunState(step, {})
-        save(tmp_path, state, model_of(), Optimizer(), Groups(), tokenizer, keep)  # type: ignore[arg-type]
+        save(tmp_path, RunState(step, {}), model_of(), Groups(), tokenizer, keep)
     assert [int(folder.name.removeprefix("step-")) for folder in checkpoints_of(tmp_path)] == kept
     assert read_state(tmp_path / "checkpoint").step == written[-1]
     assert {p.name for p in (tmp_path / "checkpoints").iterdir()} == {f"step-{step:06d}" for step in kept}
