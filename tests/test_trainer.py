@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import threading
 from pathlib import Path
 from statistics import fmean
 
@@ -16,12 +17,13 @@ from expertmesh.kernels.device import Device
 from expertmesh.parallel.dispatchers import LocalDispatcher
 from expertmesh.parallel.groups import Groups, build_groups
 from expertmesh.parallel.sizes import ParallelSizes
-from expertmesh.system.model.checkpoint import open_checkpoint
+from expertmesh.system.model.checkpoint import open_checkpoint, write_tensors
 from expertmesh.system.model.transformer import Transformer
+from expertmesh.system.train import snapshot
 from expertmesh.system.train.config import TrainConfig
 from expertmesh.system.train.dataset import TokenDataset
 from expertmesh.system.train.loss import LanguageModelLoss
-from expertmesh.system.train.snapshot import checkpoints_of
+from expertmesh.system.train.snapshot import checkpoints_of, last_whole
 from expertmesh.system.train.trainer import NotFinite, Record, Trainer, Watch, learning_rate
 
 
@@ -191,6 +193,45 @@ def test_when_one_rank_wants_to_leave_all_save_and_the_rest_is_the_same_bit_for_
     assert checkpoints_of(run_dir)[-1].name == "step-000003"
     rest = run_ranks(_leaving, 2, run_dir, checkpoints_of(run_dir)[-1])[0]
     assert losses(left[0]) + losses(rest) == uninterrupted
+
+
+def _with_held_files(run_dir: Path, leave: bool) -> list[Record]:
+    """Rank 1's files of step 2 appear when step 4 is made; or, where a rank leaves at step 3, a while after that."""
+    groups, records, let_go = build_groups(ParallelSizes(dp=2, ep=2)), list[Record](), threading.Event()
+
+    def write_when_let_go(tensors: dict[str, torch.Tensor], path: Path) -> None:
+        assert groups.rank == 0 or let_go.wait(30)
+        write_tensors(tensors, path)
+
+    def report(record: Record) -> None:
+        records.append(record)
+        if record["kind"] == "step" and record["step"] == (3 if leave else 4):
+            assert checkpoints_of(run_dir) == []
+            threading.Timer(0.2 if leave else 0, let_go.set).start()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(snapshot, "write_tensors", write_when_let_go)
+        trainer = Trainer(tiny_model(), tiny_training(), run_dir, groups, Device("cpu", "gloo"), {}, None)
+        trainer.run(report, LeaveAt(groups.rank) if leave else None)
+    return records
+
+
+def test_steps_are_made_while_a_checkpoint_is_written_which_holds_what_it_held_without_them(data, tmp_path):
+    held, plain = new_run(data, tmp_path / "held"), new_run(data, tmp_path / "plain")
+    for records in run_ranks(_with_held_files, 2, held, False):
+        saved = [record["step"] for record in records if record.get("what") == "saved"]
+        assert saved == [2, 4] and len(losses(records)) == 4
+    run_ranks(_leaving, 2, plain, None)
+    files = sorted((plain / "checkpoints" / "step-000002").rglob("*.safetensors"))
+    assert len(files) == 4
+    for file in files:
+        assert (held / file.relative_to(plain)).read_bytes() == file.read_bytes()
+
+
+def test_all_is_on_the_disk_when_a_job_ends_with_a_checkpoint_in_flight(data, tmp_path):
+    run_ranks(_with_held_files, 2, new_run(data, tmp_path / "run"), True)
+    assert [folder.name for folder in checkpoints_of(tmp_path / "run")] == ["step-000002", "step-000003"]
+    assert last_whole(tmp_path / "run") == (checkpoints_of(tmp_path / "run")[-1], {})
 
 
 def test_learning_rate_rises_to_its_peak_and_falls_to_its_minimum():

@@ -76,16 +76,16 @@ class Saver:
         finishing  all have written: rank 0's thread adds the index, and renames
         landed     `told` is called
 
-    One checkpoint at a time. That nobody is busy any more is agreed by the training threads, in the sums of a step (see
-    `agree`) or by waiting (see `wait`): collectives of a thread beside them would need groups and an order of their own,
-    and would hang where a rank is lost. So what is cut short between two agreements stays unfinished, and does no harm.
+    One checkpoint at a time. That all have written is agreed by the training threads, in the sums of a step (`agree`)
+    or by waiting (`wait`): collectives of threads beside them would need groups of their own, and hang where a rank is
+    lost. What is cut short between two agreements stays unfinished, and does no harm.
 
     Each expert-parallel rank writes its own experts, and those of the first sequences the dense weights too. Of weights
     that are split over a tensor group each rank gathers and writes some, so that none holds more than it did. Stages of
     a pipeline write their layers each, and the first a tied embedding.
 
-    Where the disk does not take it, that rank raises SaveFailed the next time that anything is asked of its Saver; other
-    ranks then lose a peer.
+    Where the disk does not take it, that rank raises SaveFailed the next time that anything is asked of its Saver; the
+    other ranks then lose a peer.
     """
 
     def __init__(
