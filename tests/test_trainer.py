@@ -17,6 +17,7 @@ from expertmesh.kernels.device import Device
 from expertmesh.parallel.dispatchers import LocalDispatcher
 from expertmesh.parallel.groups import Groups, build_groups
 from expertmesh.parallel.sizes import ParallelSizes
+from expertmesh.parallel.whereabouts import HERE, Place
 from expertmesh.system.model.checkpoint import open_checkpoint, write_tensors
 from expertmesh.system.model.transformer import Transformer
 from expertmesh.system.train import snapshot
@@ -205,6 +206,8 @@ def _with_held_files(run_dir: Path, leave: bool) -> list[Record]:
 
     def report(record: Record) -> None:
         records.append(record)
+        if record["kind"] in ("step", "validation"):
+            assert HERE.place == Place("sums of the step" if record["kind"] == "step" else "sums of a validation")
         if record["kind"] == "step" and record["step"] == (3 if leave else 4):
             assert checkpoints_of(run_dir) == []
             threading.Timer(0.2 if leave else 0, let_go.set).start()

@@ -27,6 +27,7 @@ from safetensors import SafetensorError
 
 from expertmesh.parallel.groups import Groups
 from expertmesh.parallel.shard import WHOLE, gather_parts
+from expertmesh.parallel.whereabouts import inside
 from expertmesh.parallel.zero import AdamState, Zero
 from expertmesh.system.model.checkpoint import (
     INDEX,
@@ -342,4 +343,5 @@ def _delete(checkpoint: Path) -> None:
 
 def _wait_for_all() -> None:
     if dist.is_initialized():
-        dist.barrier()
+        with inside("a checkpoint's barrier"):
+            dist.barrier()

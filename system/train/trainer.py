@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from expertmesh.parallel.dispatch_config import DispatchConfig
 from expertmesh.parallel.groups import Groups
 from expertmesh.parallel.placed_dispatcher import PlacedDispatcher
 from expertmesh.parallel.shard import WHOLE
+from expertmesh.parallel.whereabouts import inside
 from expertmesh.parallel.zero import Zero
 from expertmesh.system.model.checkpoint import Checkpoint, load_weights, write_tensors
 from expertmesh.system.model.config import ModelConfig
@@ -193,11 +195,18 @@ class Trainer:
         tokens_BS1 = self._batch(step)
         passes = Passes(self.loss, self._micro_batches(tokens_BS1, step))
         rate = learning_rate(step, config)
-        grad_norm = self.zero.step(passes.totals(count_kept=self.kept is None), rate)
+        with ExitStack() as after:
+
+            def totals() -> Iterator[torch.Tensor]:
+                yield from passes.totals(count_kept=self.kept is None)
+                after.enter_context(inside("gradients and weights"))  # the last backward is over
+
+            grad_norm = self.zero.step(totals(), rate)
         self.kept = self.kept or passes.kept
         counted = [wants_to_leave, busy_saving, *self.traffic.take(), passes.sent_bytes]
         model = self.model.config
-        told = tally(passes.answers, config.micro_batches, model, self.groups, counted)
+        with inside("sums of the step"):
+            told = tally(passes.answers, config.micro_batches, model, self.groups, counted)
         leaving, busy_ranks, sent, saved, far, crossed = told.sums
         self.model.balance(told.loads_N)
         if self.rebalancing:
@@ -275,5 +284,6 @@ class Trainer:
         sums = torch.tensor(values, dtype=torch.float64, device=self.device.name)
         for group in (self.groups.token, self.groups.pipeline):
             if group is not None:
-                dist.all_reduce(sums, group=group)
+                with inside("sums of a validation"):
+                    dist.all_reduce(sums, group=group)
         return sums.tolist()
