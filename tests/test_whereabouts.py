@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import pytest
+import torch
 import torch.distributed as dist
+from ranks import run_threads
 from tiny import tiny_model
 
+from expertmesh.kernels.routing import route
 from expertmesh.parallel import whereabouts
-from expertmesh.parallel.dispatch_config import DispatchConfig
+from expertmesh.parallel.all_to_all import Traffic
+from expertmesh.parallel.dispatchers import AllGatherDispatcher, ExpertLayer
 from expertmesh.parallel.sizes import ParallelSizes
 from expertmesh.parallel.whereabouts import HERE, Place, inside
 from expertmesh.system.plan.rehearsal import calls_of
@@ -56,7 +60,6 @@ def test_the_way_of_a_pass(way):
 
 
 LAYOUTS = [
-    (ParallelSizes(dp=2, ep=2, dispatch=DispatchConfig(kind="all_gather")), "layer 2 choices"),
     (ParallelSizes(pp=2), "a message from pipeline rank 1"),
     (ParallelSizes(tp=2, ep=2), "gather among tensor ranks"),
     (ParallelSizes(tp=2, ep=2), "reduce-scatter among tensor ranks"),
@@ -68,3 +71,12 @@ def test_other_layouts_have_names_of_their_own(way, sizes, name):
     calls_of(0, sizes, tiny_model(), 2, 8)
     assert name in way.names
     assert not dist.is_initialized()
+
+
+def test_all_gather_has_the_same_names_and_one_more(way):
+    def dispatch(group: dist.ProcessGroup) -> None:
+        routing = route(torch.randn(3, 4), 2, "paper")
+        list(AllGatherDispatcher(group, Traffic()).dispatch(torch.randn(3, 8), routing, ExpertLayer(5, 4)).arriving)
+
+    run_threads(dispatch, 2)
+    assert set(way.names) == {"layer 5 counts", "layer 5 choices", "layer 5 dispatch"}
