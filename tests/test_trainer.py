@@ -215,6 +215,13 @@ def _with_held_files(run_dir: Path, leave: bool) -> list[Record]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(snapshot, "write_tensors", write_when_let_go)
         trainer = Trainer(tiny_model(), tiny_training(), run_dir, groups, Device("cpu", "gloo"), {}, None)
+        update = trainer.zero._engine.step
+
+        def updated() -> None:
+            assert HERE.place == Place("gradients and weights", inside=True)
+            update()
+
+        patch.setattr(trainer.zero._engine, "step", updated)
         trainer.run(report, LeaveAt(groups.rank) if leave else None)
     return records
 
