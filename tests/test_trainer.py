@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
 import threading
 from pathlib import Path
@@ -242,6 +244,30 @@ def test_all_is_on_the_disk_when_a_job_ends_with_a_checkpoint_in_flight(data, tm
     run_ranks(_with_held_files, 2, new_run(data, tmp_path / "run"), True)
     assert [folder.name for folder in checkpoints_of(tmp_path / "run")] == ["step-000002", "step-000003"]
     assert last_whole(tmp_path / "run") == (checkpoints_of(tmp_path / "run")[-1], {})
+
+
+def _with_a_full_disk(run_dir: Path) -> str:
+    """What each rank raises, where rank 1 cannot write."""
+    groups = build_groups(ParallelSizes(dp=2, ep=2))
+
+    def write(tensors: dict[str, torch.Tensor], path: Path) -> None:
+        if groups.rank == 1:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        write_tensors(tensors, path)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(RuntimeError) as raised:
+        patch.setattr(snapshot, "write_tensors", write)
+        trainer = Trainer(tiny_model(), tiny_training(), run_dir, groups, Device("cpu", "gloo"), {}, None)
+        trainer.run(lambda record: None)
+    return f"{type(raised.value).__name__}: {raised.value}"
+
+
+def test_one_rank_whose_disk_is_full_says_so_and_the_others_lose_a_peer(data, tmp_path):
+    run_dir = new_run(data, tmp_path / "run")
+    other, full = run_ranks(_with_a_full_disk, 2, run_dir)
+    assert full.startswith("SaveFailed: step 2 could not be saved: ") and "No space left on device" in full
+    assert not other.startswith("SaveFailed")
+    assert checkpoints_of(run_dir) == []
 
 
 def test_learning_rate_rises_to_its_peak_and_falls_to_its_minimum():
