@@ -3,17 +3,20 @@
 They go to the store at which the workers met (launch/rendezvous.py), which the coordinator holds: no call has to reach
 the worker, so one that is stopped or busy simply falls silent.
 
-    beat/EPOCH/RANK = "NUMBER PROGRESS STEP"       beats so far, things done so far, the step that it is at
+    beat/EPOCH/RANK = [NUMBER, PROGRESS, STEP, [COLLECTIVE, INSIDE]]    beats so far, things done so far, the step that
+                                                                        it is at, and where it is in it
 """
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Iterator
 
 import torch.distributed as dist
 
 from expertmesh.launch.recovery import Beat
+from expertmesh.parallel.whereabouts import HERE, Place
 
 EVERY_S = 1.0
 
@@ -31,6 +34,7 @@ class Pulse:
     def __init__(self, store: dist.Store, epoch: int, rank: int) -> None:
         self._store, self._key = store, _key(epoch, rank)
         self._number = self._progress = self._step = 0
+        HERE.place = Place()
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
         self._thread.start()
@@ -45,7 +49,7 @@ class Pulse:
         while True:
             self._number += 1
             try:
-                self._store.set(self._key, f"{self._number} {self._progress} {self._step}")
+                self._store.set(self._key, json.dumps([self._number, self._progress, self._step, HERE.place]))
             except RuntimeError:  # the coordinator is gone, and this process will be ended
                 return
             if self._closed.wait(EVERY_S):
@@ -62,4 +66,5 @@ def read_beats(store: dist.Store, epoch: int, world: int) -> Iterator[Beat]:
     for rank in range(world):
         key = _key(epoch, rank)
         if store.check([key]):
-            yield Beat(rank, *map(int, store.get(key).split()))
+            number, progress, step, place = json.loads(store.get(key))
+            yield Beat(rank, number, progress, step, Place(*place))

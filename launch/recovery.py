@@ -13,8 +13,7 @@ had happened, as long as the layout stays.
 
 Who is guilty: the member whose process is gone; else one whose error says that trying again is no use; else the one
 that raised first. Peers of a lost member fail within 0.05 s (seen on one machine) with an error of the connection: a
-symptom. Of a job that makes no progress at all, those that have fallen silent; else those that have done least; else
-all, since nobody can be told from the others.
+symptom. Of a job that makes no progress at all, whoever holds the others up (see hang.py).
 """
 
 from __future__ import annotations
@@ -25,8 +24,10 @@ from typing import Any, Literal, NamedTuple
 
 from pydantic import Field
 
+from expertmesh.launch.hang import Seen, odd_ones, where_all_are
 from expertmesh.parallel.recipe_section import RecipeSection
 from expertmesh.parallel.sizes import ParallelSizes
+from expertmesh.parallel.whereabouts import Place
 
 SETTLE_S = 3.0  # from a failure until those who still hang on a peer are not waited for
 SILENT_S = 3.0  # without a heartbeat, of which there is one a second
@@ -71,6 +72,7 @@ class Member:
     beat: int = 0  # its number; 0: none yet
     progress: int = 0  # what it has done: steps begun, validations, saves
     step: int = 0  # the step that it is at
+    place: Place = Place()  # and where it is in it
     left: How | None = None
     left_at: float = 0.0
     hopeless: bool = False
@@ -87,6 +89,7 @@ class Beat(NamedTuple):
     number: int
     progress: int
     step: int
+    place: Place = Place()
 
 
 class Left(NamedTuple):
@@ -229,7 +232,7 @@ def _beat(state: JobState, beat: Beat, now: float) -> JobState:
     if beat.number == member.beat:
         return state
     advanced = beat.progress > member.progress or not member.beat
-    member = replace(member, beat=beat.number, beat_at=now, progress=beat.progress, step=beat.step)
+    member = replace(member, beat=beat.number, beat_at=now, progress=beat.progress, step=beat.step, place=beat.place)
     state = replace(state, members=_with(state.members, beat.rank, member))
     return replace(state, progress_at=now) if advanced else state
 
@@ -266,17 +269,19 @@ def _look_for_a_hang(state: JobState, now: float) -> tuple[JobState, list[Action
     limit = state.config.stall_s if state.step else max(state.config.stall_s, START_S)
     if now - state.progress_at <= limit:
         return state, []
-    silent = {rank for rank, member in at_work.items() if now - member.beat_at > SILENT_S}
-    least = min(member.progress for member in at_work.values())
-    slowest = {rank for rank, member in at_work.items() if member.progress == least}
-    guilty = tuple(sorted(silent or slowest))
-    why = f"hangs: no {'heartbeat' if silent else 'progress'}, and none of the job for {limit:g} s"
+    seen = {
+        rank: Seen(member.step, member.place, member.progress, silent=now - member.beat_at > SILENT_S)
+        for rank, member in at_work.items()
+    }
+    guilty = tuple(odd_ones(seen))
     members = state.members
     for rank in guilty:
+        why = f"hangs: no {'heartbeat' if seen[rank].silent else 'progress'}, and none of the job for {limit:g} s"
         members = _with(members, rank, replace(members[rank], left=How.DIED, left_at=now, why=why))
+    told = {"what": "hangs", "epoch": state.epoch, "step": state.step, "why": where_all_are(seen, guilty)}
     state = replace(state, members=members, phase=Phase.SETTLING, since=now)
     everybody = tuple(sorted(at_work))
-    return state, [Dump(everybody), Kill(guilty)]
+    return state, [Note(told), Dump(everybody), Kill(guilty)]
 
 
 def _settle(state: JobState, now: float) -> tuple[JobState, list[Action]]:

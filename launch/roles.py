@@ -95,13 +95,16 @@ class TrainerRole:
             else:
                 with RunLog(recipe.run_folder, first_step=trainer.state.step + 1) as run_log:
 
-                    def report(record: Record) -> None:
-                        pulse.advance()
+                    def keep(record: Record) -> None:
                         run_log.write(record)
                         self._records.append(record)
 
+                    def report(record: Record) -> None:
+                        pulse.advance()
+                        keep(record)
+
                     for record in epoch.opening:
-                        report(record)
+                        keep(record)
                     trainer.run(report, watch)
             return trainer.state.step
         finally:

@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
+from expertmesh.parallel.whereabouts import inside
 from expertmesh.parallel.wire import NATIVE, Wire
 
 
@@ -123,6 +124,7 @@ class Flight(NamedTuple):
 
     there: Exchange
     back: Exchange
+    name: str = "all-to-all"  # in words, for who looks for a hang
 
 
 class _Depart(torch.autograd.Function):
@@ -135,14 +137,16 @@ class _Depart(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *tickets: torch.Tensor) -> Any:
-        return ctx.flight.back.finish(), None
+        with inside(f"{ctx.flight.name} of gradients"):
+            return ctx.flight.back.finish(), None
 
 
 class _Arrive(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, ticket: torch.Tensor, flight: Flight) -> torch.Tensor:
         ctx.flight = flight
-        return flight.there.finish()
+        with inside(flight.name):
+            return flight.there.finish()
 
     @staticmethod
     @once_differentiable

@@ -125,15 +125,15 @@ class HopDispatcher:
 
     def dispatch(self, x_TD: torch.Tensor, routing: Routing, layer: ExpertLayer) -> Dispatched:
         choices = Choices(routing.experts_TK, routing.weights_TK, torch.zeros_like(routing.experts_TK[:, 0]))
-        planned = self.hops[0].plan(choices, layer.num_experts, self.chunks)
+        planned = self.hops[0].plan(choices, *layer, self.chunks)
         self._count_saved(x_TD, routing, planned)
         journey = _Journey(planned.passages, tokens=planned.tokens)
         chunks = list(zip(_cut(x_TD, planned.tokens), _cut(routing.weights_TK, planned.tokens), strict=True))
         journey.first[0].depart(*chunks[0])
-        return Dispatched(self._arrivals(journey, chunks, layer.num_experts), journey)
+        return Dispatched(self._arrivals(journey, chunks, layer), journey)
 
     def _arrivals(
-        self, journey: _Journey, chunks: list[tuple[torch.Tensor, torch.Tensor]], num_experts: int
+        self, journey: _Journey, chunks: list[tuple[torch.Tensor, torch.Tensor]], layer: ExpertLayer
     ) -> Iterator[Rows]:
         for number, passage in enumerate(journey.first):
             if number + 1 < len(chunks):
@@ -141,11 +141,11 @@ class HopDispatcher:
             x_VD, choices = passage.arrive()
             journey.later.append([])
             for hop in self.hops[1:]:
-                (onward,) = hop.plan(choices, num_experts, 1).passages
+                (onward,) = hop.plan(choices, *layer, 1).passages
                 onward.depart(x_VD, choices.weights_TK)
                 x_VD, choices = onward.arrive()
                 journey.later[-1].append(onward)
-            rows, handle = _rows_here(x_VD, self._order(choices, num_experts), choices.weights_TK)
+            rows, handle = _rows_here(x_VD, self._order(choices, layer.num_experts), choices.weights_TK)
             journey.here.append(handle)
             yield rows
 

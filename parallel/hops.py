@@ -27,6 +27,7 @@ from expertmesh.kernels.zero_computation import ZeroComputation
 from expertmesh.parallel.all_gather import AllGather, all_gather
 from expertmesh.parallel.all_to_all import AllToAll, Exchange, Flight, Lane, arrive, depart
 from expertmesh.parallel.fan_out import FanOut, plan_copies
+from expertmesh.parallel.whereabouts import inside
 from expertmesh.parallel.wire import NATIVE
 
 
@@ -59,16 +60,17 @@ def packed(weights_TK: torch.Tensor, experts_TK: torch.Tensor, origin_T: torch.T
 
 
 class Passage:
-    """One chunk on one hop. `lane` carries rows; choices are never narrowed."""
+    """One chunk of layer `layer` on one hop. `lane` carries rows; choices are never narrowed."""
 
     def __init__(
-        self, lane: Lane, fan: FanOut, came: list[int], decided: Decided, rows: Exchange, choices: Exchange
+        self, lane: Lane, fan: FanOut, came: list[int], decided: Decided, rows: Exchange, choices: Exchange, layer: int
     ) -> None:
         self._fan, self._decided = fan, decided
         exact = lane._replace(wire=NATIVE)
-        self._rows = Flight(rows, AllToAll(lane, came, fan.splits, after=fan.sums))
-        self._choices = Flight(choices, AllToAll(exact, came, fan.splits, after=fan.sums))
-        self._answers = Flight(AllToAll(lane, came, fan.splits), AllToAll(lane, fan.splits, came))
+        there, home = f"layer {layer} dispatch", f"layer {layer} combine"
+        self._rows = Flight(rows, AllToAll(lane, came, fan.splits, after=fan.sums), there)
+        self._choices = Flight(choices, AllToAll(exact, came, fan.splits, after=fan.sums), there)
+        self._answers = Flight(AllToAll(lane, came, fan.splits), AllToAll(lane, fan.splits, came), home)
 
     def depart(self, x_TD: torch.Tensor, weights_TK: torch.Tensor) -> None:
         self._weights_TK = weights_TK
@@ -101,7 +103,7 @@ class Hop(Protocol):
     crossings_regardless: int
     """Of a row's crossings (there, back, their gradients), those that it makes though no expert wants it."""
 
-    def plan(self, choices: Choices, num_experts: int, chunks: int) -> Planned:
+    def plan(self, choices: Choices, layer: int, num_experts: int, chunks: int) -> Planned:
         """All ranks of the group call it together, and afterwards use the passages in the same order."""
         ...
 
@@ -126,7 +128,7 @@ class AllToAllHop:
     def __init__(self, lane: Lane, to: Destinations) -> None:
         self.lane, self.to = lane, to
 
-    def plan(self, choices: Choices, num_experts: int, chunks: int) -> Planned:
+    def plan(self, choices: Choices, layer: int, num_experts: int, chunks: int) -> Planned:
         lane, exact = self.lane, self.lane._replace(wire=NATIVE)
         ranks, device = lane.group.size(), choices.experts_TK.device
         each = -(-len(choices.experts_TK) // chunks)
@@ -135,7 +137,8 @@ class AllToAllHop:
         copies = plan_copies(choices.experts_TK, bounds, self.to.ranks_per_node, chunks, each)
         leave_RC = copies.copies_CR.T.contiguous()
         come_RC = torch.empty_like(leave_RC)
-        dist.all_to_all_single(come_RC, leave_RC, group=lane.group)
+        with inside(f"layer {layer} counts"):
+            dist.all_to_all_single(come_RC, leave_RC, group=lane.group)
         leave, node_copies, come, slots = _lists(copies.copies_CR, copies.node_copies_C, come_RC.T, copies.slots)
 
         passages = []
@@ -150,7 +153,8 @@ class AllToAllHop:
 
             source_V = torch.arange(ranks, device=device).repeat_interleave(torch.tensor(came, device=device))
             read = partial(decided.read, source_V=source_V, sources=ranks)
-            passages.append(Passage(lane, fan, came, decided, rows, AllToAll(exact, fan.splits, came, pack, read)))
+            there = AllToAll(exact, fan.splits, came, pack, read)
+            passages.append(Passage(lane, fan, came, decided, rows, there, layer))
         return Planned(passages, tokens, slots, _leaving(leave, lane))
 
 
@@ -166,18 +170,21 @@ class AllGatherHop:
     def __init__(self, lane: Lane, to: Destinations) -> None:
         self.lane, self.to = lane, to
 
-    def plan(self, choices: Choices, num_experts: int, chunks: int) -> Planned:
+    def plan(self, choices: Choices, layer: int, num_experts: int, chunks: int) -> Planned:
         lane, group, device = self.lane, self.lane.group, choices.experts_TK.device
         T, K = choices.experts_TK.shape
         tokens_R = torch.empty(group.size(), dtype=torch.int64, device=device)
-        dist.all_gather_single(tokens_R, torch.tensor([T], device=device), group=group)
+        with inside(f"layer {layer} counts"):
+            dist.all_gather_single(tokens_R, torch.tensor([T], device=device), group=group)
         most = int(tokens_R.max())
         each = -(-most // chunks)
         tokens = chunk_sizes(T, each, chunks)
 
         mine = packed(choices.weights_TK.detach(), choices.experts_TK, choices.origin_T)
         lane.sends([chunks * each] * group.size(), mine.element_size() * mine.shape[1])
-        all_CRt = all_gather(mine, chunks * each, group).view(group.size(), chunks, each, 2 * K + 1).transpose(0, 1)
+        with inside(f"layer {layer} choices"):
+            all_RC = all_gather(mine, chunks * each, group)
+        all_CRt = all_RC.view(group.size(), chunks, each, 2 * K + 1).transpose(0, 1)
         bounds = self.to.bounds(num_experts)
         first, last = bounds[group.rank()], bounds[group.rank() + 1]
         experts_CRtK = all_CRt[..., K : 2 * K]
@@ -197,7 +204,7 @@ class AllGatherHop:
             decided = Decided()
             rows = AllGather(lane, each, of_rank_V * each + place_V)
             here = Here(decided.read(packed_V, of_rank_V, group.size()))
-            passages.append(Passage(lane, fan, came, decided, rows, here))
+            passages.append(Passage(lane, fan, came, decided, rows, here, layer))
         return Planned(passages, tokens, slots, _leaving(leave, lane))
 
 

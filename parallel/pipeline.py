@@ -27,6 +27,7 @@ import torch
 import torch.distributed as dist
 
 from expertmesh.parallel.groups import Groups
+from expertmesh.parallel.whereabouts import inside
 
 
 class Task(NamedTuple):
@@ -123,7 +124,8 @@ class Mail:
             parts = self.blank(arriving)
             for part in parts:
                 if part.numel():
-                    dist.recv(part, group=self._group(source, self.rank), group_src=source)
+                    with inside(f"a message from pipeline rank {source}"):
+                        dist.recv(part, group=self._group(source, self.rank), group_src=source)
             self._early[arriving] = parts
         return self._early.pop(task)
 

@@ -20,6 +20,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from expertmesh.parallel.whereabouts import inside
+
 
 class TokenSplit:
     """The tokens of one data-parallel rank lie on the ranks of `group` in equal runs, in rank order. None: one rank."""
@@ -54,14 +56,16 @@ def _share(tokens: int, group: dist.ProcessGroup) -> int:
 def _gather(x_TD: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     all_TD = x_TD.new_empty(len(x_TD) * group.size(), *x_TD.shape[1:])
     if x_TD.numel():
-        dist.all_gather_single(all_TD, x_TD.contiguous(), group=group)
+        with inside("gather among tensor ranks"):
+            dist.all_gather_single(all_TD, x_TD.contiguous(), group=group)
     return all_TD
 
 
 def _reduce_scatter(x_TD: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     mine_TD = x_TD.new_empty(_share(len(x_TD), group), *x_TD.shape[1:])
     if x_TD.numel():
-        dist.reduce_scatter_single(mine_TD, x_TD.contiguous(), group=group)
+        with inside("reduce-scatter among tensor ranks"):
+            dist.reduce_scatter_single(mine_TD, x_TD.contiguous(), group=group)
     return mine_TD
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -164,6 +165,8 @@ def test_a_worker_that_dies_and_one_that_hangs_change_not_a_bit(folder, trained)
     assert [event["what"] for event in resumed["events"]].count("re-formed") == 2
     failed = [event["why"] for event in read_events(run_dir) if event["what"] == "failed"][-2:]
     assert failed[0].startswith("trainer 1 died") and failed[1].startswith("trainer 0 hangs: no heartbeat")
+    (hang,) = [event["why"] for event in read_events(run_dir) if event["what"] == "hangs"]
+    assert re.fullmatch(r"rank 0 silent, last heard of in step .*; rank 1 waited in step 29, in layer 0 counts", hang)
     assert "most recent call first" in (run_dir / "logs" / "trainer-1.log").read_text(), "no stacks of a hanging job"
     assert_same_run(resumed, trained)
 

@@ -8,6 +8,7 @@ from expertmesh.launch import heartbeat
 from expertmesh.launch.heartbeat import Pulse, read_beats
 from expertmesh.launch.recovery import Beat
 from expertmesh.launch.rendezvous import Rendezvous, join
+from expertmesh.parallel.whereabouts import Place, inside
 
 
 def test_beats_say_how_far_a_worker_is(monkeypatch):
@@ -18,11 +19,12 @@ def test_beats_say_how_far_a_worker_is(monkeypatch):
     pulse.advance(7)
     pulse.advance()
     deadline = time.monotonic() + 20
-    while not (beats := list(read_beats(meeting.store, 0, 2))) or beats[0].step != 7:
-        assert time.monotonic() < deadline, beats
-        time.sleep(0.01)
+    with inside("layer 1 dispatch"):
+        while not (beats := list(read_beats(meeting.store, 0, 2))) or not beats[0].place.inside:
+            assert time.monotonic() < deadline, beats
+            time.sleep(0.01)
     (beat,) = beats
-    assert beat == Beat(1, beat.number, 2, 7)
+    assert beat == Beat(1, beat.number, 2, 7, Place("layer 1 dispatch", True))
     pulse.close()
     (last,) = read_beats(meeting.store, 0, 2)
     time.sleep(0.1)

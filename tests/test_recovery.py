@@ -34,6 +34,7 @@ from expertmesh.launch.recovery import (
     waiting_for,
 )
 from expertmesh.parallel.sizes import ParallelSizes
+from expertmesh.parallel.whereabouts import Place
 
 TWO, ONE, FOUR = ParallelSizes(dp=2, ep=2), ParallelSizes(dp=1), ParallelSizes(dp=4, ep=4)
 CUT = "failed: RuntimeError: Connection reset by peer"
@@ -239,6 +240,17 @@ def test_what_is_done(case):
     _, actions, noted = play(job(**case.config), *case.events)
     assert actions == case.actions
     assert [record["why"] for record in noted if record["what"] == "failed"] == case.noted
+
+
+def test_a_hang_is_told_with_where_each_is():
+    beats = [Beat(0, 9, 5, 5, Place("layer 1 dispatch", True)), Beat(1, 9, 5, 5, Place("layer 0 combine"))]
+    state, actions, noted = play(job(), *((10.0, beat) for beat in beats), (10.5, Tick()))
+    assert actions == [Dump((0, 1)), Kill((1,))] and state.phase == Phase.SETTLING
+    why = (
+        "rank 1 hung in step 5, outside of any collective, after layer 0 combine; "
+        "rank 0 waited in step 5, in layer 1 dispatch"
+    )
+    assert noted == [{"what": "hangs", "epoch": 0, "step": 5, "why": why}]
 
 
 def test_failures_of_the_last_hour_count():

@@ -9,7 +9,8 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -30,12 +31,12 @@ from expertmesh.system.train import snapshot
 from expertmesh.system.train.snapshot import (
     RunState,
     SaveFailed,
+    Saver,
     checkpoints_of,
     clear_unfinished,
     last_whole,
     load_optimizer,
     read_state,
-    save,
     set_aside,
 )
 
@@ -77,8 +78,18 @@ def tokenizer(tmp_path) -> Path:
     return folder
 
 
+def save(run_dir: Path, state: RunState, model: Transformer, groups: Groups, tokenizer: Path, keep: int) -> Path:
+    """The folder of a checkpoint that nothing else is done beside."""
+    landed = list[Path]()
+    with Saver(run_dir, groups, tokenizer, keep, lambda step, folder: landed.append(folder)) as saver:
+        saver.save(state, model, Optimizer())  # type: ignore[arg-type]
+        saver.wait()
+    (folder,) = landed
+    return folder
+
+
 def save_one(run_dir: Path, step: int, tokenizer: Path, keep: int = 9, seed: int = 1) -> Path:
-    return save(run_dir, run_state(step), model_of(seed=seed), Optimizer(), Groups(), tokenizer, keep)  # type: ignore[arg-type]
+    return save(run_dir, run_state(step), model_of(seed=seed), Groups(), tokenizer, keep)
 
 
 def check_whole(folder: Path) -> None:
@@ -125,7 +136,7 @@ def test_any_layout_reads_what_any_wrote(tmp_path, tokenizer, monkeypatch, ranks
             expert_data=group(rank // expert_size, ranks // expert_size),
         )
         model = model_of(groups.expert_rank, groups.expert_size)
-        save(tmp_path, run_state(2), model, Optimizer(), groups, tokenizer, 1)  # type: ignore[arg-type]
+        save(tmp_path, run_state(2), model, groups, tokenizer, 1)
 
     threads = [threading.Thread(target=write, args=(rank,)) for rank in range(ranks)]
     for thread in threads:
@@ -253,8 +264,7 @@ KEPT = [
 @pytest.mark.parametrize("written, keep, kept, reason", KEPT, ids=[reason for *_, reason in KEPT])
 def test_keep(tmp_path, tokenizer, written, keep, kept, reason):
     for step in written:
-        state = RunState(step, {})
-        save(tmp_path, state, model_of(), Optimizer(), Groups(), tokenizer, keep)  # type: ignore[arg-type]
+        save(tmp_path, RunState(step, {}), model_of(), Groups(), tokenizer, keep)
     assert [int(folder.name.removeprefix("step-")) for folder in checkpoints_of(tmp_path)] == kept
     assert read_state(tmp_path / "checkpoint").step == written[-1]
     assert {p.name for p in (tmp_path / "checkpoints").iterdir()} == {f"step-{step:06d}" for step in kept}
@@ -397,3 +407,115 @@ def test_a_full_disk_while_saving_is_one_line_and_the_old_checkpoints_stay(
     check_whole(tmp_path / "checkpoint")
     clear_unfinished(tmp_path)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-000002"]
+
+
+class Held:
+    """Files of tensors that appear when they are let go, in place of `write_tensors`."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.let_go, self.addresses = threading.Event(), list[set[int]]()
+        monkeypatch.setattr(snapshot, "write_tensors", self._write)
+
+    def _write(self, tensors: dict[str, torch.Tensor], path: Path) -> None:
+        assert self.let_go.wait(30)
+        self.addresses.append({tensor.data_ptr() for tensor in tensors.values()})
+        checkpoint.write_tensors(tensors, path)
+
+
+@pytest.fixture
+def held(monkeypatch) -> Held:
+    return Held(monkeypatch)
+
+
+@pytest.fixture
+def saver(tmp_path, tokenizer, held) -> Iterator[Saver]:
+    with Saver(tmp_path / "run", Groups(), tokenizer, 9, lambda step, folder: check_whole(folder)) as saver:
+        yield saver
+        held.let_go.set()
+
+
+def begin(saver: Saver, step: int, model: Transformer) -> None:
+    saver.save(run_state(step), model, Optimizer())  # type: ignore[arg-type]
+
+
+def test_training_goes_on_while_files_are_written_and_they_hold_what_was(tmp_path, saver, held):
+    model = Transformer(CONFIG)
+    load_weights_of(model_of(), model)
+    begin(saver, 2, model)
+    load_weights_of(model_of(seed=2), model)
+    assert saver.busy()
+    saver.agree(1)
+    assert checkpoints_of(tmp_path / "run") == []
+    held.let_go.set()
+    saver.wait()
+    assert not saver.busy()
+    found = Transformer(CONFIG)
+    load_weights(found, tmp_path / "run" / "checkpoint")
+    for parameter, wanted in zip(found.parameters(), model_of().parameters(), strict=True):
+        assert torch.equal(parameter, wanted), "it was changed while it was written"
+
+
+@torch.no_grad()
+def load_weights_of(source: Transformer, target: Transformer) -> None:
+    for parameter, wanted in zip(target.parameters(), source.parameters(), strict=True):
+        parameter.copy_(wanted)
+
+
+def test_it_lands_when_all_ranks_have_written_and_not_before(tmp_path, saver, held):
+    held.let_go.set()
+    begin(saver, 2, model_of())
+    for others_busy in (1, 1, 0):
+        wait_while(saver.busy)
+        assert checkpoints_of(tmp_path / "run") == []
+        saver.agree(others_busy)
+    wait_while(saver.busy)
+    assert len(checkpoints_of(tmp_path / "run")) == 1
+
+
+def wait_while(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+def test_the_next_waits_for_the_one_before_and_goes_through_the_same_memory(tmp_path, saver, held):
+    begin(saver, 2, model_of())
+    threading.Timer(0.1, held.let_go.set).start()
+    begin(saver, 4, model_of(seed=2))
+    assert [folder.name for folder in checkpoints_of(tmp_path / "run")] == ["step-000002"]
+    saver.wait()
+    assert len(checkpoints_of(tmp_path / "run")) == 2
+    assert held.addresses[:2] == held.addresses[2:], "memory of weights and of moments"
+
+
+ASKS: list[tuple[str, Callable[[Saver], Any]]] = [
+    ("the next step", lambda saver: wait_while(saver.busy)),
+    ("the next save", lambda saver: begin(saver, 4, model_of())),
+    ("the end", lambda saver: saver.wait()),
+]
+
+
+@pytest.mark.parametrize("ask", [ask for _, ask in ASKS], ids=[reason for reason, _ in ASKS])
+def test_a_failure_to_write_is_told_the_next_time_that_anything_is_asked(tmp_path, tokenizer, monkeypatch, ask):
+    def refuse(*args: Any) -> None:
+        raise FULL_FOR_TENSORS
+
+    monkeypatch.setattr(snapshot, "write_tensors", refuse)
+    with Saver(tmp_path / "run", Groups(), tokenizer, 9, lambda *landed: pytest.fail(str(landed))) as saver:
+        begin(saver, 2, model_of())
+        with pytest.raises(SaveFailed, match="step 2 could not be saved: .*No space left on device"):
+            ask(saver)
+
+
+def test_where_training_fails_the_thread_ends_and_what_was_not_agreed_stays_unfinished(tmp_path, tokenizer, held):
+    threads = set(threading.enumerate())
+    with (
+        pytest.raises(RuntimeError, match="a peer is lost"),
+        Saver(tmp_path / "run", Groups(), tokenizer, 9, lambda *landed: pytest.fail(str(landed))) as saver,
+    ):
+        begin(saver, 2, model_of())
+        held.let_go.set()
+        raise RuntimeError("a peer is lost")
+    assert set(threading.enumerate()) == threads
+    assert checkpoints_of(tmp_path / "run") == []

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
+import threading
 from pathlib import Path
 from statistics import fmean
 
@@ -16,12 +19,14 @@ from expertmesh.kernels.device import Device
 from expertmesh.parallel.dispatchers import LocalDispatcher
 from expertmesh.parallel.groups import Groups, build_groups
 from expertmesh.parallel.sizes import ParallelSizes
-from expertmesh.system.model.checkpoint import open_checkpoint
+from expertmesh.parallel.whereabouts import HERE, Place
+from expertmesh.system.model.checkpoint import open_checkpoint, write_tensors
 from expertmesh.system.model.transformer import Transformer
+from expertmesh.system.train import snapshot
 from expertmesh.system.train.config import TrainConfig
 from expertmesh.system.train.dataset import TokenDataset
 from expertmesh.system.train.loss import LanguageModelLoss
-from expertmesh.system.train.snapshot import checkpoints_of
+from expertmesh.system.train.snapshot import checkpoints_of, last_whole
 from expertmesh.system.train.trainer import NotFinite, Record, Trainer, Watch, learning_rate
 
 
@@ -191,6 +196,78 @@ def test_when_one_rank_wants_to_leave_all_save_and_the_rest_is_the_same_bit_for_
     assert checkpoints_of(run_dir)[-1].name == "step-000003"
     rest = run_ranks(_leaving, 2, run_dir, checkpoints_of(run_dir)[-1])[0]
     assert losses(left[0]) + losses(rest) == uninterrupted
+
+
+def _with_held_files(run_dir: Path, leave: bool) -> list[Record]:
+    """Rank 1's files of step 2 appear when step 4 is made; or, where a rank leaves at step 3, a while after that."""
+    groups, records, let_go = build_groups(ParallelSizes(dp=2, ep=2)), list[Record](), threading.Event()
+
+    def write_when_let_go(tensors: dict[str, torch.Tensor], path: Path) -> None:
+        assert groups.rank == 0 or let_go.wait(30)
+        write_tensors(tensors, path)
+
+    def report(record: Record) -> None:
+        records.append(record)
+        if record["kind"] in ("step", "validation"):
+            assert HERE.place == Place("sums of the step" if record["kind"] == "step" else "sums of a validation")
+        if record["kind"] == "step" and record["step"] == (3 if leave else 4):
+            assert checkpoints_of(run_dir) == []
+            threading.Timer(0.2 if leave else 0, let_go.set).start()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(snapshot, "write_tensors", write_when_let_go)
+        trainer = Trainer(tiny_model(), tiny_training(), run_dir, groups, Device("cpu", "gloo"), {}, None)
+        update = trainer.zero._engine.step
+
+        def updated() -> None:
+            assert HERE.place == Place("gradients and weights", inside=True)
+            update()
+
+        patch.setattr(trainer.zero._engine, "step", updated)
+        trainer.run(report, LeaveAt(groups.rank) if leave else None)
+    return records
+
+
+def test_steps_are_made_while_a_checkpoint_is_written_which_holds_what_it_held_without_them(data, tmp_path):
+    held, plain = new_run(data, tmp_path / "held"), new_run(data, tmp_path / "plain")
+    for records in run_ranks(_with_held_files, 2, held, False):
+        saved = [record["step"] for record in records if record.get("what") == "saved"]
+        assert saved == [2, 4] and len(losses(records)) == 4
+    run_ranks(_leaving, 2, plain, None)
+    files = sorted((plain / "checkpoints" / "step-000002").rglob("*.safetensors"))
+    assert len(files) == 4
+    for file in files:
+        assert (held / file.relative_to(plain)).read_bytes() == file.read_bytes()
+
+
+def test_all_is_on_the_disk_when_a_job_ends_with_a_checkpoint_in_flight(data, tmp_path):
+    run_ranks(_with_held_files, 2, new_run(data, tmp_path / "run"), True)
+    assert [folder.name for folder in checkpoints_of(tmp_path / "run")] == ["step-000002", "step-000003"]
+    assert last_whole(tmp_path / "run") == (checkpoints_of(tmp_path / "run")[-1], {})
+
+
+def _with_a_full_disk(run_dir: Path) -> str:
+    """What each rank raises, where rank 1 cannot write."""
+    groups = build_groups(ParallelSizes(dp=2, ep=2))
+
+    def write(tensors: dict[str, torch.Tensor], path: Path) -> None:
+        if groups.rank == 1:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        write_tensors(tensors, path)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(RuntimeError) as raised:
+        patch.setattr(snapshot, "write_tensors", write)
+        trainer = Trainer(tiny_model(), tiny_training(), run_dir, groups, Device("cpu", "gloo"), {}, None)
+        trainer.run(lambda record: None)
+    return f"{type(raised.value).__name__}: {raised.value}"
+
+
+def test_one_rank_whose_disk_is_full_says_so_and_the_others_lose_a_peer(data, tmp_path):
+    run_dir = new_run(data, tmp_path / "run")
+    other, full = run_ranks(_with_a_full_disk, 2, run_dir)
+    assert full.startswith("SaveFailed: step 2 could not be saved: ") and "No space left on device" in full
+    assert not other.startswith("SaveFailed")
+    assert checkpoints_of(run_dir) == []
 
 
 def test_learning_rate_rises_to_its_peak_and_falls_to_its_minimum():

@@ -19,6 +19,7 @@ from expertmesh.parallel.dispatchers import Dispatcher
 from expertmesh.parallel.groups import Groups
 from expertmesh.parallel.sequence_split import SequenceSplit
 from expertmesh.parallel.token_split import TokenSplit
+from expertmesh.parallel.whereabouts import inside
 from expertmesh.system.model.attend import Attend, CausalAttend, ContextAttend
 from expertmesh.system.model.attention_config import MixtureAttentionConfig
 from expertmesh.system.model.config import ModelConfig
@@ -131,8 +132,7 @@ class LanguageModelLoss(nn.Module):
         for routing, layer in zip(routings, sums, strict=True):
             parts += [layer.counts_N, layer.firsts_N, (routing.chosen_TK != routing.experts_TK).sum()[None]]
         flat = torch.cat(parts)
-        if self.groups.token is not None:
-            dist.all_reduce(flat, group=self.groups.token)
+        self._sum_over_ranks(flat)
         pieces = iter(flat.split([len(part) for part in parts[1:]]))
         return [_Counts(next(pieces), next(pieces), next(pieces)[0]) for _ in sums]
 
@@ -140,9 +140,13 @@ class LanguageModelLoss(nn.Module):
         """Mean probability of each expert over the tokens of all ranks."""
         probabilities_N = sums.probabilities_N.detach()
         flat = torch.cat([probabilities_N, probabilities_N.new_tensor([sums.tokens])])
-        if self.groups.token is not None:
-            dist.all_reduce(flat, group=self.groups.token)
+        self._sum_over_ranks(flat)
         return flat[:-1] / flat[-1].clamp(min=1)
+
+    def _sum_over_ranks(self, flat: torch.Tensor) -> None:
+        if self.groups.token is not None:
+            with inside("sums of the losses"):
+                dist.all_reduce(flat, group=self.groups.token)
 
     def _beside_experts(self, decisions: list[Decisions]) -> torch.Tensor | float:
         """What other routers than those of the experts add, by its weight."""

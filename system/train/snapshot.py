@@ -6,14 +6,16 @@
       training/checksums*.json           of every file (see checksums.py)
     checkpoint -> checkpoints/step-...   the newest
 
-A folder is written under another name, flushed, then renamed: no moment exists at which a kill leaves half of one.
+A folder is written under another name, flushed, then renamed: no moment exists at which a kill leaves half of one. It
+is written while training goes on (see Saver), from a copy of the state that each rank makes between two steps.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -25,6 +27,7 @@ from safetensors import SafetensorError
 
 from expertmesh.parallel.groups import Groups
 from expertmesh.parallel.shard import WHOLE, gather_parts
+from expertmesh.parallel.whereabouts import inside
 from expertmesh.parallel.zero import AdamState, Zero
 from expertmesh.system.model.checkpoint import (
     INDEX,
@@ -40,6 +43,7 @@ from expertmesh.system.model.checkpoint import (
     write_json,
     write_tensors,
 )
+from expertmesh.system.model.config import ModelConfig
 from expertmesh.system.model.transformer import Transformer
 from expertmesh.system.model.weights import Weight, weights
 from expertmesh.system.train.checksums import verify, write_checksums
@@ -65,59 +69,152 @@ def checkpoints_of(run_dir: Path) -> list[Path]:
     return sorted((p for p, step in steps.items() if step.isdigit()), key=lambda p: int(steps[p]))
 
 
-def save(
-    run_dir: Path,
-    state: RunState,
-    model: Transformer,
-    zero: Zero,
-    groups: Groups,
-    tokenizer_folder: Path,
-    keep: int,
-) -> Path:
-    """Write a checkpoint of `run_dir`; every rank calls it and must see the same file system. Returns its folder.
+class Saver:
+    """Writes checkpoints of `run_dir` while training goes on; every rank has one and must see the same file system.
+
+        save       the state is copied to host memory, which is kept for the next time; training waits for no more
+        writing    a thread of each rank that has something to write writes it aside
+        finishing  all have written: rank 0's thread adds the index, and renames
+        landed     `told` is called
+
+    One checkpoint at a time. That all have written is agreed by the training threads, in the sums of a step (`agree`)
+    or by waiting (`wait`): collectives of threads beside them would need groups of their own, and hang where a rank is
+    lost. What is cut short between two agreements stays unfinished, and does no harm.
 
     Each expert-parallel rank writes its own experts, and those of the first sequences the dense weights too. Of weights
     that are split over a tensor group each rank gathers and writes some, so that none holds more than it did. Stages of
     a pipeline write their layers each, and the first a tied embedding.
-    Raises SaveFailed where the disk does not take it; other ranks then lose a peer.
+
+    Where the disk does not take it, that rank raises SaveFailed the next time that anything is asked of its Saver; the
+    other ranks then lose a peer.
     """
-    with _told_if_it_fails(state.step):
-        final = run_dir / "checkpoints" / f"step-{state.step:06d}"
-        writing = final.with_name(final.name + ".writing")
-        if groups.rank == 0:
-            clear_unfinished(run_dir)
-            (writing / "training").mkdir(parents=True)
-            shutil.copytree(tokenizer_folder, writing, dirs_exist_ok=True)
-            write_config(writing, model.config)
+
+    def __init__(
+        self, run_dir: Path, groups: Groups, tokenizer_folder: Path, keep: int, told: Callable[[int, Path], None]
+    ) -> None:
+        """`keep`: how many of the newest checkpoints stay. `told` is given the step and folder of one that landed."""
+        self._run_dir, self._groups, self._tokenizer_folder, self._keep = run_dir, groups, tokenizer_folder, keep
+        self._told = told
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._task: Future[None] | None = None  # this rank's share of what is in flight
+        self._state: RunState | None = None  # of the checkpoint in flight; the same on all ranks
+        self._finishing = False
+        self._kept: dict[str, torch.Tensor] = {}  # host memory, by the names of what was last copied to it
+
+    def __enter__(self) -> Saver:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """The thread ends, once it has done what it is at; what no rank waited for stays unfinished."""
+        self._thread.shutdown()
+
+    def save(self, state: RunState, model: Transformer, zero: Zero) -> None:
+        """Begin to write a checkpoint, once the one before has landed. A collective: every rank calls it."""
+        self.wait()
+        with _told_if_it_fails(state.step):
+            if self._groups.rank == 0:
+                clear_unfinished(self._run_dir)
+                (_aside(self._folder(state)) / "training").mkdir(parents=True)
         _wait_for_all()
+        model_tensors, optimizer_tensors = self._copy(model, zero)
+        self._state, self._finishing = state, False
+        self._task = self._thread.submit(self._write, state, model.config, model_tensors, optimizer_tensors)
+
+    def busy(self) -> bool:
+        """Whether this rank has still to write. Raises SaveFailed."""
+        if self._task is None:
+            return False
+        done = self._task.done()
+        if done:
+            self._task.result()
+        return not done
+
+    def agree(self, busy_ranks: float) -> None:
+        """Go on with the checkpoint in flight. Every rank calls it, with the number of those that said to be `busy`."""
+        if self._state is None or busy_ranks:
+            return
+        if not self._finishing:
+            self._finishing = True
+            if self._groups.rank == 0:
+                self._task = self._thread.submit(self._finish, self._state)
+            return
+        landed, self._state = self._state, None
+        self._told(landed.step, self._folder(landed))
+
+    def wait(self) -> None:
+        """Until nothing is in flight. A collective: every rank calls it. Raises SaveFailed."""
+        while self._state is not None:
+            if self._task is not None:
+                self._task.result()
+            _wait_for_all()
+            self.agree(0)
+
+    def _folder(self, state: RunState) -> Path:
+        return self._run_dir / "checkpoints" / f"step-{state.step:06d}"
+
+    def _copy(self, model: Transformer, zero: Zero) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        """What this rank is to write, of the model and of the optimizer, by name, out of reach of further updates.
+
+        A collective: also on ranks that write nothing.
+        """
+        groups, before = self._groups, self._kept
+        self._kept = {}
+
+        def kept(name: str, tensor: torch.Tensor) -> torch.Tensor:
+            there = before.get(name)
+            if there is None:  # at first, and of experts that came from another rank
+                there = torch.empty_like(
+                    tensor, device="cpu", pin_memory=tensor.is_cuda, memory_format=torch.contiguous_format
+                )
+            self._kept[name] = there
+            return there.copy_(tensor)
 
         model_tensors, optimizer_tensors = {}, {}
         for number, weight in enumerate(weights(model)):
-            # A collective: also on ranks that write nothing. A frozen weight has no moments.
+            # A frozen weight has no moments.
             moments = zero.state(weight.parameter)._asdict() if weight.parameter.requires_grad else {}
             if groups.expert_data_rank if weight.is_expert else groups.data_rank:
                 continue  # another rank has the same
             if weight.parameter is model.tied_weight and groups.pipeline_rank:
                 continue
-            model_tensors.update(_whole(weight, weight.parameter.detach(), groups, number))
+            for name, view in _whole(weight, weight.parameter.detach(), groups, number).items():
+                model_tensors[name] = kept(name, view)
             for kind, tensor in moments.items():
-                whole = _whole(weight, tensor, groups, number)
-                optimizer_tensors.update({f"{kind}/{name}": view for name, view in whole.items()})
-        # Megatron's order of ranks: stage by stage, and in each those that hold the first copy of something come first.
-        writers = max(groups.tensor_size, groups.expert_tensor_size * groups.expert_size)
-        rank_in_stage = groups.rank % groups.token_size
-        if rank_in_stage < writers:
-            number, count = groups.pipeline_rank * writers + rank_in_stage, groups.pipeline_size * writers
-            written = (
-                writing / shard_name("model", number, count),
-                writing / "training" / shard_name("optimizer", number, count),
-            )
-            for tensors, path in zip((model_tensors, optimizer_tensors), written, strict=True):
-                write_tensors(tensors, path)
-            write_checksums(writing, written, f"checksums-{number + 1:05d}-of-{count:05d}.json")
-        _wait_for_all()
+                for name, view in _whole(weight, tensor, groups, number).items():
+                    optimizer_tensors[f"{kind}/{name}"] = kept(f"{kind}/{name}", view)
+        return model_tensors, optimizer_tensors
 
-        if groups.rank == 0:
+    def _write(
+        self,
+        state: RunState,
+        config: ModelConfig,
+        model_tensors: dict[str, torch.Tensor],
+        optimizer_tensors: dict[str, torch.Tensor],
+    ) -> None:
+        """This rank's files."""
+        groups, writing = self._groups, _aside(self._folder(state))
+        with _told_if_it_fails(state.step):
+            if groups.rank == 0:
+                shutil.copytree(self._tokenizer_folder, writing, dirs_exist_ok=True)
+                write_config(writing, config)
+            # Megatron's order of ranks: stage by stage, and in each those that hold the first copy of something first.
+            writers = max(groups.tensor_size, groups.expert_tensor_size * groups.expert_size)
+            rank_in_stage = groups.rank % groups.token_size
+            if rank_in_stage < writers:
+                number, count = groups.pipeline_rank * writers + rank_in_stage, groups.pipeline_size * writers
+                written = (
+                    writing / shard_name("model", number, count),
+                    writing / "training" / shard_name("optimizer", number, count),
+                )
+                for tensors, path in zip((model_tensors, optimizer_tensors), written, strict=True):
+                    write_tensors(tensors, path)
+                write_checksums(writing, written, f"checksums-{number + 1:05d}-of-{count:05d}.json")
+
+    def _finish(self, state: RunState) -> None:
+        """On rank 0, when all files are there: make the folder a checkpoint, and room for the next."""
+        run_dir, final = self._run_dir, self._folder(state)
+        writing = _aside(final)
+        with _told_if_it_fails(state.step):
             write_index(writing / INDEX, sorted(writing.glob("model-*.safetensors")))
             optimizer_files = sorted((writing / "training").glob("optimizer-*.safetensors"))
             write_index(writing / "training" / OPTIMIZER_INDEX, optimizer_files)
@@ -134,10 +231,13 @@ def save(
             flush(final.parent)
             _point_to(link, final)
             finished = checkpoints_of(run_dir)
-            for old in finished[: finished.index(final) + 1][:-keep]:
+            for old in finished[: finished.index(final) + 1][: -self._keep]:
                 _delete(old)
-        _wait_for_all()
-        return final
+
+
+def _aside(final: Path) -> Path:
+    """Where a checkpoint is written, beside the folder that it will be."""
+    return final.with_name(final.name + ".writing")
 
 
 @contextmanager
@@ -243,4 +343,5 @@ def _delete(checkpoint: Path) -> None:
 
 def _wait_for_all() -> None:
     if dist.is_initialized():
-        dist.barrier()
+        with inside("a checkpoint's barrier"):
+            dist.barrier()

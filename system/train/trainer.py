@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from expertmesh.parallel.dispatch_config import DispatchConfig
 from expertmesh.parallel.groups import Groups
 from expertmesh.parallel.placed_dispatcher import PlacedDispatcher
 from expertmesh.parallel.shard import WHOLE
+from expertmesh.parallel.whereabouts import inside
 from expertmesh.parallel.zero import Zero
 from expertmesh.system.model.checkpoint import Checkpoint, load_weights, write_tensors
 from expertmesh.system.model.config import ModelConfig
@@ -31,7 +33,7 @@ from expertmesh.system.train.loss import LanguageModelLoss
 from expertmesh.system.train.passes import MicroBatch, Passes
 from expertmesh.system.train.rebalancing import Rebalancing
 from expertmesh.system.train.recompute import Kept, recompute
-from expertmesh.system.train.snapshot import RunState, load_optimizer, read_state, save
+from expertmesh.system.train.snapshot import RunState, Saver, load_optimizer, read_state
 from expertmesh.system.train.tally import MEANS, tally
 
 Record = dict[str, Any]
@@ -133,17 +135,31 @@ class Trainer:
             load_optimizer(resume_from, self.state, self.model, self.zero)
 
     def run(self, report: Callable[[Record], None], watch: Watch | None = None) -> None:
-        """Train to the last step, or until `watch` wants to leave. Raises NotFinite, SaveFailed."""
-        config, watch = self.config, watch or Watch()
-        leaving = False
+        """Train to the last step, or until `watch` wants to leave; all is saved then. Raises NotFinite, SaveFailed."""
+        config = self.config
+
+        def saved(step: int, folder: Path) -> None:
+            report({"kind": "event", "what": "saved", "step": step, "checkpoint": str(folder)})
+
+        tokenizer = self.run_dir / "data" / "tokenizer"
+        with Saver(self.run_dir, self.groups, tokenizer, config.keep_checkpoints, saved) as saver:
+            try:
+                self._run(report, watch or Watch(), saver)
+            except NotFinite:
+                saver.wait()  # all ranks raise it, after the same step
+                raise
+
+    def _run(self, report: Callable[[Record], None], watch: Watch, saver: Saver) -> None:
+        config, leaving = self.config, False
         while self.state.step < config.steps and not leaving:
             step = self.state.step + 1
             watch.before(step, self.model)
-            record = self._train_step(step, watch.wants_to_leave())
-            leaving = record.pop("leaving")
+            record = self._train_step(step, watch.wants_to_leave(), saver.busy())
+            leaving, busy_ranks = record.pop("leaving"), record.pop("busy_ranks")
             self._check_finite(record)
             self.state = RunState(step, self.settings)
             report(record)
+            saver.agree(busy_ranks)
             last = step == config.steps
             if self.rebalancing and config.rebalance_every and step % config.rebalance_every == 0 and not last:
                 decisions = self.rebalancing.rebalance(self.zero, min(config.rebalance_every, config.steps - step))
@@ -153,16 +169,8 @@ class Trainer:
             if last or step % config.validate_every == 0:
                 report({"kind": "validation", "step": step, "loss": self.validate()})
             if last or leaving or step % config.checkpoint_every == 0:
-                folder = save(
-                    self.run_dir,
-                    self.state,
-                    self.model,
-                    self.zero,
-                    self.groups,
-                    self.run_dir / "data" / "tokenizer",
-                    config.keep_checkpoints,
-                )
-                report({"kind": "event", "what": "saved", "step": step, "checkpoint": str(folder)})
+                saver.save(self.state, self.model, self.zero)
+        saver.wait()
 
     def _check_finite(self, record: Record) -> None:
         """DeepSpeed says -1 of a norm that is not finite. Both figures are of all ranks, so that all raise or none."""
@@ -182,17 +190,24 @@ class Trainer:
         number = step - 1 + (config.steps if step in self.skip else 0)
         return self.dataset.batch(number, config.batch_size, config.sequence_length, config.seed)
 
-    def _train_step(self, step: int, wants_to_leave: bool = False) -> Record:
+    def _train_step(self, step: int, wants_to_leave: bool = False, busy_saving: bool = False) -> Record:
         config, began = self.config, time.perf_counter()
         tokens_BS1 = self._batch(step)
         passes = Passes(self.loss, self._micro_batches(tokens_BS1, step))
         rate = learning_rate(step, config)
-        grad_norm = self.zero.step(passes.totals(count_kept=self.kept is None), rate)
+        with ExitStack() as after:
+
+            def totals() -> Iterator[torch.Tensor]:
+                yield from passes.totals(count_kept=self.kept is None)
+                after.enter_context(inside("gradients and weights"))  # the last backward is over
+
+            grad_norm = self.zero.step(totals(), rate)
         self.kept = self.kept or passes.kept
-        counted = [wants_to_leave, *self.traffic.take(), passes.sent_bytes]
+        counted = [wants_to_leave, busy_saving, *self.traffic.take(), passes.sent_bytes]
         model = self.model.config
-        told = tally(passes.answers, config.micro_batches, model, self.groups, counted)
-        leaving, sent, saved, far, crossed = told.sums
+        with inside("sums of the step"):
+            told = tally(passes.answers, config.micro_batches, model, self.groups, counted)
+        leaving, busy_ranks, sent, saved, far, crossed = told.sums
         self.model.balance(told.loads_N)
         if self.rebalancing:
             self.rebalancing.count(told.loads_N)
@@ -227,6 +242,7 @@ class Trainer:
             "pipeline_bytes": int(crossed),
             "seconds": seconds,
             "leaving": leaving > 0,
+            "busy_ranks": busy_ranks,
         }
 
     @torch.no_grad()
@@ -268,5 +284,6 @@ class Trainer:
         sums = torch.tensor(values, dtype=torch.float64, device=self.device.name)
         for group in (self.groups.token, self.groups.pipeline):
             if group is not None:
-                dist.all_reduce(sums, group=group)
+                with inside("sums of a validation"):
+                    dist.all_reduce(sums, group=group)
         return sums.tolist()
