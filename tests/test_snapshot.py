@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from tiny import tiny_model
 
 from expertmesh.parallel.groups import Groups
-from expertmesh.parallel.zero import AdamState
+from expertmesh.parallel.optimizer import AdamState
 from expertmesh.system.model import checkpoint
 from expertmesh.system.model.attention_config import AttentionConfig
 from expertmesh.system.model.checkpoint import CheckpointError, load_weights, read_config

@@ -24,8 +24,8 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 
 from expertmesh.parallel.groups import Groups
+from expertmesh.parallel.optimizer import AdamState, TrainingOptimizer
 from expertmesh.parallel.shard import WHOLE, gather_parts
-from expertmesh.parallel.zero import AdamState, Zero
 from expertmesh.system.model.checkpoint import (
     INDEX,
     CheckpointError,
@@ -69,7 +69,7 @@ def save(
     run_dir: Path,
     state: RunState,
     model: Transformer,
-    zero: Zero,
+    zero: TrainingOptimizer,
     groups: Groups,
     tokenizer_folder: Path,
     keep: int,
@@ -93,13 +93,14 @@ def save(
 
         model_tensors, optimizer_tensors = {}, {}
         for number, weight in enumerate(weights(model)):
-            # A collective: also on ranks that write nothing. A frozen weight has no moments.
+            # Collectives: also on ranks that write nothing. A frozen weight has no moments.
+            held = zero.weight(weight.parameter)
             moments = zero.state(weight.parameter)._asdict() if weight.parameter.requires_grad else {}
             if groups.expert_data_rank if weight.is_expert else groups.data_rank:
                 continue  # another rank has the same
             if weight.parameter is model.tied_weight and groups.pipeline_rank:
                 continue
-            model_tensors.update(_whole(weight, weight.parameter.detach(), groups, number))
+            model_tensors.update(_whole(weight, held, groups, number))
             for kind, tensor in moments.items():
                 whole = _whole(weight, tensor, groups, number)
                 optimizer_tensors.update({f"{kind}/{name}": view for name, view in whole.items()})
@@ -209,7 +210,7 @@ def read_state(folder: Path) -> RunState:
     return RunState(**{field.name: content[field.name] for field in fields(RunState)})
 
 
-def load_optimizer(folder: Path, state: RunState, model: Transformer, zero: Zero) -> None:
+def load_optimizer(folder: Path, state: RunState, model: Transformer, zero: TrainingOptimizer) -> None:
     """Give `zero` the moments of `model`'s weights, from a checkpoint that any layout may have written."""
     training = folder / "training"
     index = read_index(training / OPTIMIZER_INDEX)
@@ -217,7 +218,9 @@ def load_optimizer(folder: Path, state: RunState, model: Transformer, zero: Zero
     for weight in weights(model):
         if not weight.parameter.requires_grad:
             continue
-        moments = {kind: torch.zeros_like(weight.parameter) for kind in AdamState._fields}
+        moments = {
+            kind: torch.zeros(weight.parameter.shape, device=weight.parameter.device) for kind in AdamState._fields
+        }
         for kind, whole in moments.items():
             views = {f"{kind}/{name}": view for name, view in weight.split(whole).items()}
             fill(views, training / OPTIMIZER_INDEX, index, weight.shard)
