@@ -199,7 +199,7 @@ class Unpartitioned(TorchAdam):
 
 
 class Partitioned(TrainingOptimizer):
-    """ZeRO 1 and 2. Each number of a gradient lies in one partition on one rank, where it is counted once in the norm."""
+    """ZeRO 1 and 2. Each number of a gradient lies in one partition on one rank, and is counted once in the norm."""
 
     def __init__(self, engine: Any, optimizer: Any) -> None:
         self._engine, self._optimizer = engine, optimizer

@@ -288,15 +288,8 @@ RUNS = [
     ({"pp": 2, "dp": 2, "ep": 2}, 2, "a pipeline of two, each stage's experts on two ranks, ZeRO 2"),
     ({"pp": 2, "tp": 2, "ep": 2}, 0, "a pipeline of two tensor groups, ZeRO 0"),
 ]
-PAIRS = [
-    *itertools.permutations(range(4), 2),
-    (0, 4),
-    (4, 0),
-    (3, 4),
-    (4, 3),
-    (5, 3),
-    (3, 5),
-]  # who writes a checkpoint, who reads it
+# Who writes a checkpoint, who reads it.
+PAIRS = [*itertools.permutations(range(4), 2), (0, 4), (4, 0), (3, 4), (4, 3), (5, 3), (3, 5)]
 STEPS, HALF = 20, 10
 # Float32 sums in another order: about 1e-7 a step, growing with the steps.
 SAME_LOSS, SAME_NORM = 3e-6, 3e-5

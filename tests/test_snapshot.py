@@ -49,7 +49,10 @@ CONFIG = tiny_model(
 
 
 class Optimizer:
-    """Stands in for `Zero`: moments that are functions of the weights, and what was loaded."""
+    """Stands in for a `TrainingOptimizer`: moments that are functions of the weights, and what was loaded."""
+
+    def weight(self, parameter: torch.nn.Parameter) -> torch.Tensor:
+        return parameter.detach()
 
     def state(self, parameter: torch.nn.Parameter) -> AdamState:
         return AdamState(exp_avg=parameter.detach() * 2, exp_avg_sq=parameter.detach() ** 2)

@@ -218,9 +218,8 @@ def load_optimizer(folder: Path, state: RunState, model: Transformer, zero: Trai
     for weight in weights(model):
         if not weight.parameter.requires_grad:
             continue
-        moments = {
-            kind: torch.zeros(weight.parameter.shape, device=weight.parameter.device) for kind in AdamState._fields
-        }
+        shape, device = weight.parameter.shape, weight.parameter.device
+        moments = {kind: torch.zeros(shape, device=device) for kind in AdamState._fields}
         for kind, whole in moments.items():
             views = {f"{kind}/{name}": view for name, view in weight.split(whole).items()}
             fill(views, training / OPTIMIZER_INDEX, index, weight.shard)
