@@ -242,6 +242,12 @@ def check_together(recipe: Recipe, model: ModelConfig) -> None:
             f"parallel.interleave={sizes.interleave}: micro-batches go in groups of parallel.pp={sizes.pp}, and "
             f"train.batch_size={train.batch_size} has {train.micro_batches} of train.micro_batch_size={at_once}"
         )
+    for key, degree in (("tp", tp), ("pp", sizes.pp), ("etp", sizes.etp)):
+        if train.zero_stage == 3 and degree > 1:
+            raise ValueError(
+                f"train.zero_stage=3: with parallel.{key}={degree} weights are not fully sharded yet; "
+                f"take {key}=1 (dp, cp and ep may be larger), or zero_stage of 0, 1 or 2"
+            )
     length, runs = recipe.train.sequence_length, 2 * sizes.cp if sizes.cp > 1 else 1
     if length % (runs * tp):
         what = f"2 runs on each of parallel.cp={sizes.cp} ranks" if runs > 1 else f"parallel.tp={tp}"
