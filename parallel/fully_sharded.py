@@ -3,13 +3,14 @@
     routed experts      over the ranks with the same experts; they stay spread by expert parallelism
     all other weights   over the ranks that split the batch or its sequences
 
-DeepSpeed's own stage 3 takes no expert parameters. Here each set of experts, each block and the rest are a unit: its
+DeepSpeed's own stage 3 takes no expert parameters. Here each set of experts, each layer and the rest are a unit: its
 weights are whole on a rank while it computes, forward and backward, and a shard at all other times. Gradients are
 reduced as a backward goes, also of each micro-batch: whole ones added up would be the memory that this saves.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import NamedTuple
@@ -24,15 +25,21 @@ from expertmesh.parallel.optimizer import TorchAdam
 
 
 class Units(NamedTuple):
-    """Modules whose weights come together. None holds another's, but for the experts of a block."""
+    """Modules whose weights come together. None holds another's, but for the experts of a layer."""
 
     experts: Sequence[nn.Module]
-    blocks: Sequence[nn.Module]
+    layers: Sequence[nn.Module]
 
 
 def split_dimension(shape: Sequence[int], ranks: int) -> int:
     """The first that is cut evenly; if there is none the first, of which the last ranks have less, or nothing."""
     return next((dim for dim, size in enumerate(shape) if size % ranks == 0), 0)
+
+
+def largest_shard(shape: Sequence[int], ranks: int) -> int:
+    """Numbers of a parameter that the first of the ranks has."""
+    cut = split_dimension(shape, ranks)
+    return math.prod(-(-size // ranks) if dim == cut else size for dim, size in enumerate(shape))
 
 
 class FullySharded(TorchAdam):
@@ -58,7 +65,7 @@ class FullySharded(TorchAdam):
         decayed = {id(parameter) for parameter in decayed_parameters}
         decayed_names = {name for name, parameter in module.named_parameters() if id(parameter) in decayed}
         as_they_are = {p for p in module.parameters() if not (p.requires_grad and p.numel())}
-        for part in (*units.experts, *units.blocks, module):
+        for part in (*units.experts, *units.layers, module):
             mesh = over_copies if part in units.experts else over_data
             unit = fully_shard(
                 part,

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from expertmesh.parallel.all_to_all import Traffic
 from expertmesh.parallel.build_dispatcher import build_dispatcher
 from expertmesh.parallel.dispatch_config import DispatchConfig
-from expertmesh.parallel.fully_sharded import split_dimension
+from expertmesh.parallel.fully_sharded import largest_shard
 from expertmesh.parallel.groups import Groups, build_groups
 from expertmesh.parallel.optimizer import TrainingOptimizer
 from expertmesh.parallel.sizes import ParallelSizes
@@ -123,10 +123,8 @@ def check_shards(loss: LanguageModelLoss) -> None:
             continue
         parameter = weight.parameter
         ranks = groups.data_size // groups.expert_size if weight.is_expert else groups.data_size
-        cut = split_dimension(parameter.shape, ranks)
-        largest = parameter.numel() // parameter.shape[cut] * -(-parameter.shape[cut] // ranks)
         assert isinstance(parameter, DTensor) and parameter.device_mesh.size() == ranks
-        assert parameter.to_local().untyped_storage().nbytes() <= largest * parameter.element_size()
+        assert parameter.to_local().untyped_storage().nbytes() <= largest_shard(parameter.shape, ranks) * 8
 
 
 def check_row(row: Row) -> None:

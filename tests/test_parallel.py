@@ -290,19 +290,8 @@ RUNS = [
     ({"dp": 4, "ep": 2}, 3, "data and expert parallel, fully sharded"),
 ]
 # Who writes a checkpoint, who reads it.
-PAIRS = [
-    *itertools.permutations(range(4), 2),
-    (0, 4),
-    (4, 0),
-    (3, 4),
-    (4, 3),
-    (5, 3),
-    (3, 5),
-    (6, 4),
-    (4, 6),
-    (6, 0),
-    (0, 6),
-]
+PAIRS = [*itertools.permutations(range(4), 2), (0, 4), (4, 0), (3, 4), (4, 3)]
+PAIRS += [(5, 3), (3, 5), (6, 4), (5, 6), (6, 0), (0, 6)]
 STEPS, HALF = 20, 10
 # Float32 sums in another order: about 1e-7 a step, growing with the steps.
 SAME_LOSS, SAME_NORM = 3e-6, 3e-5
