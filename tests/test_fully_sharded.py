@@ -55,9 +55,7 @@ ROWS = [
     Row({"dp": 2}, "layers that share their weights", SHARED, 2, "moe"),
     Row({"dp": 2, "ep": 2}, "a router that layers share", DEPTH, 2),
     Row({"dp": 2}, "no experts that compute", BARE),
-    Row(
-        {"dp": 4, "ep": 2}, "experts on two ranks, all else on four", {"vocab_size": 18, "hidden_size": 18}, steps=STEPS
-    ),
+    Row({"dp": 4, "ep": 2}, "experts on two ranks, others on four", {"vocab_size": 18, "hidden_size": 18}, steps=STEPS),
     Row({"dp": 4, "ep": 2}, "three experts a rank, over two: cut along another dimension", SIGMOID, 2),
 ]
 
