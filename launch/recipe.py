@@ -248,6 +248,11 @@ def check_together(recipe: Recipe, model: ModelConfig) -> None:
                 f"train.zero_stage=3: with parallel.{key}={degree} weights are not fully sharded yet; "
                 f"take {key}=1 (dp, cp and ep may be larger), or zero_stage of 0, 1 or 2"
             )
+    if train.dtype != "float32" and train.zero_stage != 3:
+        raise ValueError(
+            f"train.dtype={train.dtype}: with train.zero_stage={train.zero_stage} there are no float32 masters yet; "
+            "take zero_stage=3, or dtype=float32"
+        )
     length, runs = recipe.train.sequence_length, 2 * sizes.cp if sizes.cp > 1 else 1
     if length % (runs * tp):
         what = f"2 runs on each of parallel.cp={sizes.cp} ranks" if runs > 1 else f"parallel.tp={tp}"

@@ -6,6 +6,8 @@
 DeepSpeed's own stage 3 takes no expert parameters. Here each set of experts, each layer and the rest are a unit: its
 weights are whole on a rank while it computes, forward and backward, and a shard at all other times. Gradients are
 reduced as a backward goes, also of each micro-batch: whole ones added up would be the memory that this saves.
+
+Shards are float32, and so are sums of gradients. Whole weights may be bfloat16: then so is what they compute.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard
 
 from expertmesh.parallel.optimizer import TorchAdam
@@ -43,7 +45,10 @@ def largest_shard(shape: Sequence[int], ranks: int) -> int:
 
 
 class FullySharded(TorchAdam):
-    """AdamW on shards. It puts others in place of the parameters of `module` that train and are not empty."""
+    """AdamW on shards. It puts others in place of the parameters of `module` that train and are not empty.
+
+    `dtype`: that of whole weights, and of gradients until they are reduced.
+    """
 
     def __init__(
         self,
@@ -51,6 +56,7 @@ class FullySharded(TorchAdam):
         units: Units,
         decayed_parameters: Sequence[nn.Parameter],
         *,
+        dtype: torch.dtype = torch.float32,
         gradient_clipping: float,
         weight_decay: float,
         betas: tuple[float, float],
@@ -65,6 +71,10 @@ class FullySharded(TorchAdam):
         decayed = {id(parameter) for parameter in decayed_parameters}
         decayed_names = {name for name, parameter in module.named_parameters() if id(parameter) in decayed}
         as_they_are = {p for p in module.parameters() if not (p.requires_grad and p.numel())}
+        # What units are given stays as it is: logits are float32.
+        policy = MixedPrecisionPolicy()
+        if dtype != torch.float32:
+            policy = MixedPrecisionPolicy(dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
         for part in (*units.experts, *units.layers, module):
             mesh = over_copies if part in units.experts else over_data
             unit = fully_shard(
@@ -72,6 +82,7 @@ class FullySharded(TorchAdam):
                 mesh=mesh,
                 reshard_after_forward=True,
                 shard_placement_fn=partial(_placement, ranks=mesh.size()),
+                mp_policy=policy,
                 ignored_params=as_they_are,
             )
             # A plain sum, which gloo has. Where a unit's group is one rank, torch 2.13 would apply a factor twice.

@@ -158,9 +158,40 @@ def check_shards_of_others(model: Transformer) -> None:
         assert all(isinstance(p, DTensor) for p in model.layers[0].parameters() if p.requires_grad and p.numel())
 
 
-def sharded(loss: LanguageModelLoss) -> TrainingOptimizer:
-    config = tiny_training(zero_stage=3, gradient_clipping=CLIPPING, weight_decay=DECAY, adam_betas=BETAS)
+def sharded(loss: LanguageModelLoss, dtype: str = "float32") -> TrainingOptimizer:
+    config = tiny_training(zero_stage=3, dtype=dtype, gradient_clipping=CLIPPING, weight_decay=DECAY, adam_betas=BETAS)
     return build_optimizer(loss, config)
+
+
+def check_bfloat16() -> None:
+    """Near float32; and updates that are far too small for bfloat16 are made to float32 masters."""
+    from megatron.core import parallel_state
+
+    for row in (Row({"dp": 2}, "", TIED), Row({"dp": 2, "ep": 2}, "", SIGMOID)):
+        groups = build_groups(ParallelSizes(**row.sizes))
+        exact, loss = made(row, groups).float(), made(row, groups).float()
+        rounded = sharded(loss, "bfloat16")
+        optimizer_of = {exact: sharded(exact), loss: rounded}
+        before = {name: tensor.clone() for name, tensor in named(loss.model, rounded.weight).items()}
+        seen = set[torch.dtype]()
+        loss.model.layers[1].register_forward_hook(lambda module, given, answer, seen=seen: seen.add(answer[0].dtype))
+        for step in range(3):
+            norms, entropies = [], []
+            for each, optimizer in optimizer_of.items():
+                passes = passes_of(each, step, 2)
+                norms.append(optimizer.step(passes.totals(), 1e-6))
+                entropies.append(sum(answer.cross_entropy.item() for _, answer in passes.answers))
+            assert entropies[1] == pytest.approx(entropies[0], rel=0.02)
+            assert norms[1] == pytest.approx(norms[0], rel=0.1)
+        assert seen == {torch.bfloat16}
+        for name, after in named(loss.model, rounded.weight).items():
+            moved = (after - before[name]).abs()
+            assert after.dtype == torch.float32 and 0 < moved.max() < 1e-5, name
+        parallel_state.destroy_model_parallel()
+
+
+def test_bfloat16_with_float32_masters():
+    run_ranks(check_bfloat16, 2)
 
 
 def check_rows(rows: list[Row]) -> list[str | None]:

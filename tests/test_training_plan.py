@@ -88,8 +88,8 @@ def test_four_real_ranks(tmp_path):
     assert {plan.sent_bytes["tensor"] for plan in plans} == {0}
 
 
-def most_weights(sizes: ParallelSizes, train: TrainConfig, run_dir) -> tuple[int, int]:
-    """Of a fully sharded rank: bytes of weights, shards and whole ones, when there are most; bytes of moments."""
+def most_weights(sizes: ParallelSizes, train: TrainConfig, run_dir) -> tuple[int, int, int]:
+    """Of a fully sharded rank, bytes: of weights, shards and whole ones, when there are most; of moments; sent rows."""
     trainer = Trainer(MODEL, train, run_dir, build_groups(sizes), Device("cpu", "gloo"), {}, None)
     trained = {name: p for name, p in trainer.model.named_parameters() if p.requires_grad}
     shards, seen = sum(p.to_local().nbytes for p in trained.values()), []
@@ -100,18 +100,23 @@ def most_weights(sizes: ParallelSizes, train: TrainConfig, run_dir) -> tuple[int
 
     for layer in trainer.model.layers:
         layer.mlp.experts.register_forward_hook(look, prepend=True)
-    trainer.run(lambda record: None)
+    records: list[Record] = []
+    trainer.run(records.append)
+    (step,) = [record for record in records if record["kind"] == "step"]
     states = trainer.zero._adam.state.values()
-    return max(seen), sum(state[key].to_local().nbytes for state in states for key in ("exp_avg", "exp_avg_sq"))
+    moments = sum(state[key].to_local().nbytes for state in states for key in ("exp_avg", "exp_avg_sq"))
+    return max(seen), moments, step["dispatch_bytes"]
 
 
-def test_two_real_ranks_fully_sharded(tmp_path):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_two_real_ranks_fully_sharded(tmp_path, dtype):
     prepare_tiny_data(tmp_path)
-    sizes, train = ParallelSizes(dp=2, ep=2), tiny_training(steps=1, zero_stage=3, warmup_steps=0)
+    sizes, train = ParallelSizes(dp=2, ep=2), tiny_training(steps=1, zero_stage=3, dtype=dtype, warmup_steps=0)
     (plan,) = plan_training(MODEL, sizes, train)
-    for weight_bytes, moment_bytes in run_ranks(most_weights, 2, sizes, train, tmp_path):
+    for weight_bytes, moment_bytes, sent_bytes in run_ranks(most_weights, 2, sizes, train, tmp_path):
         assert weight_bytes == plan.weight_bytes == plan.gradient_bytes
         assert moment_bytes == plan.optimizer_bytes
+        assert sent_bytes == pytest.approx(2 * plan.sent_bytes["dispatch"], rel=0.1)
 
 
 def test_stages_of_zero_split_more_and_more():

@@ -1,12 +1,15 @@
 """What a layout asks of each rank: memory that is there before the first token, and bytes that a step sends.
 
-Weights are counted on the model that a rank would build, on torch's meta device: nothing is allocated. Training is in
-float32, so of P parameters of a kind that n ranks hold alike a rank has, at each ZeRO stage,
+Weights are counted on the model that a rank would build, on torch's meta device: nothing is allocated. Masters are
+float32, and so is all else, unless train.dtype is bfloat16. Of P parameters of a kind that n ranks hold alike a rank
+has, at each ZeRO stage,
 
                         0      1, 2       3
     weights             4 P    4 P        4 P / n + 4 W     W: those that are whole at a time (below)
     gradients           4 P    4 P        4 P / n + 4 W     added up over micro-batches, then reduced; at 3 before
     optimizer           8 P    16 P / n   8 P / n           two moments; at 1 and 2 master weight, reduced gradient too
+
+With bfloat16, at stage 3 alone, it is 2 W; whole weights and rows then cross in 2 bytes a number for 4 below.
 
 W is the largest layer, and all that no layer has alone. A backward may fetch one layer more ahead of time.
 
@@ -100,17 +103,17 @@ def _plan_rank(model: ModelConfig, sizes: ParallelSizes, train: TrainConfig, sta
     reduced = sum(FLOAT * parameter.numel() * (ranks - 1) / ranks for parameter, ranks in held)
     if train.zero_stage == 3:
         shards = sum(largest_shard(parameter.shape, ranks) for parameter, ranks in held)
-        weights_here = gradients_here = shards + _whole_at_a_time(part)
-        optimizer, crossings = 2 * shards, 3 * train.micro_batches
+        weight_bytes = FLOAT * shards + _width(train) * _whole_at_a_time(part)
+        optimizer, crossings = 2 * shards, train.micro_batches * (1 + 2 * _width(train) / FLOAT)
     else:
-        weights_here, gradients_here, crossings = total, total, 2
+        weight_bytes, crossings = FLOAT * total, 2
         optimizer = 4 * _partitions(held) if train.zero_stage else 2 * total
     return RankPlan(
         pipeline_rank=stage,
         layers=[[run.start, run.stop] for run in part.runs],
         parameters=total,
-        weight_bytes=FLOAT * weights_here,
-        gradient_bytes=FLOAT * gradients_here,
+        weight_bytes=weight_bytes,
+        gradient_bytes=weight_bytes,  # they are in the same form as the weights
         optimizer_bytes=FLOAT * optimizer,
         sent_bytes={
             "pipeline": _pipeline(model, sizes, train, stage),
@@ -157,6 +160,11 @@ def _whole_at_a_time(part: Transformer) -> int:
     return numbers([part]) - numbers(several) + max((numbers([unit]) for unit in several), default=0)
 
 
+def _width(train: TrainConfig) -> int:
+    """Bytes of a number of what is computed with."""
+    return FLOAT if train.dtype == "float32" else 2
+
+
 def _tokens(sizes: ParallelSizes, train: TrainConfig) -> int:
     """Of one rank in one step, those that it has with its tensor group."""
     return train.batch_size * train.sequence_length // (sizes.dp * sizes.cp)
@@ -189,5 +197,5 @@ def _dispatch(part: Transformer, sizes: ParallelSizes, train: TrainConfig) -> in
             moe = config.moe_of(layer)
             N, K = moe.num_experts, moe.top_k
             ranks = (sizes.ep - 1) * (1 - math.comb(N - moe.ffn_experts // sizes.ep, K) / math.comb(N, K))
-            sent += ranks * FLOAT * (4 * config.hidden_size + 3 * K + 1)
+            sent += ranks * (4 * config.hidden_size * _width(train) + FLOAT * (3 * K + 1))
     return round(sent * _tokens(sizes, train) / sizes.tp)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 
+import torch
+
 from expertmesh.parallel.fully_sharded import FullySharded, Units
 from expertmesh.parallel.optimizer import TrainingOptimizer
 from expertmesh.parallel.shard import WHOLE
@@ -22,7 +24,10 @@ def build_optimizer(loss: LanguageModelLoss, config: TrainConfig) -> TrainingOpt
     clipping, decay, betas = config.gradient_clipping, config.weight_decay, config.adam_betas
     if config.zero_stage == 3:
         units = units_of(loss.model)
-        return FullySharded(loss, units, decayed, gradient_clipping=clipping, weight_decay=decay, betas=betas)
+        dtype = getattr(torch, config.dtype)
+        return FullySharded(
+            loss, units, decayed, dtype=dtype, gradient_clipping=clipping, weight_decay=decay, betas=betas
+        )
     dense = [weight for weight in held if not weight.is_expert and weight.parameter is not tied]
     return build_zero(
         loss,

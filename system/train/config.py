@@ -42,6 +42,9 @@ class TrainConfig(RecipeSection):
         le=3,
         description="split over ranks: 0 nothing, 1 optimizer state, 2 gradients too, 3 weights too",
     )
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", description="what is computed in; bfloat16 with zero_stage=3. Masters and moments are float32"
+    )
     recompute: Recompute = Field("none", description="whose activations are computed again and not kept: moe, block")
     seed: int = 0
     validate_every: int = Field(50, ge=1)
