@@ -62,6 +62,7 @@ class Recipe(RecipeSection):
             "rebalance_every",
             "recompute",
             "zero_stage",
+            "dtype",
         ):
             train.pop(free)
         data = self.data.model_dump(mode="json")
