@@ -24,8 +24,8 @@ import torch.distributed as dist
 from torch import nn
 
 from expertmesh.parallel.eplb import place_by_load
+from expertmesh.parallel.optimizer import AdamState, TrainingOptimizer
 from expertmesh.parallel.placement import Placement, expert_shard
-from expertmesh.parallel.zero import AdamState, Zero
 
 
 @dataclass(frozen=True)
@@ -198,7 +198,11 @@ def exchange_slots(held_E: torch.Tensor, before: Placement, after: Placement, gr
 
 @torch.no_grad()
 def move_experts(
-    parameters: Iterable[nn.Parameter], zero: Zero, before: Placement, after: Placement, group: dist.ProcessGroup
+    parameters: Iterable[nn.Parameter],
+    zero: TrainingOptimizer,
+    before: Placement,
+    after: Placement,
+    group: dist.ProcessGroup,
 ) -> None:
     """Move the experts of one layer, with all the optimizer knows of them. Every rank of the run calls it.
 

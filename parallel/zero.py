@@ -2,10 +2,8 @@
 
 DeepSpeed finds experts only inside its own `MoE` class and its own group tables, and it takes Megatron's groups only
 through an `mpu` object with methods that Megatron no longer has. Both gaps are closed here, so that a model knows
-nothing of DeepSpeed: `Zero` wraps any module whose expert parameters are named by the caller.
-
-State leaves and enters as full tensors, one per parameter; DeepSpeed's flat partitions never reach a file. So any
-layout can resume what another one saved.
+nothing of DeepSpeed: `build_zero` takes any module whose expert parameters are named by the caller. DeepSpeed's flat
+partitions never reach a file.
 """
 
 from __future__ import annotations
@@ -21,16 +19,10 @@ import torch.distributed as dist
 from torch import nn
 
 from expertmesh.parallel.deepspeed_build import prepare_build
+from expertmesh.parallel.optimizer import AdamState, TorchAdam, TrainingOptimizer
 
 # Names under which DeepSpeed keeps the groups of parameters that are not reduced among the ranks that split the batch.
 EXPERTS, REPLICATED, TIED = "expertmesh_experts", "expertmesh_replicated", "expertmesh_tied"
-
-
-class AdamState(NamedTuple):
-    """Optimizer state of one parameter, each shaped like it, float32."""
-
-    exp_avg: torch.Tensor
-    exp_avg_sq: torch.Tensor
 
 
 def _megatron_adapter() -> SimpleNamespace:
@@ -88,6 +80,10 @@ def _marked(module: nn.Module, held_by: dict[str, dist.ProcessGroup]) -> nn.Modu
     return Marked()
 
 
+def _kind(parameter: nn.Parameter) -> str:
+    return getattr(parameter, "group_name", "others")
+
+
 def _parameter_groups(
     parameters: Sequence[nn.Parameter], decays: set[int], weight_decay: float
 ) -> list[dict[str, Any]]:
@@ -102,7 +98,7 @@ def _parameter_groups(
             held = [
                 parameter
                 for parameter in parameters
-                if getattr(parameter, "group_name", "others") == name and (id(parameter) in decays) == decayed
+                if _kind(parameter) == name and (id(parameter) in decays) == decayed
             ]
             if held:
                 decay = weight_decay if decayed else 0.0
@@ -110,8 +106,20 @@ def _parameter_groups(
     return groups
 
 
-class Zero:
-    """AdamW with ZeRO partitioning, gradient reduction and clipping by DeepSpeed.
+def build_zero(
+    module: nn.Module,
+    expert_parameters: Sequence[nn.Parameter],
+    replicated_parameters: Sequence[nn.Parameter],
+    decayed_parameters: Sequence[nn.Parameter],
+    *,
+    tied_parameters: Sequence[nn.Parameter] = (),
+    ends: dist.ProcessGroup | None = None,
+    stage: int,
+    gradient_clipping: float,
+    weight_decay: float,
+    betas: tuple[float, float],
+) -> TrainingOptimizer:
+    """AdamW for `module`, with gradient reduction, partitioning and clipping of one of DeepSpeed's stages.
 
     A gradient is summed over the ranks that hold the same parameter, and divided by the number of those that split the
     batch or its sequences. Who holds the same one:
@@ -121,68 +129,85 @@ class Zero:
         `tied_parameters`          ranks of the first and the last pipeline stage with the same part of them: `ends`
         all others                 ranks with the same part of dense weights
 
-    So no size changes what is trained, and each number of a gradient lies in one partition on one rank, where it is
-    counted once in the norm. `decayed_parameters` are those that weight decay is for. `stage` 1 splits optimizer state,
-    2 gradients too.
+    So no size changes what is trained. `decayed_parameters` are those that weight decay is for. `stage` 0 splits
+    nothing, 1 optimizer state, 2 gradients too.
     """
+    prepare_build()
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    import deepspeed
+    from deepspeed.utils import logger
+    from megatron.core import parallel_state
+
+    logger.setLevel("WARNING")
+    deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
+    for parameter in module.parameters():
+        # DeepSpeed would count others on the first rank of a tensor group alone.
+        parameter.model_parallel = True  # type: ignore[attr-defined]
+    marked = module
+    held_by = _reduction_groups(ends)
+    data = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    others = dist.get_process_group_ranks(data)
+    kinds = ((EXPERTS, expert_parameters), (REPLICATED, replicated_parameters), (TIED, tied_parameters))
+    for name, held in kinds:
+        if held and dist.get_process_group_ranks(held_by[name]) != others:
+            marked = _marked(module, held_by)
+            for parameter in held:
+                parameter.allreduce = False  # type: ignore[attr-defined]
+                parameter.group_name = name  # type: ignore[attr-defined]
+    # DeepSpeed stumbles over empty parameters.
+    parameters = [p for p in module.parameters() if p.numel() and p.requires_grad]
+    parameter_groups = _parameter_groups(parameters, {id(p) for p in decayed_parameters}, weight_decay)
+    adam = torch.optim.AdamW(parameter_groups, lr=0.0, betas=betas)
+    engine, optimizer, *_ = deepspeed.initialize(
+        model=marked,
+        optimizer=adam,
+        mpu=_megatron_adapter(),
+        config={
+            # Only ratios of these matter to the engine; the trainer cuts its own batches.
+            "train_micro_batch_size_per_gpu": 1,
+            "gradient_accumulation_steps": 1,
+            "zero_optimization": {"stage": stage},
+            "zero_allow_untested_optimizer": True,
+            # At stage 0 DeepSpeed takes the mean of the ranks' norms, which is none when their experts differ.
+            "gradient_clipping": gradient_clipping if stage else 0.0,
+        },
+    )
+    if stage:
+        return Partitioned(engine, optimizer)
+    copies = {parameter: held_by.get(_kind(parameter), data).size() for parameter in parameters}
+    return Unpartitioned(engine, adam, copies, gradient_clipping)
+
+
+class Unpartitioned(TorchAdam):
+    """ZeRO 0: DeepSpeed reduces gradients, and every rank updates all that it has."""
 
     def __init__(
-        self,
-        module: nn.Module,
-        expert_parameters: Sequence[nn.Parameter],
-        replicated_parameters: Sequence[nn.Parameter],
-        decayed_parameters: Sequence[nn.Parameter],
-        *,
-        tied_parameters: Sequence[nn.Parameter] = (),
-        ends: dist.ProcessGroup | None = None,
-        stage: int,
-        gradient_clipping: float,
-        weight_decay: float,
-        betas: tuple[float, float],
+        self, engine: Any, adam: torch.optim.AdamW, copies: dict[nn.Parameter, int], gradient_clipping: float
     ) -> None:
-        prepare_build()
-        os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
-        import deepspeed
-        from deepspeed.utils import logger
-        from megatron.core import parallel_state
-
-        logger.setLevel("WARNING")
-        deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
-        for parameter in module.parameters():
-            # DeepSpeed would count others on the first rank of a tensor group alone.
-            parameter.model_parallel = True  # type: ignore[attr-defined]
-        marked = module
-        held_by = _reduction_groups(ends)
-        others = dist.get_process_group_ranks(parallel_state.get_data_parallel_group(with_context_parallel=True))
-        kinds = ((EXPERTS, expert_parameters), (REPLICATED, replicated_parameters), (TIED, tied_parameters))
-        for name, held in kinds:
-            if held and dist.get_process_group_ranks(held_by[name]) != others:
-                marked = _marked(module, held_by)
-                for parameter in held:
-                    parameter.allreduce = False  # type: ignore[attr-defined]
-                    parameter.group_name = name  # type: ignore[attr-defined]
-        # DeepSpeed stumbles over empty parameters.
-        parameters = [p for p in module.parameters() if p.numel() and p.requires_grad]
-        parameter_groups = _parameter_groups(parameters, {id(p) for p in decayed_parameters}, weight_decay)
-        self._engine, self._optimizer, *_ = deepspeed.initialize(
-            model=marked,
-            optimizer=torch.optim.AdamW(parameter_groups, lr=0.0, betas=betas),
-            mpu=_megatron_adapter(),
-            config={
-                # Only ratios of these matter to the engine; the trainer cuts its own batches.
-                "train_micro_batch_size_per_gpu": 1,
-                "gradient_accumulation_steps": 1,
-                "zero_optimization": {"stage": stage},
-                "zero_allow_untested_optimizer": True,
-                "gradient_clipping": gradient_clipping,
-            },
-        )
+        super().__init__(adam, copies, gradient_clipping)
+        self._engine = engine
 
     def step(self, totals: Iterable[torch.Tensor], learning_rate: float) -> float:
-        """One update from the sum of `totals`, scalars; returns the gradient norm over all ranks, before clipping.
+        self._set_rate(learning_rate)
+        with self._engine.no_sync():
+            for total in totals:
+                self._engine.backward(total)
+        self._engine.allreduce_gradients()
+        norm = self._clip()
+        self._engine.step()
+        return norm
 
-        The next one is asked for when the gradients of the one before are there. They are added up on this rank and
-        reduced once at the end, with ZeRO 2 too: reducing earlier would have the ranks of a pipeline wait in a ring.
+
+class Partitioned(TrainingOptimizer):
+    """ZeRO 1 and 2. Each number of a gradient lies in one partition on one rank, and is counted once in the norm."""
+
+    def __init__(self, engine: Any, optimizer: Any) -> None:
+        self._engine, self._optimizer = engine, optimizer
+
+    def step(self, totals: Iterable[torch.Tensor], learning_rate: float) -> float:
+        """Gradients are added up on this rank and reduced once at the end, with ZeRO 2 too.
+
+        Reducing earlier would have the ranks of a pipeline wait in a ring.
         """
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
@@ -193,22 +218,22 @@ class Zero:
         self._engine.step()
         return float(self._engine.get_global_grad_norm())
 
+    def weight(self, parameter: nn.Parameter) -> torch.Tensor:
+        return parameter.detach()
+
     @torch.no_grad()
     def state(self, parameter: nn.Parameter) -> AdamState:
-        """The whole state of `parameter`, not an empty one, once a step was made. A collective: every rank calls it."""
         group = self._group(parameter)
         flat = self._optimizer.optimizer.state[self._optimizer.single_partition_of_fp32_groups[group]]
         return AdamState(*(self._whole(parameter, group, flat[key]) for key in AdamState._fields))
 
     @torch.no_grad()
     def master(self, parameter: nn.Parameter) -> torch.Tensor:
-        """The whole float32 weight that updates are made to. A collective: every rank calls it."""
         group = self._group(parameter)
         return self._whole(parameter, group, self._optimizer.single_partition_of_fp32_groups[group])
 
     @torch.no_grad()
     def replace(self, parameter: nn.Parameter, master: torch.Tensor, state: AdamState) -> None:
-        """Go on with another weight and its state in place of those of `parameter`; a step was made before."""
         parameter.copy_(master)
         partition = self._optimizer.single_partition_of_fp32_groups[self._group(parameter)]
         flat = self._optimizer.optimizer.state[partition]
@@ -231,7 +256,6 @@ class Zero:
 
     @torch.no_grad()
     def load_state(self, states: dict[nn.Parameter, AdamState], steps: int) -> None:
-        """Go on from `states` (one for every parameter but empty ones) as if this object had made `steps` updates."""
         optimizer = self._optimizer
         for partition, parameters in zip(
             optimizer.single_partition_of_fp32_groups, optimizer.bit16_groups, strict=True

@@ -286,8 +286,12 @@ RUNS = [
     ({"dp": 2, "etp": 2}, 2, "data and expert tensor parallel, ZeRO 2"),
     ({"tp": 2, "cp": 2, "ep": 2, "etp": 2}, 2, "tensors, sequences and experts both ways, ZeRO 2"),
     ({"pp": 2, "dp": 2, "ep": 2}, 2, "a pipeline of two, each stage's experts on two ranks, ZeRO 2"),
+    ({"pp": 2, "tp": 2, "ep": 2}, 0, "a pipeline of two tensor groups, ZeRO 0"),
+    ({"dp": 4, "ep": 2}, 3, "data and expert parallel, fully sharded"),
 ]
-PAIRS = [*itertools.permutations(range(4), 2), (0, 4), (4, 0), (3, 4), (4, 3)]  # who writes a checkpoint, who reads it
+# Who writes a checkpoint, who reads it.
+PAIRS = [*itertools.permutations(range(4), 2), (0, 4), (4, 0), (3, 4), (4, 3)]
+PAIRS += [(5, 3), (3, 5), (6, 4), (5, 6), (6, 0), (0, 6)]
 STEPS, HALF = 20, 10
 # Float32 sums in another order: about 1e-7 a step, growing with the steps.
 SAME_LOSS, SAME_NORM = 3e-6, 3e-5

@@ -46,11 +46,12 @@ def trained(data: Path, run_dir: Path, groups: Groups, **changes: Any) -> list[R
 
 
 def stay_and_move(data: Path, folder: Path) -> list[list[Record]]:
-    """Both runs on the same ranks: starting those takes longer than training."""
+    """All runs on the same ranks: starting those takes longer than training."""
     groups = build_groups(ParallelSizes(dp=4, ep=2))
     return [
         trained(data, folder / "stayed", groups, zero_stage=2),
         trained(data, folder / "moved", groups, zero_stage=2, rebalance_every=3),
+        trained(data, folder / "sharded", groups, zero_stage=3, rebalance_every=3),
     ]
 
 
@@ -62,18 +63,20 @@ def tensors_of(checkpoint: Path) -> dict[str, torch.Tensor]:
 
 def test_moving_experts_changes_nothing_else(data, tmp_path):
     ranks = run_ranks(stay_and_move, 4, data, tmp_path, timeout=600)
-    stayed, moved = ranks[0]
+    stayed, moved, sharded = ranks[0]
     assert losses(moved) == pytest.approx(losses(stayed), rel=SAME_LOSS)
+    assert losses(sharded) == pytest.approx(losses(stayed), rel=SAME_LOSS)
 
     events = [record for record in moved if record.get("what") == "rebalanced"]
     assert [event["step"] for event in events] == [3, 6, 9], "not after the last step"
     assert events[0]["moved"] >= 2 and len(events[0]["why"]) == 2
     assert all(line.startswith(f"layer {layer}: the busiest rank") for layer, line in enumerate(events[0]["why"]))
-    for _, records in ranks[1:]:
+    for records in (sharded, *(moved for _, moved, _ in ranks[1:])):
         assert [record for record in records if record.get("what") == "rebalanced"] == events, "all ranks agree"
 
     # By name, weights and moments are what they would have been: the checkpoint is any other's (test_trainer.py).
-    expected = tensors_of(checkpoints_of(tmp_path / "stayed")[0])
-    for name, tensor in tensors_of(checkpoints_of(tmp_path / "moved")[0]).items():
-        assert_close(tensor, expected.pop(name), max_error=1e-3, rms_error=1e-4, what=name)
-    assert not expected
+    for run in ("moved", "sharded"):
+        expected = tensors_of(checkpoints_of(tmp_path / "stayed")[0])
+        for name, tensor in tensors_of(checkpoints_of(tmp_path / run)[0]).items():
+            assert_close(tensor, expected.pop(name), max_error=1e-3, rms_error=1e-4, what=f"{run}: {name}")
+        assert not expected

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from tiny import tiny_model
 
 from expertmesh.parallel.groups import Groups
-from expertmesh.parallel.zero import AdamState
+from expertmesh.parallel.optimizer import AdamState
 from expertmesh.system.model import checkpoint
 from expertmesh.system.model.attention_config import AttentionConfig
 from expertmesh.system.model.checkpoint import CheckpointError, load_weights, read_config
@@ -50,7 +50,10 @@ CONFIG = tiny_model(
 
 
 class Optimizer:
-    """Stands in for `Zero`: moments that are functions of the weights, and what was loaded."""
+    """Stands in for a `TrainingOptimizer`: moments that are functions of the weights, and what was loaded."""
+
+    def weight(self, parameter: torch.nn.Parameter) -> torch.Tensor:
+        return parameter.detach()
 
     def state(self, parameter: torch.nn.Parameter) -> AdamState:
         return AdamState(exp_avg=parameter.detach() * 2, exp_avg_sq=parameter.detach() ** 2)

@@ -82,7 +82,9 @@ def test_ranks_do_not_change_losses(data, tmp_path, single_rank_losses, dp, ep):
     assert (step["dispatch_bytes"] > 0) == (ep > 1)
 
 
-@pytest.mark.parametrize("stage, micro_batch_size", [(1, None), (2, 2)], ids=["ZeRO 1", "ZeRO 2, four micro-batches"])
+@pytest.mark.parametrize(
+    "stage, micro_batch_size", [(1, None), (2, 2), (3, 4)], ids=["ZeRO 1", "ZeRO 2, four micro-batches", "ZeRO 3, two"]
+)
 def test_resumed_run_equals_uninterrupted_run_bit_for_bit(data, tmp_path, stage, micro_batch_size):
     sizes, config = ParallelSizes(dp=2, ep=2), tiny_training(zero_stage=stage, micro_batch_size=micro_batch_size)
     whole = run_ranks(train, 2, new_run(data, tmp_path / "whole"), sizes, tiny_model(), config)[0]

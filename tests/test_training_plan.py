@@ -7,12 +7,13 @@ import shutil
 import pytest
 from ranks import run_ranks
 from tiny import prepare_tiny_data, tiny_model, tiny_training
+from torch.distributed.tensor import DTensor
 
 from expertmesh.kernels.device import Device
 from expertmesh.parallel.groups import build_groups
 from expertmesh.parallel.sizes import ParallelSizes
 from expertmesh.system.plan.rehearsal import calls_of
-from expertmesh.system.plan.training_plan import plan_training
+from expertmesh.system.plan.training_plan import RankPlan, plan_training
 from expertmesh.system.plan.widths import narrowest, resized
 from expertmesh.system.train.config import TrainConfig
 from expertmesh.system.train.trainer import Record, Trainer
@@ -86,6 +87,52 @@ def test_four_real_ranks(tmp_path):
         assert real["dispatch"] == pytest.approx(sum(p.sent_bytes["dispatch"] for p in plans) * 2, rel=0.1)
         assert real["pipeline"] == 2 * sum(p.sent_bytes["pipeline"] for p in plans)
     assert {plan.sent_bytes["tensor"] for plan in plans} == {0}
+
+
+def most_weights(sizes: ParallelSizes, train: TrainConfig, run_dir) -> tuple[int, int, int]:
+    """Of a fully sharded rank, bytes: of weights, shards and whole ones, when there are most; of moments; sent rows."""
+    trainer = Trainer(MODEL, train, run_dir, build_groups(sizes), Device("cpu", "gloo"), {}, None)
+    trained = {name: p for name, p in trainer.model.named_parameters() if p.requires_grad}
+    shards, seen = sum(p.to_local().nbytes for p in trained.values()), []
+
+    def look(*_: object) -> None:
+        now = dict(trainer.model.named_parameters())
+        seen.append(shards + sum(now[name].nbytes for name in trained if not isinstance(now[name], DTensor)))
+
+    for layer in trainer.model.layers:
+        layer.mlp.experts.register_forward_hook(look, prepend=True)
+    records: list[Record] = []
+    trainer.run(records.append)
+    (step,) = [record for record in records if record["kind"] == "step"]
+    states = trainer.zero._adam.state.values()
+    moments = sum(state[key].to_local().nbytes for state in states for key in ("exp_avg", "exp_avg_sq"))
+    return max(seen), moments, step["dispatch_bytes"]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_two_real_ranks_fully_sharded(tmp_path, dtype):
+    prepare_tiny_data(tmp_path)
+    sizes, train = ParallelSizes(dp=2, ep=2), tiny_training(steps=1, zero_stage=3, dtype=dtype, warmup_steps=0)
+    (plan,) = plan_training(MODEL, sizes, train)
+    for weight_bytes, moment_bytes, sent_bytes in run_ranks(most_weights, 2, sizes, train, tmp_path):
+        assert weight_bytes == plan.weight_bytes == plan.gradient_bytes
+        assert moment_bytes == plan.optimizer_bytes
+        assert sent_bytes == pytest.approx(2 * plan.sent_bytes["dispatch"], rel=0.1)
+
+
+def test_stages_of_zero_split_more_and_more():
+    def plan(stage: int, **changes) -> RankPlan:
+        (only,) = plan_training(MODEL, ParallelSizes(dp=4), tiny_training(zero_stage=stage, batch_size=8, **changes))
+        return only
+
+    none, some, all_ = plan(0), plan(1), plan(3)
+    assert some == plan(2)
+    assert none.optimizer_bytes == 8 * none.parameters and none.weight_bytes == some.weight_bytes
+    assert all_.optimizer_bytes == pytest.approx(none.optimizer_bytes / 4, rel=1e-3)
+    assert all_.memory_bytes < some.memory_bytes < none.memory_bytes
+    assert none.sent_bytes == some.sent_bytes
+    assert all_.sent_bytes["reduction"] == some.sent_bytes["reduction"] * 3 // 2
+    assert plan(3, micro_batch_size=4).sent_bytes["reduction"] == 2 * all_.sent_bytes["reduction"]
 
 
 def test_experts_and_optimizer_shrink_with_ranks():

@@ -13,8 +13,9 @@ from tiny import tiny_model
 from expertmesh.parallel.all_to_all import Traffic
 from expertmesh.parallel.dispatchers import AllToAllDispatcher, LocalDispatcher
 from expertmesh.parallel.groups import Groups, build_groups
+from expertmesh.parallel.optimizer import AdamState, TrainingOptimizer
 from expertmesh.parallel.sizes import ParallelSizes
-from expertmesh.parallel.zero import AdamState, Zero
+from expertmesh.parallel.zero import build_zero
 from expertmesh.system.model.config import ModelConfig
 from expertmesh.system.model.transformer import Transformer
 from expertmesh.system.model.weights import initialise, weights
@@ -65,20 +66,20 @@ class Reference:
         return by_name(self.loss.model, lambda p: self.adam.state[p][key])
 
 
-def zero_of(loss: LanguageModelLoss, stage: int) -> Zero:
+def zero_of(loss: LanguageModelLoss, stage: int) -> TrainingOptimizer:
     expert_parameters = [w.parameter for w in weights(loss.model) if w.is_expert]
     replicated = [w.parameter for w in weights(loss.model) if not w.is_expert]
     decayed = [w.parameter for w in weights(loss.model) if w.is_matrix]
     settings = {"gradient_clipping": CLIPPING, "weight_decay": DECAY, "betas": BETAS}
-    return Zero(loss, expert_parameters, replicated, decayed, stage=stage, **settings)
+    return build_zero(loss, expert_parameters, replicated, decayed, stage=stage, **settings)
 
 
-def make_step(loss: LanguageModelLoss, zero: Zero, step: int) -> float:
+def make_step(loss: LanguageModelLoss, zero: TrainingOptimizer, step: int) -> float:
     mine = batch(step).tensor_split(loss.groups.data_size)[loss.groups.data_rank]
     return zero.step(iter([loss(mine).total]), RATES[step])
 
 
-def compare(loss: LanguageModelLoss, zero: Zero, reference: Reference, when: str) -> None:
+def compare(loss: LanguageModelLoss, zero: TrainingOptimizer, reference: Reference, when: str) -> None:
     states = {w.parameter: zero.state(w.parameter) for w in weights(loss.model)}
     expected = by_name(reference.loss.model, lambda p: p.detach())
     for name, tensor in by_name(loss.model, lambda p: p.detach()).items():
@@ -90,10 +91,17 @@ def compare(loss: LanguageModelLoss, zero: Zero, reference: Reference, when: str
             assert_close(tensor, expected[name], max_error=1e-4, rms_error=2e-5, what=f"{when}: {key} of {name}")
 
 
-def check_updates() -> None:
-    groups = build_groups(ParallelSizes(dp=2, ep=2))
+def check_stages(pairs: list[tuple[int, int, int]]) -> None:
+    from megatron.core import parallel_state
+
+    for ep, first, second in pairs:
+        check_updates(build_groups(ParallelSizes(dp=2, ep=ep)), first, second)
+        parallel_state.destroy_model_parallel()
+
+
+def check_updates(groups: Groups, first: int, second: int) -> None:
     reference, loss = Reference(), loss_of(CONFIG, groups)
-    zero = zero_of(loss, stage=1)
+    zero = zero_of(loss, first)
     for step in range(3):
         norm = reference.step(step)
         assert norm > 2 * CLIPPING, "clipping is not active"
@@ -103,7 +111,7 @@ def check_updates() -> None:
     # Another layout of the same state goes on: full tensors out of one object and into the next.
     taken_over = loss_of(CONFIG, groups)
     taken_over.load_state_dict(copy.deepcopy(loss.state_dict()))
-    successor = zero_of(taken_over, stage=2)
+    successor = zero_of(taken_over, second)
     new_of = dict(zip(loss.model.parameters(), taken_over.model.parameters(), strict=True))
     states = {new: zero.state(old) for old, new in new_of.items()}
     successor.load_state(states, steps=3)
@@ -120,12 +128,13 @@ def check_updates() -> None:
     # Of experts that a model has none of, the parameters are there, and empty.
     for kind in ("ffn_experts", "constant_experts"):
         without = loss_of(tiny_model(vocab_size=16, hidden_size=16, layers=1, moe={kind: 0}), groups)
-        smaller = zero_of(without, stage=1)
+        smaller = zero_of(without, first)
         assert make_step(without, smaller, 0) > 0
         moments = {p: smaller.state(p) for p in without.parameters() if p.numel()}
         assert all(part.shape == p.shape for p, state in moments.items() for part in state)
         smaller.load_state(moments, steps=1)
 
 
-def test_two_expert_parallel_ranks_make_the_updates_of_one_process():
-    run_ranks(check_updates, 2)
+def test_two_ranks_make_the_updates_of_one_process():
+    """With one stage, then with another that takes over."""
+    run_ranks(check_stages, 2, [(2, 1, 2), (2, 0, 2), (2, 2, 0), (1, 0, 1)])

@@ -1,11 +1,17 @@
 """What a layout asks of each rank: memory that is there before the first token, and bytes that a step sends.
 
-Weights are counted on the model that a rank would build, on torch's meta device: nothing is allocated. Training is in
-float32, so of P parameters of a kind that n ranks hold alike a rank has
+Weights are counted on the model that a rank would build, on torch's meta device: nothing is allocated. Masters are
+float32, and so is all else, unless train.dtype is bfloat16. Of P parameters of a kind that n ranks hold alike a rank
+has, at each ZeRO stage,
 
-    weights             4 P
-    gradients           4 P         added up over micro-batches on each rank, then reduced
-    optimizer          16 P / n     its partition: master weight, two moments, reduced gradient (ZeRO 1 and 2)
+                        0      1, 2       3
+    weights             4 P    4 P        4 P / n + 4 W     W: those that are whole at a time (below)
+    gradients           4 P    4 P        4 P / n + 4 W     added up over micro-batches, then reduced; at 3 before
+    optimizer           8 P    16 P / n   8 P / n           two moments; at 1 and 2 master weight, reduced gradient too
+
+With bfloat16, at stage 3 alone, it is 2 W; whole weights and rows then cross in 2 bytes a number for 4 below.
+
+W is the largest layer, and all that no layer has alone. A backward may fetch one layer more ahead of time.
 
 and a step sends from a rank, M micro-batches of T tokens a data-parallel and context-parallel rank, width D:
 
@@ -14,7 +20,8 @@ and a step sends from a rank, M micro-batches of T tokens a data-parallel and co
                         block that is split, of the embedding and of the head
     dispatch            a token crosses to each other rank that has an expert it chose, home, and both gradients do:
                         each crossing 4 D, with the choices 4 (2 K + 1) there, and back the weights' gradient 4 K
-    reduction           8 (n - 1)/n P, a reduce-scatter and a gather in a ring; what DeepSpeed really sends may be more
+    reduction           8 (n - 1)/n P, a reduce-scatter and a gather in a ring; what DeepSpeed really sends may be more.
+                        At ZeRO 3 12 M (n - 1)/n P: two gathers and a reduce-scatter; one more of what is recomputed
 
 Dispatch is an expectation: K of all N experts chosen evenly, zero-computation ones too, of which E/ep are on a rank.
 The ranks that a token goes to are then (ep - 1) (1 - C(N - E/ep, K) / C(N, K)). It is counted for the straight exchange
@@ -29,10 +36,13 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
+from torch import nn
 
+from expertmesh.parallel.fully_sharded import largest_shard
 from expertmesh.parallel.groups import Groups
 from expertmesh.parallel.pipeline import runs_of_layers
 from expertmesh.parallel.shard import WHOLE
@@ -42,6 +52,7 @@ from expertmesh.system.model.tensor_parallel import LINEAR_MAPS, parallel_transf
 from expertmesh.system.model.transformer import Transformer, logits_cross
 from expertmesh.system.model.weights import weights
 from expertmesh.system.plan.membership import members
+from expertmesh.system.train.build_optimizer import units_of
 from expertmesh.system.train.config import TrainConfig
 
 FLOAT = 4
@@ -87,30 +98,36 @@ def _plan_rank(model: ModelConfig, sizes: ParallelSizes, train: TrainConfig, sta
     groups = Groups(rank=rank, interleave=sizes.interleave, **held_by)  # type: ignore[arg-type]
     with torch.device("meta"):
         part = parallel_transformer(model, groups)
-    of_ranks = _parameters(part, sizes)
-    total = sum(of_ranks.values())
-    partitions = sum(-(-count // ranks) for ranks, count in of_ranks.items())
-    reduced = sum(2 * FLOAT * count * (ranks - 1) // ranks for ranks, count in of_ranks.items())
+    held = _parameters(part, sizes)
+    total = sum(parameter.numel() for parameter, _ in held)
+    reduced = sum(FLOAT * parameter.numel() * (ranks - 1) / ranks for parameter, ranks in held)
+    if train.zero_stage == 3:
+        shards = sum(largest_shard(parameter.shape, ranks) for parameter, ranks in held)
+        weight_bytes = FLOAT * shards + _width(train) * _whole_at_a_time(part)
+        optimizer, crossings = 2 * shards, train.micro_batches * (1 + 2 * _width(train) / FLOAT)
+    else:
+        weight_bytes, crossings = FLOAT * total, 2
+        optimizer = 4 * _partitions(held) if train.zero_stage else 2 * total
     return RankPlan(
         pipeline_rank=stage,
         layers=[[run.start, run.stop] for run in part.runs],
         parameters=total,
-        weight_bytes=FLOAT * total,
-        gradient_bytes=FLOAT * total,
-        optimizer_bytes=4 * FLOAT * partitions,
+        weight_bytes=weight_bytes,
+        gradient_bytes=weight_bytes,  # they are in the same form as the weights
+        optimizer_bytes=FLOAT * optimizer,
         sent_bytes={
             "pipeline": _pipeline(model, sizes, train, stage),
             "tensor": _tensor(part, sizes, train),
             "dispatch": _dispatch(part, sizes, train),
             "context": None if sizes.cp > 1 else 0,
-            "reduction": reduced,
+            "reduction": round(crossings * reduced),
         },
     )
 
 
-def _parameters(part: Transformer, sizes: ParallelSizes) -> Counter[int]:
-    """Trained parameters of a rank, by how many ranks hold the same."""
-    found: Counter[int] = Counter()
+def _parameters(part: Transformer, sizes: ParallelSizes) -> list[tuple[nn.Parameter, int]]:
+    """Those of a rank that train, each with how many ranks hold the same."""
+    found = []
     for weight in weights(part):
         if not weight.parameter.requires_grad:
             continue
@@ -119,8 +136,33 @@ def _parameters(part: Transformer, sizes: ParallelSizes) -> Counter[int]:
             ranks = 2 * sizes.cp * sizes.dp
         elif not weight.is_expert:
             ranks = sizes.stage_size if weight.shard == WHOLE else sizes.cp * sizes.dp
-        found[ranks] += weight.parameter.numel()
+        found.append((weight.parameter, ranks))
     return found
+
+
+def _partitions(held: list[tuple[nn.Parameter, int]]) -> int:
+    """Numbers in a rank's parts of what DeepSpeed splits, which are runs of all parameters that as many ranks hold."""
+    of_ranks: Counter[int] = Counter()
+    for parameter, ranks in held:
+        of_ranks[ranks] += parameter.numel()
+    return sum(-(-count // ranks) for ranks, count in of_ranks.items())
+
+
+def _whole_at_a_time(part: Transformer) -> int:
+    """Numbers of fully sharded weights that a rank has whole while it computes."""
+    units = units_of(part)
+
+    def numbers(modules: Iterable[nn.Module]) -> int:
+        held = {parameter for module in modules for parameter in module.parameters() if parameter.requires_grad}
+        return sum(parameter.numel() for parameter in held)
+
+    several = [*units.layers, *units.experts]
+    return numbers([part]) - numbers(several) + max((numbers([unit]) for unit in several), default=0)
+
+
+def _width(train: TrainConfig) -> int:
+    """Bytes of a number of what is computed with."""
+    return FLOAT if train.dtype == "float32" else 2
 
 
 def _tokens(sizes: ParallelSizes, train: TrainConfig) -> int:
@@ -155,5 +197,5 @@ def _dispatch(part: Transformer, sizes: ParallelSizes, train: TrainConfig) -> in
             moe = config.moe_of(layer)
             N, K = moe.num_experts, moe.top_k
             ranks = (sizes.ep - 1) * (1 - math.comb(N - moe.ffn_experts // sizes.ep, K) / math.comb(N, K))
-            sent += ranks * FLOAT * (4 * config.hidden_size + 3 * K + 1)
+            sent += ranks * (4 * config.hidden_size * _width(train) + FLOAT * (3 * K + 1))
     return round(sent * _tokens(sizes, train) / sizes.tp)

@@ -36,7 +36,15 @@ class TrainConfig(RecipeSection):
     weight_decay: float = Field(0.1, ge=0)
     adam_betas: tuple[float, float] = (0.9, 0.95)
     gradient_clipping: float = Field(1.0, gt=0, description="largest norm of the gradient over all ranks")
-    zero_stage: int = Field(1, ge=1, le=2, description="1 splits optimizer state over ranks, 2 gradients too")
+    zero_stage: int = Field(
+        1,
+        ge=0,
+        le=3,
+        description="split over ranks: 0 nothing, 1 optimizer state, 2 gradients too, 3 weights too",
+    )
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", description="what is computed in; bfloat16 with zero_stage=3. Masters and moments are float32"
+    )
     recompute: Recompute = Field("none", description="whose activations are computed again and not kept: moe, block")
     seed: int = 0
     validate_every: int = Field(50, ge=1)

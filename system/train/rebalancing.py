@@ -12,9 +12,9 @@ import logging
 import torch
 
 from expertmesh.parallel.groups import Groups
+from expertmesh.parallel.optimizer import AdamState, TrainingOptimizer
 from expertmesh.parallel.placement import Placement
 from expertmesh.parallel.rebalance import Decision, Prices, decide, move_experts
-from expertmesh.parallel.zero import AdamState, Zero
 from expertmesh.system.model.transformer import Transformer
 
 log = logging.getLogger(__name__)
@@ -47,7 +47,7 @@ class Rebalancing:
             layer, experts = owner.experts_of_layer
             self._rows[layer] = [sum(pair) for pair in zip(self._rows[layer], load_N[:experts].tolist(), strict=True)]
 
-    def rebalance(self, zero: Zero, steps: int) -> list[Decision]:
+    def rebalance(self, zero: TrainingOptimizer, steps: int) -> list[Decision]:
         """Move what should be moved by the load since the last call, for the `steps` to come. Every rank calls it."""
         # With one expert a rank, or fewer, nothing is gained by another order of ranks.
         layers = [layer for layer, placement in self.placements.items() if placement.slots > placement.ranks > 1]
@@ -55,13 +55,13 @@ class Rebalancing:
         self._forget()
         return decisions
 
-    def _rebalance(self, layer: int, zero: Zero, steps: int) -> Decision:
+    def _rebalance(self, layer: int, zero: TrainingOptimizer, steps: int) -> Decision:
         experts = self._moe[layer].experts
         parameters = [parameter for parameter in experts.parameters() if parameter.numel()]
         floats = 1 + len(AdamState._fields)  # a float32 weight and its moments
         prices = Prices(
             row_bytes=CROSSINGS * self._hidden_size * parameters[0].element_size(),
-            expert_bytes=sum(parameter[0].numel() for parameter in parameters) * floats * 4,
+            expert_bytes=sum(parameter.numel() // len(parameter) for parameter in parameters) * floats * 4,
             steps=steps,
         )
         load_E = [rows / max(self._steps, 1) for rows in self._rows[layer]]

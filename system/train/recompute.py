@@ -45,17 +45,19 @@ class Kept:
 
 @contextmanager
 def counting_kept(module: nn.Module) -> Iterator[Kept]:
-    """Count the memory that autograd keeps for the backward of what is computed meanwhile; parameters do not count."""
-    kept = Kept()
-    # Held until the end: memory that was freed would be taken for new, or new for old.
-    seen = {parameter.untyped_storage().data_ptr(): parameter.untyped_storage() for parameter in module.parameters()}
+    """Count the memory that autograd keeps for the backward of what is computed meanwhile; parameters do not count.
+
+    Nor does what is gone again at the end: whole weights of fully sharded ones.
+    """
+    of_parameters = {parameter.untyped_storage()._cdata for parameter in module.parameters()}
+    seen: dict[int, torch.UntypedStorage] = {}  # held: freed memory that comes again is new
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in seen:
-            seen[storage.data_ptr()] = storage
-            kept.bytes += storage.nbytes()
+        seen.setdefault(storage._cdata, storage)
         return tensor
 
+    kept = Kept()
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         yield kept
+    kept.bytes = sum(storage.nbytes() for name, storage in seen.items() if name not in of_parameters)

@@ -26,9 +26,9 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 
 from expertmesh.parallel.groups import Groups
+from expertmesh.parallel.optimizer import AdamState, TrainingOptimizer
 from expertmesh.parallel.shard import WHOLE, gather_parts
 from expertmesh.parallel.whereabouts import inside
-from expertmesh.parallel.zero import AdamState, Zero
 from expertmesh.system.model.checkpoint import (
     INDEX,
     CheckpointError,
@@ -108,7 +108,7 @@ class Saver:
         """The thread ends, once it has done what it is at; what no rank waited for stays unfinished."""
         self._thread.shutdown()
 
-    def save(self, state: RunState, model: Transformer, zero: Zero) -> None:
+    def save(self, state: RunState, model: Transformer, zero: TrainingOptimizer) -> None:
         """Begin to write a checkpoint, once the one before has landed. A collective: every rank calls it."""
         self.wait()
         with _told_if_it_fails(state.step):
@@ -152,7 +152,9 @@ class Saver:
     def _folder(self, state: RunState) -> Path:
         return self._run_dir / "checkpoints" / f"step-{state.step:06d}"
 
-    def _copy(self, model: Transformer, zero: Zero) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    def _copy(
+        self, model: Transformer, zero: TrainingOptimizer
+    ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
         """What this rank is to write, of the model and of the optimizer, by name, out of reach of further updates.
 
         A collective: also on ranks that write nothing.
@@ -171,13 +173,14 @@ class Saver:
 
         model_tensors, optimizer_tensors = {}, {}
         for number, weight in enumerate(weights(model)):
-            # A frozen weight has no moments.
+            # Collectives: also on ranks that write nothing. A frozen weight has no moments.
+            held = zero.weight(weight.parameter)
             moments = zero.state(weight.parameter)._asdict() if weight.parameter.requires_grad else {}
             if groups.expert_data_rank if weight.is_expert else groups.data_rank:
                 continue  # another rank has the same
             if weight.parameter is model.tied_weight and groups.pipeline_rank:
                 continue
-            for name, view in _whole(weight, weight.parameter.detach(), groups, number).items():
+            for name, view in _whole(weight, held, groups, number).items():
                 model_tensors[name] = kept(name, view)
             for kind, tensor in moments.items():
                 for name, view in _whole(weight, tensor, groups, number).items():
@@ -309,7 +312,7 @@ def read_state(folder: Path) -> RunState:
     return RunState(**{field.name: content[field.name] for field in fields(RunState)})
 
 
-def load_optimizer(folder: Path, state: RunState, model: Transformer, zero: Zero) -> None:
+def load_optimizer(folder: Path, state: RunState, model: Transformer, zero: TrainingOptimizer) -> None:
     """Give `zero` the moments of `model`'s weights, from a checkpoint that any layout may have written."""
     training = folder / "training"
     index = read_index(training / OPTIMIZER_INDEX)
@@ -317,7 +320,8 @@ def load_optimizer(folder: Path, state: RunState, model: Transformer, zero: Zero
     for weight in weights(model):
         if not weight.parameter.requires_grad:
             continue
-        moments = {kind: torch.zeros_like(weight.parameter) for kind in AdamState._fields}
+        shape, device = weight.parameter.shape, weight.parameter.device
+        moments = {kind: torch.zeros(shape, device=device) for kind in AdamState._fields}
         for kind, whole in moments.items():
             views = {f"{kind}/{name}": view for name, view in weight.split(whole).items()}
             fill(views, training / OPTIMIZER_INDEX, index, weight.shard)

@@ -18,14 +18,13 @@ from expertmesh.parallel.build_dispatcher import build_dispatcher
 from expertmesh.parallel.dispatch_config import DispatchConfig
 from expertmesh.parallel.groups import Groups
 from expertmesh.parallel.placed_dispatcher import PlacedDispatcher
-from expertmesh.parallel.shard import WHOLE
 from expertmesh.parallel.whereabouts import inside
-from expertmesh.parallel.zero import Zero
 from expertmesh.system.model.checkpoint import Checkpoint, load_weights, write_tensors
 from expertmesh.system.model.config import ModelConfig
 from expertmesh.system.model.context import TrainingStep
 from expertmesh.system.model.tensor_parallel import parallel_transformer
-from expertmesh.system.model.weights import initialise, weights
+from expertmesh.system.model.weights import initialise
+from expertmesh.system.train.build_optimizer import build_optimizer
 from expertmesh.system.train.config import TrainConfig
 from expertmesh.system.train.dataset import TokenDataset
 from expertmesh.system.train.layer_summary import summarise
@@ -117,20 +116,7 @@ class Trainer:
         else:
             initialise(self.model, config.seed, model_config.initializer_range)
 
-        held, tied = list(weights(self.model)), self.model.tied_weight
-        dense = [weight for weight in held if not weight.is_expert and weight.parameter is not tied]
-        self.zero = Zero(
-            self.loss,
-            [weight.parameter for weight in held if weight.is_expert],
-            [weight.parameter for weight in dense if weight.shard == WHOLE],
-            [weight.parameter for weight in held if weight.is_matrix],
-            tied_parameters=[] if tied is None else [tied],
-            ends=groups.ends,
-            stage=config.zero_stage,
-            gradient_clipping=config.gradient_clipping,
-            weight_decay=config.weight_decay,
-            betas=config.adam_betas,
-        )
+        self.zero = build_optimizer(self.loss, config)
         if resume_from is not None:
             load_optimizer(resume_from, self.state, self.model, self.zero)
 

@@ -1,0 +1,227 @@
+"""ZeRO 3 trains what one process trains, from shards: gradients, weights, norms; and memory is that of the shards."""
+
+from __future__ import annotations
+
+import traceback
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from numerics import assert_close
+from ranks import run_ranks
+from tiny import tiny_model, tiny_training
+from torch.distributed.tensor import DTensor
+
+from expertmesh.parallel.all_to_all import Traffic
+from expertmesh.parallel.build_dispatcher import build_dispatcher
+from expertmesh.parallel.dispatch_config import DispatchConfig
+from expertmesh.parallel.fully_sharded import largest_shard
+from expertmesh.parallel.groups import Groups, build_groups
+from expertmesh.parallel.optimizer import TrainingOptimizer
+from expertmesh.parallel.sizes import ParallelSizes
+from expertmesh.system.model.config import ModelConfig
+from expertmesh.system.model.context import TrainingStep
+from expertmesh.system.model.transformer import Transformer
+from expertmesh.system.model.weights import initialise, weights
+from expertmesh.system.train.build_optimizer import build_optimizer
+from expertmesh.system.train.loss import LanguageModelLoss
+from expertmesh.system.train.passes import MicroBatch, Passes
+from expertmesh.system.train.recompute import Recompute, recompute
+
+BATCH, LENGTH, STEPS = 8, 8, 10
+CLIPPING, DECAY, BETAS = 0.25, 0.1, (0.9, 0.95)
+RATES = [3e-3, 1e-3, 5e-3, 2e-3, 3e-3] * 2
+TIED = {"tie_embeddings": True, "moe": {"capacity": {"factor": 1.0}, "shared": {"hidden_size": 24}}}
+SHARED = {"share_layers": True, "moe": {"gating_residual": False}}
+DEPTH = {"depth": {"layers": [1], "kept": 0.5, "shared_router": True}, "moe": {"gating_residual": False}}
+SIGMOID = {"moe": {"gate_mode": "sigmoid", "selection_bias": True, "ffn_experts": 6}}
+BARE = {"moe": {"ffn_experts": 0}}
+
+
+class Row(NamedTuple):
+    sizes: dict[str, int]
+    reason: str
+    model: dict[str, Any] = {}
+    micro_batches: int = 1
+    recompute: Recompute = "none"
+    steps: int = 2
+
+
+ROWS = [
+    Row({"dp": 2}, "everything over two ranks", TIED, steps=STEPS),
+    Row({"dp": 2, "ep": 2}, "each expert on one rank", steps=STEPS),
+    Row({"dp": 2}, "gradients of four micro-batches; a bias that no gradient moves", SIGMOID, 4),
+    Row({"cp": 2}, "sequences are split", TIED, 2, "block"),
+    Row({"dp": 2}, "layers that share their weights", SHARED, 2, "moe"),
+    Row({"dp": 2, "ep": 2}, "a router that layers share", DEPTH, 2),
+    Row({"dp": 2}, "no experts that compute", BARE),
+    Row({"dp": 4, "ep": 2}, "experts on two ranks, others on four", {"vocab_size": 18, "hidden_size": 18}, steps=STEPS),
+    Row({"dp": 4, "ep": 2}, "three experts a rank, over two: cut along another dimension", SIGMOID, 2),
+]
+
+
+def made(row: Row, groups: Groups) -> LanguageModelLoss:
+    """Float64, so that only the loss itself and routers, which are float32, can differ."""
+    config = ModelConfig(**(tiny_model(vocab_size=16).model_dump() | _merged(row.model)))
+    model = Transformer(config, groups.expert_rank, groups.expert_size).double()
+    initialise(model, seed=5, standard_deviation=0.3)
+    recompute(model, row.recompute)
+    return LanguageModelLoss(model, build_dispatcher(groups, DispatchConfig(), Traffic(), "cpu"), groups)
+
+
+def _merged(model: dict[str, Any]) -> dict[str, Any]:
+    """Changes to experts are changes to the tiny model's."""
+    return model | {"moe": tiny_model().moe.model_dump() | model.get("moe", {})}
+
+
+def passes_of(loss: LanguageModelLoss, step: int, micro_batches: int) -> Passes:
+    tokens_BS1 = torch.randint(0, 16, (BATCH, LENGTH + 1), generator=torch.Generator().manual_seed(step))
+    each = BATCH // micro_batches // loss.groups.batch_size
+    found = []
+    for first in range(0, BATCH, BATCH // micro_batches):
+        mine = range(first + loss.groups.batch_rank * each, first + (loss.groups.batch_rank + 1) * each)
+        training = TrainingStep(step + 1, STEPS, 7, mine, LENGTH)
+        found.append(MicroBatch(tokens_BS1[mine.start : mine.stop], training))
+    return Passes(loss, found)
+
+
+class Reference:
+    """One process, torch's own AdamW and clipping."""
+
+    def __init__(self, row: Row) -> None:
+        self.loss, self.row = made(row._replace(recompute="none"), Groups()), row
+        held = [weight for weight in weights(self.loss.model) if weight.parameter.requires_grad]
+        groups = [
+            {"params": [w.parameter for w in held if w.is_matrix], "weight_decay": DECAY},
+            {"params": [w.parameter for w in held if not w.is_matrix], "weight_decay": 0.0},
+        ]
+        self.adam = torch.optim.AdamW(groups, betas=BETAS)
+
+    def step(self, step: int) -> float:
+        for group in self.adam.param_groups:
+            group["lr"] = RATES[step]
+        self.adam.zero_grad()
+        for total in passes_of(self.loss, step, self.row.micro_batches).totals():
+            total.backward()
+        for parameter in self.loss.parameters():
+            if parameter.grad is None and parameter.requires_grad:
+                parameter.grad = torch.zeros_like(parameter)
+        norm = torch.nn.utils.clip_grad_norm_(self.loss.parameters(), CLIPPING)
+        self.adam.step()
+        return norm.item()
+
+
+def named(model: Transformer, tensor_of, trained_only: bool = True) -> dict[str, torch.Tensor]:
+    held = [weight for weight in weights(model) if weight.parameter.requires_grad or not trained_only]
+    return {name: view for w in held for name, view in w.split(tensor_of(w.parameter)).items()}
+
+
+def check_shards(loss: LanguageModelLoss) -> None:
+    """Each weight that trains is in parts of the expected size, and together they are the whole."""
+    groups = loss.groups
+    for weight in weights(loss.model):
+        if not weight.parameter.requires_grad:
+            continue
+        parameter = weight.parameter
+        ranks = groups.data_size // groups.expert_size if weight.is_expert else groups.data_size
+        assert isinstance(parameter, DTensor) and parameter.device_mesh.size() == ranks
+        assert parameter.to_local().untyped_storage().nbytes() <= largest_shard(parameter.shape, ranks) * 8
+
+
+def check_row(row: Row) -> None:
+    reference, loss = Reference(row), made(row, build_groups(ParallelSizes(**row.sizes)))
+    optimizer = sharded(loss)
+    watched = loss.model.layers[-1].register_forward_hook(lambda *_: check_shards_of_others(loss.model))
+    for step in range(row.steps):
+        norm = reference.step(step)
+        assert norm > 2 * CLIPPING, "clipping is not active"
+        assert optimizer.step(passes_of(loss, step, row.micro_batches).totals(), RATES[step]) == pytest.approx(
+            norm, rel=1e-6
+        )
+        check_shards(loss)
+        if step == 0:  # moments are then multiples of the clipped gradients
+            for key in ("exp_avg", "exp_avg_sq"):
+                got = named(loss.model, lambda p, key=key: getattr(optimizer.state(p), key))
+                wanted = named(reference.loss.model, lambda p, key=key: reference.adam.state[p][key])
+                for name, tensor in got.items():
+                    bounds = (1e-4, 4e-5) if ".gate." in name else (4e-6, 2e-6)
+                    assert_close(tensor, wanted[name], max_error=bounds[0], rms_error=bounds[1], what=f"{key} {name}")
+    watched.remove()
+    wanted = named(reference.loss.model, torch.Tensor.detach, trained_only=False)
+    for name, tensor in named(loss.model, optimizer.weight, trained_only=False).items():
+        assert_close(tensor, wanted[name], max_error=1e-4, rms_error=1e-5, what=f"{name} after {row.steps} steps")
+
+
+def check_shards_of_others(model: Transformer) -> None:
+    """While one layer computes, no other is whole, unless they share weights."""
+    if not model.config.share_layers and model.config.depth is None:
+        assert all(isinstance(p, DTensor) for p in model.layers[0].parameters() if p.requires_grad and p.numel())
+
+
+def sharded(loss: LanguageModelLoss, dtype: str = "float32") -> TrainingOptimizer:
+    config = tiny_training(zero_stage=3, dtype=dtype, gradient_clipping=CLIPPING, weight_decay=DECAY, adam_betas=BETAS)
+    return build_optimizer(loss, config)
+
+
+def check_bfloat16() -> None:
+    """Near float32; and updates that are far too small for bfloat16 are made to float32 masters."""
+    from megatron.core import parallel_state
+
+    for row in (Row({"dp": 2}, "", TIED), Row({"dp": 2, "ep": 2}, "", SIGMOID)):
+        groups = build_groups(ParallelSizes(**row.sizes))
+        exact, loss = made(row, groups).float(), made(row, groups).float()
+        rounded = sharded(loss, "bfloat16")
+        optimizer_of = {exact: sharded(exact), loss: rounded}
+        before = {name: tensor.clone() for name, tensor in named(loss.model, rounded.weight).items()}
+        seen = set[torch.dtype]()
+        loss.model.layers[1].register_forward_hook(lambda module, given, answer, seen=seen: seen.add(answer[0].dtype))
+        for step in range(3):
+            norms, entropies = [], []
+            for each, optimizer in optimizer_of.items():
+                passes = passes_of(each, step, 2)
+                norms.append(optimizer.step(passes.totals(), 1e-6))
+                entropies.append(sum(answer.cross_entropy.item() for _, answer in passes.answers))
+            assert entropies[1] == pytest.approx(entropies[0], rel=0.02)
+            assert norms[1] == pytest.approx(norms[0], rel=0.1)
+        assert seen == {torch.bfloat16}
+        for name, after in named(loss.model, rounded.weight).items():
+            moved = (after - before[name]).abs()
+            assert after.dtype == torch.float32 and 0 < moved.max() < 1e-5, name
+        parallel_state.destroy_model_parallel()
+
+
+def test_bfloat16_with_float32_masters():
+    run_ranks(check_bfloat16, 2)
+
+
+def check_rows(rows: list[Row]) -> list[str | None]:
+    """What went wrong with each row, on this rank."""
+    from megatron.core import parallel_state
+
+    problems: list[str | None] = []
+    for row in rows:
+        try:
+            check_row(row)
+            problems.append(None)
+        except Exception:
+            problems.append(traceback.format_exc())
+        parallel_state.destroy_model_parallel()
+    return problems
+
+
+@pytest.fixture(scope="module")
+def problems() -> dict[int, list[str | None]]:
+    """By number of row, what each rank says."""
+    found: dict[int, list[str | None]] = {}
+    for world in (2, 4):
+        numbers = [number for number, row in enumerate(ROWS) if ParallelSizes(**row.sizes).world_size == world]
+        ranks = run_ranks(check_rows, world, [ROWS[number] for number in numbers])
+        for place, number in enumerate(numbers):
+            found[number] = [problem[place] for problem in ranks]
+    return found
+
+
+@pytest.mark.parametrize("number", range(len(ROWS)), ids=[f"{row.sizes}: {row.reason}" for row in ROWS])
+def test_updates_are_those_of_one_process(problems, number):
+    for rank, problem in enumerate(problems[number]):
+        assert problem is None, f"rank {rank}: {problem}"
