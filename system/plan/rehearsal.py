@@ -10,7 +10,7 @@ what was sent; a rank that waits for ever, or meets another collective than its 
 
 Widths do not change the order, so the model is made narrow. The optimizer's own collectives are not rehearsed:
 DeepSpeed reduces one group of parameters after the other, in the order of zero.py's list, which all ranks of a stage
-have in common.
+have in common. Nor are those of ZeRO 3, which come as layers are computed, in one order on all ranks.
 """
 
 from __future__ import annotations
