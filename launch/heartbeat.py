@@ -35,7 +35,7 @@ class Pulse:
         self._store, self._key = store, _key(epoch, rank)
         self._number = self._progress = self._step = 0
         HERE.place = Place()
-        self._closed = threading.Event()
+        self._due, self._closed = threading.Event(), False
         self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
         self._thread.start()
 
@@ -43,7 +43,9 @@ class Pulse:
         """Something was done, such as to begin `step`."""
         self._progress += 1
         if step is not None:
-            self._step = step
+            began, self._step = not self._step, step
+            if began:  # told at once: from now on there is something to be saved
+                self._due.set()
 
     def _beat(self) -> None:
         while True:
@@ -52,12 +54,15 @@ class Pulse:
                 self._store.set(self._key, json.dumps([self._number, self._progress, self._step, HERE.place]))
             except RuntimeError:  # the coordinator is gone, and this process will be ended
                 return
-            if self._closed.wait(EVERY_S):
+            self._due.wait(EVERY_S)
+            self._due.clear()
+            if self._closed:
                 return
 
     def close(self) -> None:
         """No more beats."""
-        self._closed.set()
+        self._closed = True
+        self._due.set()
         self._thread.join()
 
 

@@ -104,13 +104,14 @@ class Job:
         self._log.write({"what": "started", "epoch": 0, "parallel": self._state.sizes.model_dump(mode="json")})
         self._form(self._last, ())
         while self._outcome is None:
+            told_to_end = ending.is_set()  # before the beats: a step that was seen from outside is known then
             for left in self._crew.wait(WATCH_EVERY_S):
                 self._happens(left)
             for beat in self._crew.beats():
                 self._happens(beat)
             self._show(self._crew.records())
             self._happens(Tick())
-            if ending.is_set():
+            if told_to_end:
                 self._happens(Interrupt())
             elif (request := self._request()) is not None:
                 self._happens(request)

@@ -11,6 +11,19 @@ from expertmesh.launch.rendezvous import Rendezvous, join
 from expertmesh.parallel.whereabouts import Place, inside
 
 
+def test_the_first_step_is_told_at_once(monkeypatch):
+    """A job that is told to end before it knows of a step saves nothing."""
+    monkeypatch.setattr(heartbeat, "EVERY_S", 60)
+    meeting = Rendezvous("127.0.0.1")
+    pulse = Pulse(join(meeting.host, meeting.port), 0, 0)
+    pulse.advance(4)
+    deadline = time.monotonic() + 20
+    while [beat.step for beat in read_beats(meeting.store, 0, 1)] != [4]:
+        assert time.monotonic() < deadline, "it is told with the next beat"
+        time.sleep(0.01)
+    pulse.close()
+
+
 def test_beats_say_how_far_a_worker_is(monkeypatch):
     monkeypatch.setattr(heartbeat, "EVERY_S", 0.02)
     meeting = Rendezvous("127.0.0.1")
