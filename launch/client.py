@@ -96,7 +96,7 @@ class Client:
         self._coming: dict[int, asyncio.Task[None]] = {}  # workers that are being started again
         # What workers told last, and what those that are gone had told, or sums over all would fall.
         self._last: dict[str, dict[int, Any]] = {"busy": {}, "counts": {}, "loads": {}}
-        self._past: dict[str, list[Any]] = {what: [] for what in self._last}
+        self._past: dict[str, list[Any]] = {"counts": [], "loads": []}
 
     async def __aenter__(self) -> Client:
         self._readers = [asyncio.create_task(self._read(index)) for index in range(len(self._workers))]  # of each
@@ -224,8 +224,9 @@ class Client:
         if index not in self._failed:
             self._failed[index] = error
             for what, last in self._last.items():
-                if index in last:
-                    self._past[what].append(last.pop(index))
+                told = last.pop(index, None)
+                if told is not None and what in self._past:
+                    self._past[what].append(told)
             logger.error("worker %d is gone: %s", index, error)
             if self._revive is not None:
                 self._coming[index] = asyncio.create_task(self._bring_back(index, error))

@@ -62,6 +62,11 @@ def test_what_is_drawn_anew_is_not_counted(name):
     assert activation_bytes(model, ParallelSizes(), training(model, ParallelSizes())) is None
 
 
+def test_bfloat16_is_not_counted():
+    train = training(tiny_model(), ParallelSizes(), dtype="bfloat16", zero_stage=3)
+    assert activation_bytes(tiny_model(), ParallelSizes(), train) is None
+
+
 def test_more_sequences_keep_more():
     model, sizes = tiny_model(), ParallelSizes()
     one, two, three = (

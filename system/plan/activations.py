@@ -44,9 +44,10 @@ LENGTHS = (1, 2, 3)  # in units that every split divides
 def activation_bytes(model: ModelConfig, sizes: ParallelSizes, train: TrainConfig) -> list[int] | None:
     """Of a rank of each pipeline stage, at the moment when it keeps most.
 
-    None: not counted, for a mixture of depths and for nested networks: what they keep is drawn anew at every step.
+    None: not counted, for a mixture of depths and for nested networks, since what they keep is drawn anew at every step,
+    and in bfloat16: the forwards here are float32.
     """
-    if model.depth is not None or model.nested_shares:
+    if model.depth is not None or model.nested_shares or train.dtype != "float32":
         return None
     per_rank = (train.micro_batch_size or train.batch_size) // sizes.dp
     known: dict[Hashable, list[int]] = {}  # stages in the middle of a deep model are alike

@@ -173,8 +173,8 @@ class Saver:
 
         model_tensors, optimizer_tensors = {}, {}
         for number, weight in enumerate(weights(model)):
-            # Collectives: also on ranks that write nothing. A frozen weight has no moments.
             held = zero.weight(weight.parameter)
+            # A frozen weight has no moments.
             moments = zero.state(weight.parameter)._asdict() if weight.parameter.requires_grad else {}
             if groups.expert_data_rank if weight.is_expert else groups.data_rank:
                 continue  # another rank has the same
