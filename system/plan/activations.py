@@ -44,8 +44,8 @@ LENGTHS = (1, 2, 3)  # in units that every split divides
 def activation_bytes(model: ModelConfig, sizes: ParallelSizes, train: TrainConfig) -> list[int] | None:
     """Of a rank of each pipeline stage, at the moment when it keeps most.
 
-    None: not counted, for a mixture of depths and for nested networks, since what they keep is drawn anew at every step,
-    and in bfloat16: the forwards here are float32.
+    None: not counted. What a mixture of depths or a nested network keeps is drawn anew at every step, and the forwards
+    here are float32, not bfloat16.
     """
     if model.depth is not None or model.nested_shares or train.dtype != "float32":
         return None
