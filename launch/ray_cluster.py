@@ -28,7 +28,7 @@ if os.environ.get("RAY_AUTH_TOKEN") or _TOKEN_FILE.exists():
 
 import ray
 from ray.exceptions import AuthenticationError, OutOfMemoryError, RayActorError, RayTaskError
-from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 
@@ -155,35 +155,57 @@ def gpus_for(workers: int) -> int:
 
 
 class Pool:
-    """`workers` actors of one role in one placement group, rank r in bundle r.
+    """`workers` actors of one role in one placement group; those that come later have groups of their own.
 
     Each is `role(rank, *arguments)`; its methods run in threads, so that one can be asked while another is at work.
+    `gpus`: of each worker; None: one where the cluster has enough for them.
     """
 
-    def __init__(self, name: str, role: type, workers: int, cpus: float, *arguments: Any) -> None:
+    def __init__(
+        self, name: str, role: type, workers: int, cpus: float, *arguments: Any, gpus: int | None = None
+    ) -> None:
         self.name = name
-        gpus = gpus_for(workers)
-        bundle = {"CPU": cpus} | ({"GPU": gpus} if gpus else {})
-        self._asked = (workers, bundle)
-        self.check_room()
-        self._group = placement_group([bundle] * workers, strategy="PACK", name=name)
-        if not self._group.wait(PLACEMENT_TIMEOUT_S):
-            remove_placement_group(self._group)
-            raise WorkerFailed(
-                f"pool {name}: no place for {workers} workers of {bundle} within {PLACEMENT_TIMEOUT_S} s"
-            )
+        gpus = gpus_for(workers) if gpus is None else gpus
+        self._bundle = {"CPU": cpus} | ({"GPU": gpus} if gpus else {})
+        self._asked = workers
         self._actor, self._arguments = ray.remote(role), arguments
         self._resources = {"num_cpus": cpus, "num_gpus": gpus}
-        self.workers = [self._place(rank) for rank in range(workers)]
+        self._places: list[tuple[PlacementGroup, int]] = []  # of each rank: the group and the bundle
+        self._ended: set[int] = set()
+        self.workers: list[Any] = []
+        self.grow(workers)
+
+    def grow(self, workers: int) -> list[int]:
+        """The ranks of so many more workers. Raises WorkerFailed where there is no place for them."""
+        _check_capacity(self.name, workers, self._bundle)
+        group = placement_group([self._bundle] * workers, strategy="PACK", name=self.name)
+        if not group.wait(PLACEMENT_TIMEOUT_S):
+            remove_placement_group(group)
+            raise WorkerFailed(
+                f"pool {self.name}: no place for {workers} workers of {self._bundle} within {PLACEMENT_TIMEOUT_S} s"
+            )
+        ranks = list(range(len(self.workers), len(self.workers) + workers))
+        self._places += [(group, bundle) for bundle in range(workers)]
+        self.workers += [self._place(rank) for rank in ranks]
+        return ranks
+
+    def end(self, rank: int) -> None:
+        """End a worker for good; its place is given back with the last of those that came with it."""
+        self.kill(rank)
+        self._ended.add(rank)
+        group, _ = self._places[rank]
+        if all(other in self._ended for other, (its, _) in enumerate(self._places) if its is group):
+            remove_placement_group(group)
 
     def _place(self, rank: int) -> Any:
-        place = PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=rank)
+        group, bundle = self._places[rank]
+        place = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundle)
         options = {**self._resources, "max_concurrency": 8, "scheduling_strategy": place}
         return self._actor.options(**options).remote(rank, *self._arguments)
 
     def check_room(self) -> None:
         """Raise WorkerFailed when the nodes that are left could not hold the pool, however empty they were."""
-        _check_capacity(self.name, *self._asked)
+        _check_capacity(self.name, self._asked, self._bundle)
 
     def replace(self, rank: int) -> None:
         """A new worker in the place of one that is dead, or will be."""
@@ -260,9 +282,9 @@ class Pool:
 
     def stop(self) -> None:
         """End all workers and give their places back."""
-        for worker in self.workers:
-            ray.kill(worker)
-        remove_placement_group(self._group)
+        for rank in range(len(self.workers)):
+            if rank not in self._ended:
+                self.end(rank)
 
 
 def _cause(error: RayTaskError) -> str:

@@ -26,9 +26,8 @@ from expertmesh.system.model.checkpoint import Checkpoint
 from expertmesh.system.model.config import ModelConfig
 from expertmesh.system.serve.config import ServeConfig
 from expertmesh.system.serve.engine import EngineCounts
-from expertmesh.system.serve.loop import EngineLoop
 from expertmesh.system.serve.request import Output, Request
-from expertmesh.system.serve.workers import attention_engine, run_ffn_worker
+from expertmesh.system.serve.workers import AttentionWorker, FFNPool, run_ffn_worker
 from expertmesh.system.train.run_log import RunLog
 from expertmesh.system.train.trainer import Record, Trainer, Watch
 
@@ -147,38 +146,44 @@ class AttentionRole:
 
     def __init__(self, rank: int, host: str, port: int) -> None:
         self._rank, self._host, self._port = rank, host, port
-        self._loop: EngineLoop | None = None
+        self._worker: AttentionWorker | None = None
 
-    def start(self, checkpoint: Checkpoint, config: ServeConfig, ffn_workers: int, trace: bool) -> None:
+    def start(self, checkpoint: Checkpoint, config: ServeConfig, pool: FFNPool, trace: bool) -> None:
         """Load the model and link up with the FFN pool. `trace`: keep what `spans` returns."""
-        self._loop = attention_engine(checkpoint, config, self._rank, ffn_workers, join(self._host, self._port), trace)
+        self._worker = AttentionWorker(checkpoint, config, self._rank, pool, join(self._host, self._port), trace)
+
+    def prepare(self, pool: FFNPool) -> None:
+        self._started.prepare(pool)
+
+    def change_over(self, pool: FFNPool) -> None:
+        self._started.change_over(pool)
 
     def submit(self, request: Request) -> None:
-        self._started.submit(request)
+        self._started.loop.submit(request)
 
     def cancel(self, request_id: str) -> None:
-        self._started.cancel(request_id)
+        self._started.loop.cancel(request_id)
 
     def busy(self) -> Busy:
-        return self._started.busy()
+        return self._started.loop.busy()
 
     def counts(self) -> EngineCounts:
-        return self._started.counts()
+        return self._started.loop.counts()
 
     def loads(self) -> dict[int, list[int]]:
-        return self._started.loads()
+        return self._started.loop.loads()
 
     def spans(self) -> list[Span]:
-        return self._started.spans()
+        return self._started.loop.spans()
 
     def outputs(self) -> Iterator[list[Output]]:
         """One list a step."""
-        yield from self._started.outputs()
+        yield from self._started.loop.outputs()
 
     @property
-    def _started(self) -> EngineLoop:
-        assert self._loop is not None, "start comes first"
-        return self._loop
+    def _started(self) -> AttentionWorker:
+        assert self._worker is not None, "start comes first"
+        return self._worker
 
 
 class FFNRole:
@@ -187,7 +192,6 @@ class FFNRole:
     def __init__(self, rank: int, host: str, port: int) -> None:
         self._rank, self._host, self._port = rank, host, port
 
-    def run(self, checkpoint: Checkpoint, config: ServeConfig, ffn_workers: int, attention_workers: int) -> None:
+    def run(self, checkpoint: Checkpoint, config: ServeConfig, pool: FFNPool, attention_workers: int) -> None:
         """Answer the attention pool until it is gone."""
-        store = join(self._host, self._port)
-        run_ffn_worker(checkpoint, config, self._rank, ffn_workers, attention_workers, store)
+        run_ffn_worker(checkpoint, config, self._rank, pool, attention_workers, join(self._host, self._port))

@@ -1,7 +1,7 @@
 """Workers of a service that die or fall silent are started again, as often as `serve.restarts` allows.
 
 an FFN worker           its process is gone, or attention workers say in the store that it is silent: `keep_up`
-                        starts the next one; links find it by themselves (parallel/link.py)
+                        starts the next one in its seat; links find it by themselves (parallel/link.py)
 an attention worker     its outputs break off (client.py), or it says nothing when asked: `give_up_silent`; the
                         client has it started again, and its requests go on meanwhile with another
 """
@@ -10,10 +10,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from expertmesh.launch.client import Client, EngineWorker
+from expertmesh.launch.client import Client
 
 if TYPE_CHECKING:  # serving joined does without Ray
     import torch.distributed as dist
@@ -45,31 +44,33 @@ def tell_end(task: asyncio.Task[None]) -> None:
         logger.error("workers are watched no more: %s", error, exc_info=error)
 
 
-async def give_up_silent(client: Client, workers: Sequence[EngineWorker], seconds: float) -> None:
+async def give_up_silent(client: Client, seconds: float) -> None:
     """An attention worker that does not even say its figures for so long is treated as dead: another goes on for it."""
     while True:
         await asyncio.sleep(WATCH_S)
         for rank in client.alive:
             try:
-                await asyncio.wait_for(workers[rank].counts(), seconds)
+                await asyncio.wait_for(client.answers(rank), seconds)
             except TimeoutError:
                 client.lose(rank, RuntimeError(f"attention {rank} did not answer for {seconds:g} s"))
-            except RuntimeError:
-                pass  # it died: whoever reads its outputs knows
+            except (RuntimeError, LookupError):
+                pass  # it died, and whoever reads its outputs knows; or it is asked no more
 
 
-async def keep_up(pool: Pool, calls: list[Any], call: tuple[Any, ...], restarts: Restarts, store: dist.Store) -> None:
-    """Have a new FFN worker in the place of each that died or is silent, until the budget is used up.
+async def keep_up(
+    pool: Pool, number: int, calls: list[Any], call: tuple[Any, ...], restarts: Restarts, store: dist.Store
+) -> None:
+    """Have a new FFN worker in the seat of each of pool `number` that died or is silent, until the budget is used up.
 
     Whoever waits for its answers finds the new one by itself (link.py).
     """
     from expertmesh.launch.ray_cluster import WorkerFailed
-    from expertmesh.parallel.link import silent_address
+    from expertmesh.parallel.link import Seat, silent_address
 
     given_up: set[bytes] = set()  # by all micro-batches, one after the other, and until the next one has come
 
     def lost(rank: int) -> str | None:
-        if (address := silent_address(store, rank)) and address not in given_up:
+        if (address := silent_address(store, Seat(rank, number))) and address not in given_up:
             given_up.add(address)
             return f"{pool.name} {rank} does not answer"
         try:

@@ -20,6 +20,10 @@ AnyCheckpointArgument = Annotated[
     Path, typer.Argument(help="a checkpoint folder, ours or Hugging Face's, or the folder of a training run")
 ]
 AddressOption = Annotated[str | None, typer.Option(help="a running Ray cluster: auto or host:port; none: its own")]
+ApiKeyOption = Annotated[
+    str | None,
+    typer.Option(envvar="EXPERTMESH_API_KEY", help="the key of a service; none: anybody may ask it"),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="print the result as JSON")]
 
 

@@ -2,9 +2,12 @@
 
 An FFN worker listens at a port that the kernel chose and says so in the store where all workers meet; attention workers
 connect. There is no world and no group: a lost worker breaks its own links, and one that comes later joins like the
-first. Each side can go as often as it likes; the store only holds the newest address. An attention worker that loses
-an FFN worker waits for the next one of that number and asks it the same again: experts keep nothing of a request. One
-that is silent for too long is as good as lost; that is left in the store for whoever can end it.
+first. Each side can go as often as it likes; the store only holds the newest address of each seat. A service may have
+another FFN pool beside the present one, with seats of its own, until it has changed over.
+
+An attention worker that loses an FFN worker waits for the next one in that seat and asks it the same again: experts
+keep nothing of a request. One that is silent for too long is as good as lost; that is left in the store for whoever can
+end it.
 
 A message is a head of fixed size and buffers after it, sent as they lie and received into one buffer, which is made
 once for each link and grows to the largest message.
@@ -49,6 +52,21 @@ class Hello(NamedTuple):
 def as_bytes(tensor: torch.Tensor) -> memoryview:
     """The memory of a contiguous CPU tensor, whatever its dtype."""
     return memoryview(tensor.view(-1).view(torch.uint8).numpy())
+
+
+class Seat(NamedTuple):
+    """A place that one FFN worker after another may hold."""
+
+    ffn: int
+    pool: int = 0
+
+    @property
+    def key(self) -> str:
+        return f"pool-{self.pool}-ffn-{self.ffn}"
+
+    @property
+    def silent_key(self) -> str:
+        return f"{self.key}-silent"
 
 
 class Link:
@@ -96,7 +114,7 @@ class Link:
 
 
 class LastingLink:
-    """An attention worker's end. It outlives the FFN worker: `renew` finds the next one of that number.
+    """An attention worker's end. It outlives the FFN worker: `renew` finds the next one in that seat.
 
     A `send` that fails says nothing; the `receive` that follows raises its error.
     """
@@ -147,12 +165,12 @@ class LastingLink:
 class Listener:
     """Where an FFN worker is reached."""
 
-    def __init__(self, store: dist.Store, ffn: int) -> None:
+    def __init__(self, store: dist.Store, seat: Seat) -> None:
         host = _own_address(store)
         self._token = secrets.token_bytes(16)  # whoever has not read the store is not let in
         self._socket = socket.create_server((host, 0), backlog=1024)
         port = self._socket.getsockname()[1]
-        store.set(_key(ffn), f"{host} {port} {self._token.hex()}")
+        store.set(seat.key, f"{host} {port} {self._token.hex()}")
 
     def accept(self) -> tuple[Link, Hello]:
         """The next link. Raises OSError once the listener is closed."""
@@ -178,7 +196,7 @@ class Listener:
 
 
 def connect(
-    store: dist.Store, attention: int, ffn: int, micro_batch: int, timeout: timedelta, patience: float = 0.0
+    store: dist.Store, attention: int, seat: Seat, micro_batch: int, timeout: timedelta, patience: float = 0.0
 ) -> LastingLink:
     """Attention worker's side of a link; waits until the FFN worker has said where it is.
 
@@ -186,7 +204,7 @@ def connect(
     """
 
     def dial(not_this: str) -> tuple[Link, str]:
-        address = store.get(_key(ffn)).decode()
+        address = store.get(seat.key).decode()
         if address == not_this:
             raise ConnectionRefusedError("nobody else has come yet")
         host, port, token = address.split()
@@ -195,18 +213,23 @@ def connect(
         return Link(connection, timeout.total_seconds()), address
 
     def report(address: str) -> None:
-        store.set(_silent_key(ffn), address)
+        store.set(seat.silent_key, address)
 
-    with naming(ffn):
+    with naming(seat.ffn):
         return LastingLink(dial, report, patience)
 
 
-def silent_address(store: dist.Store, ffn: int) -> bytes | None:
+def has_come(store: dist.Store, seat: Seat) -> bool:
+    """Whether an FFN worker has said where it is."""
+    return store.check([seat.key])
+
+
+def silent_address(store: dist.Store, seat: Seat) -> bytes | None:
     """Where an attention worker says that the FFN worker does not answer; None: nobody does, or another has come."""
-    if not store.check([_silent_key(ffn)]):
+    if not store.check([seat.silent_key]):
         return None
-    address = store.get(_silent_key(ffn))
-    return address if address == store.get(_key(ffn)) else None
+    address = store.get(seat.silent_key)
+    return address if address == store.get(seat.key) else None
 
 
 @contextmanager
@@ -217,14 +240,6 @@ def naming(ffn: int) -> Iterator[None]:
     except OSError as error:
         why = "did not answer in time" if isinstance(error, TimeoutError) else "is gone"
         raise LinkBroken(f"FFN worker {ffn} {why}") from error
-
-
-def _key(ffn: int) -> str:
-    return f"ffn-{ffn}"
-
-
-def _silent_key(ffn: int) -> str:
-    return f"ffn-{ffn}-silent"
 
 
 def _exactly(connection: socket.socket, size: int) -> bytes:

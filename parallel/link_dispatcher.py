@@ -26,8 +26,8 @@ from expertmesh.parallel.timeline import Turns, now
 
 
 @dataclass
-class Pool:
-    """The FFN pool as one attention worker has it: what all its micro-batches share."""
+class Shared:
+    """What all micro-batches of one attention worker share, whichever FFN pool they ask."""
 
     layout: Layout
     turns: Turns
@@ -47,24 +47,24 @@ class _Sent(NamedTuple):
 
 
 class _LinkDispatcher:
-    """For one micro-batch. `links[f]` leads to FFN worker f; whoever runs a forward has a turn of `pool.turns`."""
+    """For one micro-batch. `links[f]` leads to FFN worker f; whoever runs a forward has a turn of `shared.turns`."""
 
-    def __init__(self, links: list[LastingLink], micro_batch: int, pool: Pool) -> None:
-        self.links, self.micro_batch, self.pool = links, micro_batch, pool
+    def __init__(self, links: list[LastingLink], micro_batch: int, shared: Shared) -> None:
+        self.links, self.micro_batch, self.shared = links, micro_batch, shared
 
     def _dispatched(self, sent: _Sent) -> Dispatched:
         return Dispatched((), sent)  # no expert is here
 
     def _count(self, sent_bytes: int, rows: int, routing: Routing, width: int) -> None:
         """`saved`: what the slots of zero-computation experts would have cost, there and back."""
-        traffic, layout = self.pool.traffic, self.pool.layout
+        traffic, layout = self.shared.traffic, self.shared.layout
         row_bytes = layout.wire.row_bytes(width, layout.dtype) + layout.dtype.itemsize * width
         traffic.sent += sent_bytes
         traffic.saved += (routing.experts_TK.numel() - routing.dropped_slots - rows) * row_bytes
 
     def _replies(self, sent: _Sent, width: int) -> list[torch.Tensor]:
         """What each worker answers: [rows, D], one after the other in one tensor. Others compute meanwhile."""
-        dtype, turns = sent.like_TD.dtype, self.pool.turns
+        dtype, turns = sent.like_TD.dtype, self.shared.turns
         whole_RD = torch.empty(sum(sent.rows), width, dtype=dtype, pin_memory=sent.like_TD.is_cuda)
         answers = list(whole_RD.split(sent.rows))
         with turns.others(self.micro_batch, sent.layer):
@@ -88,7 +88,7 @@ class _LinkDispatcher:
         """A round trip on the timeline: half of the wire, the worker's wait and work, the other half."""
         wire = max(0, arrived - departed - waited - worked)
         there = departed + wire // 2
-        add = self.pool.turns.timeline.add
+        add = self.shared.turns.timeline.add
         add(f"wire {ffn}", self.micro_batch, layer, departed, there)
         add(f"wait {ffn}", self.micro_batch, layer, there, there + waited)
         add(f"ffn {ffn}", self.micro_batch, layer, there + waited, there + waited + worked)
@@ -111,7 +111,7 @@ class RoutedLinkDispatcher(_LinkDispatcher):
                 tokens_U, index_R = _each_once(mine_R, len(x_TD))
                 parts = RoutedParts(x_TD[tokens_U], index_R.to("cpu", torch.int32), counts.contiguous())
                 with naming(ffn):
-                    FORMS["routed"].ask(self.links[ffn], layer.layer, parts, self.pool.layout)
+                    FORMS["routed"].ask(self.links[ffn], layer.layer, parts, self.shared.layout)
                 sent_bytes += self._bytes(len(tokens_U), len(mine_R), x_TD.shape[1])
         self._count(sent_bytes, len(tokens_R), routing, x_TD.shape[1])
         return self._dispatched(_Sent(layer.layer, routing, order, None, rows, departed, x_TD))
@@ -126,7 +126,7 @@ class RoutedLinkDispatcher(_LinkDispatcher):
         return combine_rows(rows_RD, handle.order.slots_R, handle.routing.weights_TK, True, zero)
 
     def _bytes(self, tokens: int, rows: int, width: int) -> int:
-        layout = self.pool.layout
+        layout = self.shared.layout
         there = tokens * layout.wire.row_bytes(width, layout.dtype) + 4 * rows
         return there + rows * width * layout.dtype.itemsize
 
@@ -149,7 +149,7 @@ class BroadcastLinkDispatcher(_LinkDispatcher):
             departed.append(now())
             if holders[ffn] and len(tokens_U):
                 with naming(ffn):
-                    FORMS["broadcast"].ask(link, layer.layer, parts, self.pool.layout)
+                    FORMS["broadcast"].ask(link, layer.layer, parts, self.shared.layout)
                 sent_bytes += self._bytes(len(tokens_U), routing.experts_TK.shape[1], width)
         self._count(sent_bytes, rows, routing, width)
         answered = [len(tokens_U) * holds for holds in holders]
@@ -168,11 +168,11 @@ class BroadcastLinkDispatcher(_LinkDispatcher):
         return y_TD if zero is None else y_TD + zero.answer(handle.routing.weights_TK)
 
     def _bytes(self, tokens: int, choices: int, width: int) -> int:
-        layout = self.pool.layout
+        layout = self.shared.layout
         return tokens * (layout.wire.row_bytes(width, layout.dtype) + 8 * choices + width * layout.dtype.itemsize)
 
 
-DISPATCHERS: dict[str, Callable[[list[LastingLink], int, Pool], Dispatcher]] = {
+DISPATCHERS: dict[str, Callable[[list[LastingLink], int, Shared], Dispatcher]] = {
     "routed": RoutedLinkDispatcher,
     "broadcast": BroadcastLinkDispatcher,
 }

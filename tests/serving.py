@@ -14,7 +14,7 @@ from expertmesh.system.serve.config import ServeConfig
 from expertmesh.system.serve.engine import Engine
 from expertmesh.system.serve.loop import EngineLoop
 from expertmesh.system.serve.request import Output, Request, Sampling
-from expertmesh.system.serve.workers import attention_engine, run_ffn_worker
+from expertmesh.system.serve.workers import AttentionWorker, FFNPool, run_ffn_worker
 
 Answers = dict[str, list[int]]
 
@@ -31,6 +31,15 @@ def requests() -> list[Request]:
 
 def answers(loop: EngineLoop, wanted: list[Request]) -> Answers:
     """The tokens of each; the loop is closed after them."""
+    tokens = texts(loop, wanted)
+    used = loop.counts().pages_used
+    loop.close()
+    assert used == 0, f"{used} pages were not given back"
+    return tokens
+
+
+def texts(loop: EngineLoop, wanted: list[Request]) -> Answers:
+    """The tokens of each."""
     tokens: Answers = {request.id: [] for request in wanted}
     for request in wanted:
         loop.submit(request)
@@ -40,9 +49,6 @@ def answers(loop: EngineLoop, wanted: list[Request]) -> Answers:
             tokens[output.request_id].append(output.token_id)
             open_requests -= output.finish_reason is not None
         if not open_requests:
-            used = loop.counts().pages_used
-            loop.close()
-            assert used == 0, f"{used} pages were not given back"
             return tokens
     raise AssertionError("the engine stopped early")
 
@@ -59,16 +65,16 @@ def steps_to_the_end(engine: Engine, wanted: list[Request]) -> Iterator[list[Out
 def split_in_threads(
     checkpoint: Checkpoint, config: ServeConfig, attention: int, ffn: int, wanted: list[Request]
 ) -> list[Answers]:
-    """What each attention worker says; all workers in threads of this process, everything on the links as ever."""
+    """What each attention worker says; all workers in threads of this process, everything on the links as ever.
+
+    Micro-batches of a single token are in flight, too.
+    """
+    config = config.model_copy(update={"micro_batch_tokens": 1})
     store = dist.HashStore()
     store.set_timeout(timedelta(seconds=30))
-    pool = [
-        Thread(target=run_ffn_worker, args=(checkpoint, config, rank, ffn, attention, store), daemon=True)
-        for rank in range(ffn)
-    ]
-    for worker in pool:
-        worker.start()
-    loops = [attention_engine(checkpoint, config, rank, ffn, store) for rank in range(attention)]
+    pool = FFNPool(ffn)
+    answering = answer_in_threads(checkpoint, config, pool, attention, store)
+    loops = [AttentionWorker(checkpoint, config, rank, pool, store).loop for rank in range(attention)]
     said: list[Answers] = [{} for _ in loops]
 
     def ask(rank: int) -> None:
@@ -79,7 +85,24 @@ def split_in_threads(
         asker.start()
     for asker in askers:
         asker.join(120)
-    for worker in pool:
+    wait_for_end(answering)
+    return said
+
+
+def answer_in_threads(
+    checkpoint: Checkpoint, config: ServeConfig, pool: FFNPool, attention: int, store: dist.Store
+) -> list[Thread]:
+    """The FFN workers of a pool at work, each in a thread."""
+    answering = [
+        Thread(target=run_ffn_worker, args=(checkpoint, config, rank, pool, attention, store), daemon=True)
+        for rank in range(pool.workers)
+    ]
+    for worker in answering:
+        worker.start()
+    return answering
+
+
+def wait_for_end(answering: list[Thread]) -> None:
+    for worker in answering:
         worker.join(30)
         assert not worker.is_alive(), "an FFN worker goes on though nobody is left to ask it"
-    return said

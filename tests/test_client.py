@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
 
 import pytest
 
-from expertmesh.launch.client import Client
+from expertmesh.launch.client import Client, Pauses
 from expertmesh.parallel.timeline import Busy
 from expertmesh.system.serve.engine import EngineCounts
 from expertmesh.system.serve.request import Output, Request, Sampling
@@ -189,3 +190,61 @@ def test_a_silent_worker_that_is_given_up_says_nothing_more():
 
     asyncio.run(asyncio.wait_for(ask(), 10))
     assert len(other.asked) == 1
+
+
+def test_a_request_moves_on_from_a_worker_that_is_asked_no_more():
+    """Four times: nobody failed. What a worker has told stays in the sums, and its number is not given again."""
+    workers = [Worker() for _ in range(5)]
+
+    async def ask() -> None:
+        async with Client(workers[:1], 64) as client:
+            texts: list[int] = []
+            async for output in client.generate(REQUEST):
+                texts.append(output.token_id)
+                if len(texts) <= 4:
+                    added = client.add(workers[len(texts)])
+                    assert added == len(texts) and client.workers == [added - 1, added]
+                    await client.remove(added - 1)
+                    assert client.alive == [added]
+            assert texts == WHOLE
+            assert len(await client.counts()) == 5 and await client.loads() == {0: [5, 10]}
+            assert client.down is None
+            await client.remove(4)
+            assert client.down == "it has no worker"
+
+    asyncio.run(asyncio.wait_for(ask(), 10))
+    assert [worker.cancelled for worker in workers[:4]] == [["x"]] * 4
+    assert [request.said_token_ids for worker in workers for request in worker.asked] == [
+        tuple(WHOLE[:said]) for said in range(5)
+    ]
+
+
+def test_the_longest_pause_is_of_those_who_speak_and_of_those_who_wait():
+    class Mute(Worker):
+        async def submit(self, request: Request) -> None:
+            pass
+
+    async def ask() -> None:
+        async with Client([Mute()], 64) as client:
+            waiting = asyncio.create_task(anext(aiter(client.generate(REQUEST))))
+            await asyncio.sleep(0.05)
+            with client.watch_pauses() as pauses:
+                await asyncio.sleep(0.05)
+                assert 0.1 <= pauses.longest < 5, "it waits since before anybody watched"
+            waiting.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await waiting
+            with client.watch_pauses() as pauses:
+                assert pauses.longest == 0
+
+    asyncio.run(ask())
+    pauses = Pauses()
+    with pauses.of("a") as spoke:
+        time.sleep(0.05)
+        spoke()  # nobody watches
+        pauses.begin()
+        spoke()
+        assert pauses.longest < 0.05
+        time.sleep(0.05)
+        spoke()
+    assert pauses.longest >= 0.05

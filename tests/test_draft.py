@@ -86,7 +86,7 @@ def models() -> dict[str, Transformer]:
 
 
 def drafting(model: Transformer, **changes: Any) -> Engine:
-    config = ServeConfig(**changes)
+    config = ServeConfig(micro_batch_tokens=1, **changes)
     return engine_of(model, drafter=build_drafter(config, model.config, experts_here=True), **changes)
 
 

@@ -61,7 +61,7 @@ def engine_of(
     drafter: Drafter = NO_DRAFTS,
     **changes: Any,
 ) -> Engine:
-    config = ServeConfig(**{"max_running": running, "page_size": 4, **changes})
+    config = ServeConfig(**{"max_running": running, "page_size": 4, "micro_batch_tokens": 1, **changes})
     lanes = [LocalDispatcher() for _ in range(micro_batches)]
     return Engine(model, eos_ids, config, "cpu", lanes, Turns(), drafter=drafter)
 

@@ -16,7 +16,7 @@ from numerics import assert_close
 from expertmesh.kernels.rows import Rows
 from expertmesh.parallel.exchange import FORMS, BroadcastParts, Layout, RoutedParts, hear_answer
 from expertmesh.parallel.expert_server import Experts, ExpertServer, together_rows
-from expertmesh.parallel.link import Link, LinkBroken, Listener, connect, naming
+from expertmesh.parallel.link import Link, LinkBroken, Listener, Seat, connect, naming
 from expertmesh.parallel.wire import WIRES
 
 WIDTH, HELD = 6, range(3, 7)  # of a layer of 9 experts
@@ -36,7 +36,7 @@ class Server:
     def __init__(self, form: str, links: int, layout: Layout = LAYOUT, compute=experts_ref) -> None:
         store = dist.HashStore()
         store.set_timeout(WAIT)
-        listener = Listener(store, 0)
+        listener = Listener(store, Seat(0))
         server = ExpertServer(Experts(compute, lambda layer: HELD, "cpu"), FORMS[form], layout)
         self.failure: BaseException | None = None
 
@@ -48,7 +48,7 @@ class Server:
 
         self.thread = threading.Thread(target=serve, daemon=True)
         self.thread.start()
-        self.links = [connect(store, a, 0, 0, WAIT) for a in range(links)]
+        self.links = [connect(store, a, Seat(0), 0, WAIT) for a in range(links)]
 
     def close(self) -> None:
         for link in self.links:
@@ -170,7 +170,7 @@ def test_no_thread_is_left(fails):
         return experts_ref(layer, rows)
 
     def use() -> None:
-        links = [connect(store, attention, 0, 0, WAIT) for attention in range(3)]
+        links = [connect(store, attention, Seat(0), 0, WAIT) for attention in range(3)]
         FORMS["routed"].ask(links[0], 0, routed(torch.Generator().manual_seed(1), 2, 2), LAYOUT)
         if not fails:  # else two links stay open
             hear_answer(links[0], torch.empty(2, WIDTH))
@@ -184,7 +184,7 @@ def test_no_thread_is_left(fails):
         user = threading.Thread(target=use)
         user.start()
         with pytest.raises(RuntimeError, match="out of memory") if fails else nullcontext():
-            server.serve(Listener(store, 0), 3)
+            server.serve(Listener(store, Seat(0)), 3)
         left = set(threading.enumerate()) - others - {user}
         user.join()
         assert not left

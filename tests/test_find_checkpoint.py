@@ -103,8 +103,8 @@ def test_chat_goes_through_their_template(folder, twin):
     served = look_at(folder / "theirs")
 
     async def ask() -> dict[str, Any]:
-        async with bring_up(served, None, ServeConfig()) as client:
-            transport = httpx.ASGITransport(build_app(client, served.tokenizer, served.name))
+        async with bring_up(served, None, ServeConfig()) as service:
+            transport = httpx.ASGITransport(build_app(service.client, served.tokenizer, served.name))
             async with httpx.AsyncClient(transport=transport, base_url="http://door") as http:
                 body = {"model": "theirs", "messages": messages, "max_tokens": 24, "temperature": 0}
                 return (await http.post("/v1/chat/completions", json=body, timeout=60)).json()

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from expertmesh.parallel.link import Hello, Link, LinkBroken, Listener, as_bytes, connect, naming, silent_address
+from expertmesh.parallel.link import Hello, Link, LinkBroken, Listener, Seat, as_bytes, connect, naming, silent_address
 
 WAIT = timedelta(seconds=20)
 
@@ -26,8 +26,8 @@ def store() -> dist.HashStore:
 
 def pair(store: dist.Store, timeout: timedelta = WAIT) -> tuple[Link, Link]:
     """An attention worker's end and the FFN worker's."""
-    listener = Listener(store, 0)
-    attention = connect(store, 3, 0, 1, timeout)
+    listener = Listener(store, Seat(0))
+    attention = connect(store, 3, Seat(0), 1, timeout)
     ffn, who = listener.accept()
     listener.close()
     assert who == Hello(3, 1)
@@ -72,10 +72,10 @@ def test_tensors_are_bytes(dtype):
 
 def test_links_are_their_own(store):
     """Two micro-batches of one pair: a message of one does not come out of the other."""
-    listener = Listener(store, 0)
+    listener = Listener(store, Seat(0))
     ends = {}
     for micro_batch in range(2):
-        attention = connect(store, 0, 0, micro_batch, WAIT)
+        attention = connect(store, 0, Seat(0), micro_batch, WAIT)
         link, who = listener.accept()
         ends[who.micro_batch] = attention, link
     ends[1][0].send([b"one"])
@@ -126,13 +126,13 @@ def test_silence_is_an_end_for_whoever_waits_for_an_answer(store):
 
 
 def test_strangers_are_not_let_in(store):
-    listener = Listener(store, 0)
-    host, port, _ = store.get("ffn-0").decode().split()
+    listener = Listener(store, Seat(0))
+    host, port, _ = store.get(Seat(0).key).decode().split()
     impostor = socket.create_connection((host, int(port)))
     impostor.sendall(bytes(24))
     mute = socket.create_connection((host, int(port)))
     mute.close()
-    friend = connect(store, 1, 0, 0, WAIT)
+    friend = connect(store, 1, Seat(0), 0, WAIT)
     link, who = listener.accept()
     assert who == Hello(1, 0)
     impostor.settimeout(20)
@@ -144,10 +144,10 @@ def test_strangers_are_not_let_in(store):
 
 
 def test_a_worker_that_comes_again_is_found_at_its_new_place(store):
-    first = Listener(store, 0)
+    first = Listener(store, Seat(0))
     first.close()
-    second = Listener(store, 0)
-    connect(store, 0, 0, 0, WAIT)
+    second = Listener(store, Seat(0))
+    connect(store, 0, Seat(0), 0, WAIT)
     assert second.accept()[1] == Hello(0, 0)
 
 
@@ -155,23 +155,23 @@ def test_nobody_there():
     store = dist.HashStore()
     store.set("ffn-4", f"127.0.0.1 1 {bytes(16).hex()}")
     with pytest.raises(LinkBroken, match="FFN worker 4 is gone"):
-        connect(store, 0, 4, 0, WAIT)
+        connect(store, 0, Seat(4), 0, WAIT)
 
 
 def come_when_another_is_silent(store: dist.Store, asked: memoryview) -> None:
     """An FFN worker that hears one question and says ok."""
-    while silent_address(store, 0) is None:
+    while silent_address(store, Seat(0)) is None:
         sleep(0.01)
-    later, _ = Listener(store, 0).accept()
+    later, _ = Listener(store, Seat(0)).accept()
     later.receive(asked)
     later.send([b"ok"])
 
 
 def test_a_silent_worker_is_told_of_until_another_has_come(store):
     """It takes connections, as a stopped process does; the one that comes later is asked what it was asked."""
-    silent = Listener(store, 0)
-    assert silent_address(store, 0) is None
-    attention = connect(store, 3, 0, 1, timedelta(seconds=0.05), patience=20)
+    silent = Listener(store, Seat(0))
+    assert silent_address(store, Seat(0)) is None
+    attention = connect(store, 3, Seat(0), 1, timedelta(seconds=0.05), patience=20)
     attention.send([b"question"])
     said, asked = memoryview(bytearray(2)), memoryview(bytearray(8))
     with pytest.raises(TimeoutError) as caught:
@@ -183,13 +183,13 @@ def test_a_silent_worker_is_told_of_until_another_has_come(store):
         attention.receive(said)
     thread.join(20)
     assert bytes(asked) == b"question" and not thread.is_alive()
-    assert silent_address(store, 0) is None and silent
+    assert silent_address(store, Seat(0)) is None and silent
 
 
 def test_one_that_is_stopped_takes_no_large_question(store):
     """More than the system holds for it: sending is what times out, and `receive` says so."""
-    listener, large = Listener(store, 0), bytes(64 << 20)
-    attention = connect(store, 3, 0, 1, timedelta(seconds=0.2), patience=20)
+    listener, large = Listener(store, Seat(0)), bytes(64 << 20)
+    attention = connect(store, 3, Seat(0), 1, timedelta(seconds=0.2), patience=20)
     attention.send([large])
     with pytest.raises(TimeoutError) as caught:
         attention.receive(memoryview(bytearray(2)))
@@ -202,8 +202,8 @@ def test_one_that_is_stopped_takes_no_large_question(store):
 
 
 def test_silence_goes_on(store):
-    listener = Listener(store, 0)
-    attention = connect(store, 3, 0, 1, timedelta(seconds=0.05), patience=0.2)
+    listener = Listener(store, Seat(0))
+    attention = connect(store, 3, Seat(0), 1, timedelta(seconds=0.05), patience=0.2)
     with pytest.raises(LinkBroken, match="FFN worker 4 did not answer in time"), naming(4):
         attention.renew(TimeoutError())
-    assert silent_address(store, 0) is not None and listener
+    assert silent_address(store, Seat(0)) is not None and listener

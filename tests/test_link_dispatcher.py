@@ -19,8 +19,8 @@ from expertmesh.parallel.all_to_all import Traffic
 from expertmesh.parallel.dispatchers import ExpertLayer, LocalDispatcher
 from expertmesh.parallel.exchange import FORMS, Answered, Layout, tell
 from expertmesh.parallel.expert_server import Experts, ExpertServer
-from expertmesh.parallel.link import Link, LinkBroken, Listener, connect
-from expertmesh.parallel.link_dispatcher import DISPATCHERS, Pool
+from expertmesh.parallel.link import Link, LinkBroken, Listener, Seat, connect
+from expertmesh.parallel.link_dispatcher import DISPATCHERS, Shared
 from expertmesh.parallel.placement import expert_shard
 from expertmesh.parallel.timeline import Timeline, Turns
 from expertmesh.parallel.wire import WIRES, WireName
@@ -54,15 +54,15 @@ class Split:
                 return apply(rows, shard.start).to(dtype)
 
             server = ExpertServer(Experts(compute, lambda layer: shard, "cpu"), FORMS[form], layout)
-            server.serve(Listener(store, ffn), 1)
+            server.serve(Listener(store, Seat(ffn)), 1)
 
         self.threads = [Thread(target=serve, args=(ffn,), daemon=True) for ffn in range(workers)]
         for thread in self.threads:
             thread.start()
-        self.links = [connect(store, 0, ffn, 0, WAIT) for ffn in range(workers)]
+        self.links = [connect(store, 0, Seat(ffn), 0, WAIT) for ffn in range(workers)]
         self.timeline, self.traffic = Timeline(keep=True), Traffic()
         self.turns = Turns(self.timeline)
-        self.dispatcher = DISPATCHERS[form](self.links, 0, Pool(layout, self.turns, self.traffic))
+        self.dispatcher = DISPATCHERS[form](self.links, 0, Shared(layout, self.turns, self.traffic))
 
     @torch.no_grad()
     def __call__(self, x_TD: torch.Tensor, routing: Routing, zero: ZeroComputation | None = None) -> torch.Tensor:
@@ -206,7 +206,7 @@ def test_an_ffn_worker_dies_and_the_next_one_answers(form, moment):
     lives: list[Listener] = []
 
     def live(dies: bool) -> None:
-        listener = Listener(store, 0)
+        listener = Listener(store, Seat(0))
         lives.append(listener)
         link, _ = listener.accept()
         with suppress(ConnectionError):  # at the end of the test
@@ -231,9 +231,9 @@ def test_an_ffn_worker_dies_and_the_next_one_answers(form, moment):
             tell(link, answer, Answered(0, 0))
 
     Thread(target=live, args=(True,), daemon=True).start()
-    link = connect(store, 0, 0, 0, WAIT, patience=20)
+    link = connect(store, 0, Seat(0), 0, WAIT, patience=20)
     turns = Turns(Timeline())
-    dispatcher = DISPATCHERS[form]([link], 0, Pool(layout, turns, Traffic()))
+    dispatcher = DISPATCHERS[form]([link], 0, Shared(layout, turns, Traffic()))
     routing, _ = ROUTINGS[0]
     x_TD = torch.randn(len(routing.experts_TK), WIDTH, generator=torch.Generator().manual_seed(3))
     for _ in range(3):
@@ -247,12 +247,13 @@ def test_an_ffn_worker_dies_and_the_next_one_answers(form, moment):
 def test_patience_ends():
     store = dist.HashStore()
     store.set_timeout(WAIT)
-    listener = Listener(store, 0)
-    link = connect(store, 0, 0, 0, WAIT, patience=0.2)
+    listener = Listener(store, Seat(0))
+    link = connect(store, 0, Seat(0), 0, WAIT, patience=0.2)
     listener.accept()[0].close()
     listener.close()
     turns = Turns(Timeline())
-    dispatcher = DISPATCHERS["routed"]([link], 0, Pool(Layout(WIRES["native"], WIDTH, torch.float32), turns, Traffic()))
+    layout = Layout(WIRES["native"], WIDTH, torch.float32)
+    dispatcher = DISPATCHERS["routed"]([link], 0, Shared(layout, turns, Traffic()))
     routing, _ = ROUTINGS[0]
     with pytest.raises(LinkBroken, match="FFN worker 0 is gone"), turns.turn(0), torch.no_grad():
         _, handle = dispatcher.dispatch(torch.zeros(len(routing.experts_TK), WIDTH), routing, LAYER)

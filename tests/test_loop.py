@@ -189,7 +189,7 @@ def test_a_request_that_comes_while_a_step_waits_is_begun():
     turns = Turns()
     model = Transformer(tiny_model(vocab_size=64))
     initialise(model, 1, 0.3)
-    loop = EngineLoop(Engine(model.eval(), [], ServeConfig(), "cpu", [Stuck(), Stuck()], turns))
+    loop = EngineLoop(Engine(model.eval(), [], ServeConfig(micro_batch_tokens=1), "cpu", [Stuck(), Stuck()], turns))
     loop.submit(request("a"))
     while not stuck.locked():
         time.sleep(0.001)

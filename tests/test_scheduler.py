@@ -14,8 +14,10 @@ from expertmesh.system.serve.scheduler import Batch, Copy, Scheduler
 ANSWER = 3  # tokens of an answer, unless said otherwise
 
 
-def scheduler_of(pages: int = 100, page_size: int = 4, lanes: int = 1, running: int = 8, tokens: int = 64) -> Scheduler:
-    return Scheduler(pages, page_size, lanes, running, tokens, prefix_cache=True)
+def scheduler_of(
+    pages: int = 100, page_size: int = 4, lanes: int = 1, running: int = 8, tokens: int = 64, fewest: int = 1
+) -> Scheduler:
+    return Scheduler(pages, page_size, lanes, running, tokens, prefix_cache=True, fewest=fewest)
 
 
 def add(scheduler: Scheduler, name: str, prompt: int | list[int], told: bool = False) -> None:
@@ -113,6 +115,28 @@ def test_unequal_micro_batches_even_out():
     assert [piece[0] for piece in shown(scheduler.schedule())] == ["a", "b"]
     assert [piece[0] for piece in shown(scheduler.schedule())] == ["c", "d"]
     assert scheduler.schedule() is None and lone.pieces
+
+
+def test_small_micro_batches_come_together():
+    """Twelve tokens of prompts are worth three micro-batches; three tokens of answers are worth one."""
+    scheduler = scheduler_of(lanes=3, fewest=4)
+    for name in "abc":
+        add(scheduler, name, 4)
+    flying = [scheduler.schedule() for _ in range(3)]
+    assert list(map(shown, flying)) == [[("a", 0, 4)], [("b", 0, 4)], [("c", 0, 4)]]
+    for batch in flying[:2]:
+        assert batch is not None
+        finish(scheduler, batch, answer=99)
+    assert scheduler.schedule() is None, "the third comes soon, and then all go together"
+    assert flying[2] is not None
+    finish(scheduler, flying[2], answer=99)
+    assert run(scheduler, 2) == [[(name, at, 1) for name in "abc"] for at in (4, 5)]
+
+
+def test_a_lone_request_is_not_cut_into_shares():
+    scheduler = scheduler_of(lanes=3)
+    add(scheduler, "a", 40)
+    assert run(scheduler, 1) == [[("a", 0, 40)]]
 
 
 def test_the_oldest_has_its_pages_first():
@@ -245,6 +269,7 @@ def test_any_history_ends_and_keeps_the_books(seed):
     scheduler = Scheduler(
         *(count, size, lanes, draw.randint(1, 6), step_tokens, draw.random() < 0.7),
         drafter=draw.choice([NO_DRAFTS, Nested(3, 0.5)]),
+        fewest=draw.choice([1, 4, 30]),
     )
     flying: list[Batch] = []
     written: dict[int, int] = {}  # page -> how often it is written to in flight
@@ -258,7 +283,7 @@ def test_any_history_ends_and_keeps_the_books(seed):
             scheduler.cancel(f"r{draw.randint(1, 30)}")
         if len(flying) < lanes and (batch := scheduler.schedule()):
             flying.append(batch)
-            assert sum(piece.rows for piece in batch.pieces) <= max(1, step_tokens // lanes)
+            assert sum(piece.rows for batch in flying for piece in batch.pieces) <= step_tokens
             written = _pages_written(flying, size)
             assert all(times == 1 for times in written.values()), "two write to one page"
             for piece in batch.pieces:

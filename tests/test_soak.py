@@ -140,7 +140,7 @@ def test_every_text_survives(tmp_path):
     with service(tmp_path) as (_, base_url):
         right = asyncio.run(ask_all(base_url, asks, lambda ended: None))
 
-    settings = ("serve.exchange_timeout_s=3", "serve.restarts=100")
+    settings = ("serve.exchange_timeout_s=3", "serve.restarts=100", "serve.micro_batch_tokens=1")
     with service(tmp_path, "--attention", "2", "--ffn", "2", *settings) as (server, base_url):
         faults = dict(zip(sorted(draw.sample(range(20, REQUESTS - 50), len(FAULTS))), FAULTS, strict=True))
         struck = []

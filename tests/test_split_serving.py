@@ -6,19 +6,18 @@ import time
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from serving import Answers, answers, requests, split_in_threads
+from serving import Answers, answer_in_threads, answers, requests, split_in_threads, wait_for_end
 from tiny import prepare_tiny_data, tiny_model, write_random_checkpoint
 
 from expertmesh.system.model.checkpoint import Checkpoint, open_checkpoint
 from expertmesh.system.serve.config import ServeConfig
-from expertmesh.system.serve.workers import attention_engine, joined_engine, run_ffn_worker
+from expertmesh.system.serve.workers import AttentionWorker, FFNPool, joined_engine, run_ffn_worker
 
 
 @pytest.fixture(scope="module")
@@ -65,10 +64,9 @@ def test_cancelled_while_their_rows_are_away(checkpoint, joined):
     """Half of the requests are cancelled at once or after their first token; the others say what they would alone."""
     store = dist.HashStore()
     store.set_timeout(timedelta(seconds=30))
-    config = ServeConfig(max_running=4, page_size=4)
-    worker = Thread(target=run_ffn_worker, args=(checkpoint, config, 0, 1, 1, store), daemon=True)
-    worker.start()
-    loop = attention_engine(checkpoint, config, 0, 1, store)
+    config = ServeConfig(max_running=4, page_size=4, micro_batch_tokens=1)
+    answering = answer_in_threads(checkpoint, config, FFNPool(1), 1, store)
+    loop = AttentionWorker(checkpoint, config, 0, FFNPool(1), store).loop
     kept = {f"{name}-{time_}" for name in joined for time_ in range(2)}
     said: dict[str, list[int]] = {name: [] for name in kept}
     for time_ in range(4):
@@ -94,8 +92,7 @@ def test_cancelled_while_their_rows_are_away(checkpoint, joined):
         time.sleep(0.01)
     assert loop.counts()[:2] == (0, 0) and loop.counts().pages_used == 0
     loop.close()
-    worker.join(30)
-    assert not worker.is_alive()
+    wait_for_end(answering)
     assert said == {name: joined[name.split("-")[0]] for name in kept}
 
 
@@ -114,17 +111,17 @@ def test_fp8_on_the_wire_says_nearly_the_same_wherever_the_experts_are(checkpoin
 def _attention(rank: int, port: int, ffn: int, checkpoint: Checkpoint, config: ServeConfig, results: Any) -> None:
     torch.set_num_threads(1)
     store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=60))
-    results.put(answers(attention_engine(checkpoint, config, rank, ffn, store), requests()))
+    results.put(answers(AttentionWorker(checkpoint, config, rank, FFNPool(ffn), store).loop, requests()))
 
 
 def _ffn(rank: int, port: int, ffn: int, attention: int, checkpoint: Checkpoint, config: ServeConfig) -> None:
     torch.set_num_threads(1)
     store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=60))
-    run_ffn_worker(checkpoint, config, rank, ffn, attention, store)
+    run_ffn_worker(checkpoint, config, rank, FFNPool(ffn), attention, store)
 
 
 def test_in_processes_of_their_own(checkpoint, joined):
-    attention, ffn, config = 2, 2, ServeConfig()
+    attention, ffn, config = 2, 2, ServeConfig(micro_batch_tokens=1)
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     context = mp.get_context("spawn")
     results = context.Queue()

@@ -15,7 +15,8 @@ from serving import requests
 from tiny import prepare_tiny_data, tiny_model, write_random_checkpoint
 
 from expertmesh.launch.client import Client
-from expertmesh.launch.serving import Pools, bring_up, look_at
+from expertmesh.launch.pools import Pools
+from expertmesh.launch.serving import bring_up, look_at
 from expertmesh.system.serve.config import ServeConfig
 from expertmesh.system.serve.request import Request
 
@@ -56,7 +57,10 @@ async def texts(
 
 
 async def outlive(checkpoint: Path, pools: Pools) -> None:
-    async with bring_up(look_at(checkpoint), pools, ServeConfig(exchange_timeout_s=2.0)) as client:
+    async with bring_up(
+        look_at(checkpoint), pools, ServeConfig(exchange_timeout_s=2.0, micro_batch_tokens=1)
+    ) as service:
+        client = service.client
         whole = await texts(client, requests())
         for fault in FAULTS:
             assert await texts(client, requests(), fault) == whole, fault

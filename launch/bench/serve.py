@@ -32,7 +32,7 @@ from statistics import median
 from typing import Any, NamedTuple
 
 from expertmesh.launch.bench.timing import speed
-from expertmesh.launch.serving import Pools
+from expertmesh.launch.pools import Pools
 from expertmesh.system.serve.config import ServeConfig
 
 OURS = "expertmesh, joined"
@@ -301,7 +301,7 @@ def _ours(pools: Pools | None, config: ServeConfig, checkpoint: Path, case: Serv
 
     with asyncio.Runner() as runner:
         engine = bring_up(look_at(checkpoint), pools, config)
-        client = runner.run(engine.__aenter__())
+        client = runner.run(engine.__aenter__()).client
         try:
             yield lambda prompts, new_tokens: runner.run(texts(client, prompts, new_tokens))
         finally:

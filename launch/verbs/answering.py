@@ -11,6 +11,7 @@ import typer
 from expertmesh.launch.terminal import (
     AddressOption,
     AnyCheckpointArgument,
+    ApiKeyOption,
     JsonOption,
     failures,
     show_json,
@@ -46,8 +47,9 @@ def generate(
 ) -> None:
     """Continue a text: in one process, or with attention and experts in separate workers."""
     with wrong_input():
+        from expertmesh.launch.pools import check_pools
         from expertmesh.launch.recipe import serve_settings
-        from expertmesh.launch.serving import bring_up, check_pools, check_trace, look_at
+        from expertmesh.launch.serving import bring_up, check_trace, look_at
         from expertmesh.system.serve.request import Request, Sampling
 
         config = serve_settings([f"serve.micro_batches={micro_batches}", *(settings or [])])
@@ -78,7 +80,8 @@ def generate(
             if not as_json:
                 typer.echo(piece, nl=False)
 
-        async with bring_up(served, pools, config, address, trace) as client:
+        async with bring_up(served, pools, config, address, trace) as service:
+            client = service.client
             if not as_json:
                 typer.echo(prompt, nl=False)
             async for output in client.generate(request):
@@ -115,9 +118,7 @@ def serve(
     host: Annotated[str, typer.Option(help="address to listen on; 0.0.0.0 is every network")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes any free one")] = 8000,
     model_name: Annotated[str | None, typer.Option(help="name that clients use; none: the checkpoint's folder")] = None,
-    api_key: Annotated[
-        str | None, typer.Option(envvar="EXPERTMESH_API_KEY", help="clients must send it; none: anybody may ask")
-    ] = None,
+    api_key: ApiKeyOption = None,
     address: AddressOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -125,8 +126,9 @@ def serve(
     with wrong_input():
         if api_key is not None and not (api_key and api_key.isascii() and api_key.isprintable()):
             raise ValueError("--api-key: it must be printable ASCII, and not empty")
+        from expertmesh.launch.pools import check_pools
         from expertmesh.launch.recipe import serve_settings
-        from expertmesh.launch.serving import check_pools, check_trace, listen, look_at, serve_forever
+        from expertmesh.launch.serving import check_trace, listen, look_at, serve_forever
 
         config = serve_settings([f"serve.micro_batches={micro_batches}", *(settings or [])])
         served = look_at(checkpoint)

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from expertmesh.launch.terminal import JsonOption, check_dashboard, failures, show_json, wrong_input
+from expertmesh.launch.terminal import ApiKeyOption, JsonOption, check_dashboard, failures, show_json, wrong_input
 
 DashboardOption = Annotated[str, typer.Option(help="the cluster's dashboard, such as http://127.0.0.1:8265")]
 OptionalDashboardOption = Annotated[
@@ -89,20 +89,49 @@ def status(
 
 
 def scale(
-    job: Annotated[str, typer.Argument(metavar="JOB", help="a training run's name, or its folder")],
-    experts_parallel: Annotated[int, typer.Option(min=1, help="ranks that split the experts from now on")],
+    target: Annotated[
+        str, typer.Argument(metavar="TARGET", help="a training run, or a service such as http://HOST:8000")
+    ],
+    experts_parallel: Annotated[int | None, typer.Option(min=1, help="of a run: ranks that split the experts")] = None,
+    attention: Annotated[int | None, typer.Option(min=1, help="of a service: attention workers")] = None,
+    ffn: Annotated[int | None, typer.Option(min=1, help="of a service: FFN workers")] = None,
+    api_key: ApiKeyOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Change a running training job: it saves at the end of its step and goes on with another number of workers."""
-    with wrong_input():
-        from expertmesh.launch.event_log import read_events
-        from expertmesh.launch.run_folder import ask_to_scale, await_scale, find_run
-
-        run_dir = find_run(job)
-        known = len(read_events(run_dir))
-        ask_to_scale(run_dir, experts_parallel)
+    """Give a training run or a service another number of workers while it is at work."""
     with failures(), wrong_input():
-        event = await_scale(run_dir, known)
+        if "://" in target:
+            if experts_parallel is not None or (attention is None and ffn is None):
+                raise ValueError(f"scale {target}: a service takes --attention, --ffn or both")
+            _scale_service(target, api_key, attention, ffn, as_json)
+        elif experts_parallel is None or attention is not None or ffn is not None:
+            raise ValueError(f"scale {target}: a training run takes --experts-parallel, and nothing else")
+        else:
+            _scale_run(target, experts_parallel, as_json)
+
+
+def _scale_service(url: str, api_key: str | None, attention: int | None, ffn: int | None, as_json: bool) -> None:
+    from expertmesh.launch.operate import ask_to_scale
+
+    scaled = ask_to_scale(url, api_key, attention, ffn)
+    if as_json:
+        show_json(scaled)
+    else:
+        typer.echo(
+            f"attention {scaled['attention']}, ffn {scaled['ffn']}; "
+            f"no request waited longer than {scaled['longest_pause_s']:.2f} s for a token"
+        )
+
+
+def _scale_run(job: str, experts_parallel: int, as_json: bool) -> None:
+    """It saves at the end of its step and goes on with another number of workers."""
+    from expertmesh.launch.event_log import read_events
+    from expertmesh.launch.run_folder import ask_to_scale, await_scale, find_run
+
+    run_dir = find_run(job)
+    known = len(read_events(run_dir))
+    ask_to_scale(run_dir, experts_parallel)
+    event = await_scale(run_dir, known)
     if as_json:
         show_json(event)
     else:

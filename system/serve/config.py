@@ -21,6 +21,9 @@ class ServeConfig(RecipeSection):
     )
     prefix_cache: bool = Field(True, description="requests that begin alike share the pages of their beginning")
     micro_batches: int = Field(3, ge=1, le=4, description="parts of the work in flight to the FFN pool at once")
+    micro_batch_tokens: int | None = Field(
+        None, ge=1, description="fewest tokens worth a micro-batch of their own; null: 8 rows for each FFN expert"
+    )
     wire: Literal["routed", "broadcast"] = Field(
         "routed", description="a token goes to the FFN workers that hold its experts, or to all of them"
     )

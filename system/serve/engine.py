@@ -12,20 +12,23 @@ How a token flows:
     6  `step` takes the first micro-batch that is done: pages that it filled can be found by others, tokens are told
        to the caller, requests that are over give their pages back, and the others are ready for the next micro-batch
 
-There is no barrier between steps: while one lane draws its tokens, the others are somewhere in their layers.
+There is no barrier between steps: while one lane draws its tokens, the others are somewhere in their layers. So an
+FFN pool is changed for another lane by lane (`redirect`): a micro-batch ends where it began, the next one asks the new
+pool.
 """
 
 from __future__ import annotations
 
 import queue
 import secrets
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from threading import Thread
 from typing import NamedTuple
 
 from expertmesh.parallel.all_to_all import Traffic
 from expertmesh.parallel.dispatchers import Dispatcher
 from expertmesh.parallel.timeline import Turns
+from expertmesh.system.model.config import ModelConfig
 from expertmesh.system.model.transformer import Transformer
 from expertmesh.system.serve.config import ServeConfig
 from expertmesh.system.serve.constraint import Constraints
@@ -36,6 +39,8 @@ from expertmesh.system.serve.runner import Result, Runner, ends_of
 from expertmesh.system.serve.sampler import Drawn
 from expertmesh.system.serve.scheduler import Batch, Scheduler
 from expertmesh.system.serve.scheduler import Sequence as Running
+
+ROWS_WORTH_READING = 8  # of an expert: with fewer, its weights take longer to read than the rows to compute
 
 
 class EngineCounts(NamedTuple):
@@ -64,7 +69,7 @@ class _Lane:
     """A thread and a dispatcher for one micro-batch in flight."""
 
     def __init__(self, runner: Runner, dispatcher: Dispatcher, done: queue.SimpleQueue, index: int) -> None:
-        self._runner, self._dispatcher, self._done, self._index = runner, dispatcher, done, index
+        self._runner, self.dispatcher, self._done, self._index = runner, dispatcher, done, index
         self._inbox: queue.SimpleQueue[Batch | None] = queue.SimpleQueue()
         self.batch: Batch | None = None
         self._thread = Thread(target=self._work, name=f"micro-batch-{index}", daemon=True)
@@ -84,7 +89,7 @@ class _Lane:
     def _work(self) -> None:
         while (batch := self._inbox.get()) is not None:
             try:
-                self._done.put((self, self._runner.run(batch, self._dispatcher, self._index)))
+                self._done.put((self, self._runner.run(batch, self.dispatcher, self._index)))
             except BaseException as error:
                 self._done.put((self, error))
 
@@ -114,7 +119,8 @@ class Engine:
         pages = pages_for(model.config, size, tokens, device, dtype)
         self.cache = KVCache(model.config, pages, size, device, dtype)
         self.scheduler = Scheduler(
-            pages, size, len(dispatchers), config.max_running, config.step_tokens, config.prefix_cache, drafter
+            *(pages, size, len(dispatchers), config.max_running, config.step_tokens, config.prefix_cache, drafter),
+            config.micro_batch_tokens or worth_a_micro_batch(model.config),
         )
         self._room = min(self.context_length, pages * size)
         self._done: queue.SimpleQueue[tuple[_Lane, Result | BaseException] | None] = queue.SimpleQueue()
@@ -122,6 +128,7 @@ class Engine:
         self._constraints = constraints
         self.timeline = turns.timeline
         self._lanes = [_Lane(runner, dispatcher, self._done, i) for i, dispatcher in enumerate(dispatchers)]
+        self._redirected: tuple[dict[_Lane, Dispatcher], Callable[[], None]] | None = None
         self._traffic = traffic or Traffic()
         self._told: dict[str, list[Logprobs]] = {}
         self._generated = self._drafted = self._accepted = 0
@@ -169,9 +176,15 @@ class Engine:
         lane, result = event
         batch, lane.batch = lane.batch, None
         assert batch is not None
+        self._turn_idle_lanes()
         if isinstance(result, BaseException):
             raise result
         return self._advance(batch, result)
+
+    def redirect(self, dispatchers: Sequence[Dispatcher], then: Callable[[], None]) -> None:
+        """Have each lane use its own of `dispatchers` from its next micro-batch on; `then` is called once all do."""
+        self._redirected = dict(zip(self._lanes, dispatchers, strict=True)), then
+        self._turn_idle_lanes()
 
     def wake(self) -> None:
         """Have a `step` that waits return: there is something new to do. Safe to call from any thread."""
@@ -201,6 +214,16 @@ class Engine:
             self._drafted,
             self._accepted,
         )
+
+    def _turn_idle_lanes(self) -> None:
+        if self._redirected is None:
+            return
+        left, then = self._redirected
+        for lane in [lane for lane in left if lane.batch is None]:
+            lane.dispatcher = left.pop(lane)
+        if not left:
+            self._redirected = None
+            then()
 
     def _advance(self, batch: Batch, result: Result) -> list[Output]:
         for (running, start, _, _), told in zip(batch.pieces, result.told, strict=True):
@@ -254,3 +277,9 @@ class Engine:
         if token_id in ends:
             return "stop"
         return "length" if len(running.token_ids) == running.longest else None
+
+
+def worth_a_micro_batch(model: ModelConfig) -> int:
+    """Tokens that give each FFN expert `ROWS_WORTH_READING` rows, in the layer where they are spread thinnest."""
+    layers = [model.moe_of(layer) for layer in model.moe_layers]
+    return max((-(-ROWS_WORTH_READING * moe.ffn_experts // moe.top_k) for moe in layers), default=1)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
+from expertmesh.parallel.dispatchers import Dispatcher
 from expertmesh.parallel.timeline import Busy, Span
 from expertmesh.system.serve.engine import Engine, EngineCounts
 from expertmesh.system.serve.request import Output, Request
@@ -31,6 +32,17 @@ class EngineLoop:
 
     def cancel(self, request_id: str) -> None:
         self._order(lambda: self._engine.cancel(request_id))
+
+    def redirect(self, dispatchers: Sequence[Dispatcher]) -> None:
+        """Have the engine use other dispatchers from each lane's next micro-batch on; returns once all lanes do.
+
+        Raises RuntimeError where the engine ended before.
+        """
+        turned = threading.Event()
+        self._order(lambda: self._engine.redirect(dispatchers, turned.set))
+        while not turned.wait(0.1):
+            if not self._thread.is_alive():
+                raise RuntimeError("the engine ended before it could ask another FFN pool")
 
     def counts(self) -> EngineCounts:
         """What the engine tells about itself; numbers of one moment may be of two neighbouring steps."""

@@ -9,7 +9,9 @@ where these find room. `schedule` makes a micro-batch of bites:
     3  waiting requests in order of arrival, where all of their prompt finds pages
 
 Several micro-batches may be in flight, each with its own requests. Each gets its share of all tokens that are missing,
-so that they stay of one size though requests come and go.
+so that they stay of one size though requests come and go. Every micro-batch reads the weights of the experts that it
+asks, and a small one asks nearly as many as a large one: so there are only as many at once as have enough tokens each,
+and what was in flight apart comes together again as the tokens get fewer.
 
 Pages are taken as a bite needs them. When none are left, the youngest request that is in no micro-batch gives up its
 own and waits again at its old place; what it had is computed anew, or found again by name if nobody needed the room.
@@ -92,7 +94,10 @@ class Counts:
 
 
 class Scheduler:
-    """`lanes`: how many micro-batches may be in flight; `step_tokens`: the most that all of them compute together."""
+    """`lanes`: how many micro-batches may be in flight; `step_tokens`: the most that all of them compute together.
+
+    `fewest`: tokens that a micro-batch must have for another to be in flight beside it.
+    """
 
     def __init__(
         self,
@@ -103,13 +108,15 @@ class Scheduler:
         step_tokens: int,
         prefix_cache: bool,
         drafter: Drafter = NO_DRAFTS,
+        fewest: int = 1,
     ) -> None:
-        self.pool, self.page_size, self.lanes = PagePool(pages), page_size, lanes
+        self.pool, self.page_size, self.lanes, self.fewest = PagePool(pages), page_size, lanes, fewest
         self.max_running, self.step_tokens, self.prefix_cache = max_running, step_tokens, prefix_cache
         self.drafter = drafter
         self.waiting: list[Sequence] = []  # by arrival
         self.running: list[Sequence] = []  # by arrival
         self.counts = Counts()
+        self._in_flight: list[Batch] = []
         self._arrivals = 0
 
     @property
@@ -133,30 +140,43 @@ class Scheduler:
 
     def schedule(self) -> Batch | None:
         """The next micro-batch, of requests that are in no other; None: nobody can go on before another is done."""
-        room, batch, taken, short = self._room(), Batch([], []), 0, False
+        wanting = [*self.running, *self.waiting[: max(0, self.max_running - len(self.running))]]
+        missing = sum(s.missing for s in wanting)
+        parts = max(1, min(missing // self.fewest, self.lanes, len(wanting), self.step_tokens))
+        left = self.step_tokens - sum(piece.rows for batch in self._in_flight for piece in batch.pieces)
+        if len(self._in_flight) >= parts or left <= 0:
+            return None
+        # A micro-batch is full with its share of all that is missing; its last piece may pass that, up to `most`.
+        most = min(self.step_tokens // parts, left)
+        room = min(most, -(-missing // parts))
+        batch, taken, short = Batch([], []), 0, False
         ready = [s for s in self.running if not s.in_flight]
         if ready:  # the oldest has its pages before anybody else takes some, whatever it misses
-            self._grow(ready[0], ready[0].computed + min(ready[0].missing, self._most), ready[1:])
+            self._grow(ready[0], ready[0].computed + min(ready[0].missing, most), ready[1:])
         for sequence in sorted(ready, key=lambda s: s.missing > 1):
             if taken < room and sequence in self.running:  # not preempted meanwhile
-                length = min(sequence.missing, self._most - taken)
+                length = min(sequence.missing, most - taken)
                 others = [s for s in ready if s.arrival > sequence.arrival and not s.in_flight]
                 if self._grow(sequence, sequence.computed + length, others):
-                    drafts = self._drafts(sequence, self._most - taken - length)
+                    drafts = self._drafts(sequence, most - taken - length)
                     self._put(batch, sequence, length, drafts)
                     taken += length + drafts
                 else:
                     short = True
         if not short:
-            self._admit(batch, room - taken)
+            self._admit(batch, room - taken, most - taken)
+        if not batch.pieces:
+            return None
         batch.pieces.sort(key=lambda piece: piece.rows > 1)
-        return batch if batch.pieces else None
+        self._in_flight.append(batch)
+        return batch
 
     def complete(self, batch: Batch, accepted: list[int]) -> None:
         """The micro-batch is computed, and so many drafts of each piece became text, which was appended before.
 
         Pages that it filled can be found from now on; who was cancelled leaves.
         """
+        self._in_flight.remove(batch)
         for (sequence, _, length, _), right in zip(batch.pieces, accepted, strict=True):
             sequence.in_flight = False
             sequence.computed += length + right
@@ -180,18 +200,6 @@ class Scheduler:
         self.running.remove(sequence)
         self.pool.give_back(sequence.pages)
         sequence.pages = []
-
-    @property
-    def _most(self) -> int:
-        """Tokens of one micro-batch."""
-        return max(1, self.step_tokens // self.lanes)
-
-    def _room(self) -> int:
-        """The tokens at which a micro-batch is full: its share of all that is missing. The last piece may pass it."""
-        missing = sum(s.missing for s in self.running)
-        coming = self.waiting[: max(0, self.max_running - len(self.running))]
-        missing += sum(s.missing for s in coming)
-        return min(self._most, -(-missing // self.lanes))
 
     def _put(self, batch: Batch, sequence: Sequence, length: int, drafts: int = 0) -> None:
         sequence.in_flight = True
@@ -227,9 +235,11 @@ class Scheduler:
         bisect.insort(self.waiting, sequence, key=lambda s: s.arrival)
         self.counts.preemptions += 1
 
-    def _admit(self, batch: Batch, room: int) -> None:
-        """Let waiting requests in, in order of arrival, as long as tokens, places and pages last."""
-        most = self._most - sum(piece.rows for piece in batch.pieces)
+    def _admit(self, batch: Batch, room: int, most: int) -> None:
+        """Let waiting requests in, in order of arrival, as long as tokens, places and pages last.
+
+        `room`: tokens until the micro-batch is full; `most`: tokens that it may have at all.
+        """
         for sequence in list(self.waiting):
             if room <= 0 or len(self.running) >= self.max_running:
                 return

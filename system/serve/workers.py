@@ -11,8 +11,9 @@ a third of bfloat16's time (2048 x 4096 weights on two cores with AVX512-BF16: 2
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from datetime import timedelta
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -20,12 +21,13 @@ from torch import nn
 
 from expertmesh.kernels.device import choose_device
 from expertmesh.parallel.all_to_all import Traffic
-from expertmesh.parallel.dispatchers import LocalDispatcher
+from expertmesh.parallel.dispatchers import Dispatcher, LocalDispatcher
 from expertmesh.parallel.exchange import FORMS, Layout
 from expertmesh.parallel.expert_server import Experts, ExpertServer
-from expertmesh.parallel.link import Listener, connect
-from expertmesh.parallel.link_dispatcher import DISPATCHERS, Pool
-from expertmesh.parallel.placement import expert_shard
+from expertmesh.parallel.link import LastingLink, Listener, Seat, connect
+from expertmesh.parallel.link_dispatcher import DISPATCHERS, Shared
+from expertmesh.parallel.placed_dispatcher import PlacedDispatcher
+from expertmesh.parallel.placement import Placement, expert_shard, place_on_fewest
 from expertmesh.parallel.timeline import Timeline, Turns
 from expertmesh.parallel.wire import WIRES
 from expertmesh.system.model.checkpoint import Checkpoint
@@ -40,6 +42,7 @@ from expertmesh.system.serve.loop import EngineLoop
 from expertmesh.system.tokenizer import Tokenizer
 
 Module = TypeVar("Module", bound=nn.Module)
+Links = list[list[LastingLink]]  # of a micro-batch, to each FFN worker
 
 
 def serving_dtype(checkpoint: Checkpoint, device: str) -> torch.dtype:
@@ -75,45 +78,114 @@ def joined_engine(checkpoint: Checkpoint, config: ServeConfig, trace: bool = Fal
     return EngineLoop(engine)
 
 
-def attention_engine(
-    checkpoint: Checkpoint, config: ServeConfig, rank: int, ffn_workers: int, store: dist.Store, trace: bool = False
-) -> EngineLoop:
-    """Attention worker `rank`, linked to every FFN worker."""
-    device = choose_device().name
-    model = held(Transformer(checkpoint.config, expert_size=0), checkpoint, device)
-    tokenizer = Tokenizer.load(checkpoint.folder)
-    timeout = timedelta(seconds=config.exchange_timeout_s)
-    pool = Pool(wire_layout(checkpoint, config, device), Turns(Timeline(trace)), Traffic())
-    links = [
-        [connect(store, rank, ffn, micro_batch, timeout, config.recover_s) for ffn in range(ffn_workers)]
-        for micro_batch in range(config.micro_batches)
-    ]
-    dispatchers = [DISPATCHERS[config.wire](mine, micro_batch, pool) for micro_batch, mine in enumerate(links)]
+class FFNPool(NamedTuple):
+    """The FFN workers that hold all routed experts between them, as all workers know them."""
 
-    def hang_up() -> None:
-        for link in (link for mine in links for link in mine):
+    workers: int
+    number: int = 0  # of the pools that a service has had
+    placements: Mapping[int, Placement] = {}  # of layers with copies of experts; else each holds a contiguous part
+
+
+class AttentionWorker:
+    """Attention worker `rank`: an engine and its links to an FFN pool, which can be changed while it answers.
+
+    A change goes in two steps, so that it can be given up until the last of all attention workers is ready for it:
+
+        prepare      links to the new pool, beside those in use
+        change_over  every lane ends its micro-batch with the old pool and begins the next with the new one; then the
+                     old links are closed, and FFN workers that nobody asks any more end
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        config: ServeConfig,
+        rank: int,
+        pool: FFNPool,
+        store: dist.Store,
+        trace: bool = False,
+    ) -> None:
+        device = choose_device().name
+        self._config, self._rank, self._store = config, rank, store
+        self._shared = Shared(wire_layout(checkpoint, config, device), Turns(Timeline(trace)), Traffic())
+        self._present = _Linked(pool, self._link_up(pool))
+        self._prepared: _Linked | None = None
+        model = held(Transformer(checkpoint.config, expert_size=0), checkpoint, device)
+        tokenizer = Tokenizer.load(checkpoint.folder)
+        drafter = build_drafter(config, checkpoint.config, experts_here=False)
+        dispatchers, shared = self._dispatchers(self._present), self._shared
+        engine = Engine(
+            *(model, tokenizer.eos_ids, config, device, dispatchers, shared.turns, shared.traffic, drafter),
+            Constraints(tokenizer),
+        )
+        self.loop = EngineLoop(engine, self._hang_up)
+
+    def prepare(self, pool: FFNPool) -> None:
+        """Raises LinkBroken where a worker of `pool` is not reached: all is as before."""
+        self._drop_prepared()
+        self._prepared = _Linked(pool, self._link_up(pool))
+
+    def change_over(self, pool: FFNPool) -> None:
+        """Returns when `pool` alone is asked. Raises LinkBroken as `prepare` does, where that was not called before."""
+        if self._prepared is None or self._prepared.pool != pool:
+            self.prepare(pool)
+        assert self._prepared is not None
+        self.loop.redirect(self._dispatchers(self._prepared))
+        old, self._present, self._prepared = self._present, self._prepared, None
+        old.close()
+
+    def _link_up(self, pool: FFNPool) -> Links:
+        timeout, config = timedelta(seconds=self._config.exchange_timeout_s), self._config
+        return [
+            [
+                connect(self._store, self._rank, Seat(ffn, pool.number), micro_batch, timeout, config.recover_s)
+                for ffn in range(pool.workers)
+            ]
+            for micro_batch in range(config.micro_batches)
+        ]
+
+    def _dispatchers(self, linked: _Linked) -> list[Dispatcher]:
+        build, placements = DISPATCHERS[self._config.wire], linked.pool.placements
+        inner = [build(mine, micro_batch, self._shared) for micro_batch, mine in enumerate(linked.links)]
+        if not placements:
+            return inner
+        return [PlacedDispatcher(one, placements, self._rank, place_on_fewest) for one in inner]
+
+    def _drop_prepared(self) -> None:
+        if self._prepared is not None:
+            self._prepared.close()
+            self._prepared = None
+
+    def _hang_up(self) -> None:
+        self._present.close()
+        self._drop_prepared()
+
+
+class _Linked(NamedTuple):
+    """A pool, and a link to each of its workers for each micro-batch."""
+
+    pool: FFNPool
+    links: Links
+
+    def close(self) -> None:
+        for link in (link for mine in self.links for link in mine):
             link.close()
-
-    drafter = build_drafter(config, checkpoint.config, experts_here=False)
-    engine = Engine(
-        *(model, tokenizer.eos_ids, config, device, dispatchers, pool.turns, pool.traffic, drafter),
-        Constraints(tokenizer),
-    )
-    return EngineLoop(engine, hang_up)
 
 
 def run_ffn_worker(
-    checkpoint: Checkpoint, config: ServeConfig, rank: int, ffn_workers: int, attention_workers: int, store: dist.Store
+    checkpoint: Checkpoint, config: ServeConfig, rank: int, pool: FFNPool, attention_workers: int, store: dist.Store
 ) -> None:
-    """FFN worker `rank`: answers every attention worker until all of them are gone."""
+    """FFN worker `rank` of `pool`: answers until `attention_workers` or more have come and all are gone."""
     device = choose_device().name
-    pool = held(ExpertPool(checkpoint.config, rank, ffn_workers), checkpoint, device)
+    module = held(ExpertPool(checkpoint.config, rank, pool.workers, pool.placements), checkpoint, device)
 
     def here(layer: int) -> range:
-        return expert_shard(checkpoint.config.moe_of(layer).ffn_experts, rank, ffn_workers)
+        placement = pool.placements.get(layer)
+        slots = checkpoint.config.moe_of(layer).ffn_experts if placement is None else placement.slots
+        return expert_shard(slots, rank, pool.workers)
 
-    experts = Experts(pool, here, device)
-    listener = Listener(store, rank)
+    experts = Experts(module, here, device)
+    listener = Listener(store, Seat(rank, pool.number))
     server = ExpertServer(experts, FORMS[config.wire], wire_layout(checkpoint, config, device))
     server.serve(listener, attention_workers * config.micro_batches)
 
