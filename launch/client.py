@@ -254,8 +254,9 @@ class Client:
         }
 
     async def answers(self, number: int) -> None:
-        """Return once a worker has told its figures; raises what it raises."""
-        await self._members[number].worker.counts()
+        """Return once a worker has told its counts, which are kept; raises what it raises."""
+        member = self._members[number]
+        member.told["counts"] = await member.worker.counts()
 
     @property
     def _coming(self) -> list[asyncio.Task[None]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 import shutil
 import signal
 import tempfile
@@ -178,7 +179,8 @@ class Pool:
     def grow(self, workers: int) -> list[int]:
         """The ranks of so many more workers. Raises WorkerFailed where there is no place for them."""
         _check_capacity(self.name, workers, self._bundle)
-        group = placement_group([self._bundle] * workers, strategy="PACK", name=self.name)
+        name = f"{self.name}-{secrets.token_hex(4)}"  # Ray wants each group's to be its own
+        group = placement_group([self._bundle] * workers, strategy="PACK", name=name)
         if not group.wait(PLACEMENT_TIMEOUT_S):
             remove_placement_group(group)
             raise WorkerFailed(

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import asyncio
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import suppress
 from datetime import timedelta
 from threading import Thread
 
+import psutil
 import torch
 import torch.distributed as dist
 
+from expertmesh.launch.client import Client
 from expertmesh.system.model.checkpoint import Checkpoint
 from expertmesh.system.serve.config import ServeConfig
 from expertmesh.system.serve.engine import Engine
@@ -106,3 +110,34 @@ def wait_for_end(answering: list[Thread]) -> None:
     for worker in answering:
         worker.join(30)
         assert not worker.is_alive(), "an FFN worker goes on though nobody is left to ask it"
+
+
+def processes_of(role: str) -> list[int]:
+    """Of the Ray that this process started."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):  # it ends right now, or has and nobody has asked how
+            if any(f"ray::{role}" in word for word in process.cmdline()):
+                found.append(process.pid)
+    return found
+
+
+async def streamed(
+    client: Client, wanted: list[Request], meanwhile: Callable[[], Awaitable[None]] | None = None
+) -> list[list[int]]:
+    """What is said to each; `meanwhile` begins when every request has three tokens."""
+    said: list[list[int]] = [[] for _ in wanted]
+    reached = asyncio.Event()
+
+    async def ask(place: int, request: Request) -> None:
+        async for output in client.generate(request):
+            said[place].append(output.token_id)
+            if all(len(text) >= 3 for text in said):
+                reached.set()
+
+    asking = [asyncio.create_task(ask(place, request)) for place, request in enumerate(wanted)]
+    await reached.wait()
+    if meanwhile is not None:
+        await meanwhile()
+    await asyncio.gather(*asking)
+    return said

@@ -6,19 +6,17 @@ import asyncio
 import multiprocessing
 import os
 import signal
+from collections.abc import Awaitable, Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-import psutil
 import pytest
-from serving import requests
+from serving import processes_of, requests, streamed
 from tiny import prepare_tiny_data, tiny_model, write_random_checkpoint
 
-from expertmesh.launch.client import Client
 from expertmesh.launch.pools import Pools
 from expertmesh.launch.serving import bring_up, look_at
 from expertmesh.system.serve.config import ServeConfig
-from expertmesh.system.serve.request import Request
 
 FAULTS = [
     ("FFNRole", signal.SIGKILL),
@@ -28,32 +26,11 @@ FAULTS = [
 ]
 
 
-def processes_of(role: str) -> list[int]:
-    """Of the Ray that this process started."""
-    found = psutil.Process().children(recursive=True)
-    return [process.pid for process in found if any(f"ray::{role}" in word for word in process.cmdline())]
-
-
-async def texts(
-    client: Client, wanted: list[Request], fault: tuple[str, signal.Signals] | None = None
-) -> list[list[int]]:
-    """What is said; the fault comes when every request has three tokens."""
-    said: list[list[int]] = [[] for _ in wanted]
-    reached = asyncio.Event()
-
-    async def ask(place: int, request: Request) -> None:
-        async for output in client.generate(request):
-            said[place].append(output.token_id)
-            if all(len(text) >= 3 for text in said):
-                reached.set()
-
-    asking = [asyncio.create_task(ask(place, request)) for place, request in enumerate(wanted)]
-    await reached.wait()
-    if fault is not None:
-        role, how = fault
+def strike(role: str, how: signal.Signals) -> Callable[[], Awaitable[None]]:
+    async def meanwhile() -> None:
         os.kill(processes_of(role)[0], how)
-    await asyncio.gather(*asking)
-    return said
+
+    return meanwhile
 
 
 async def outlive(checkpoint: Path, pools: Pools) -> None:
@@ -61,9 +38,9 @@ async def outlive(checkpoint: Path, pools: Pools) -> None:
         look_at(checkpoint), pools, ServeConfig(exchange_timeout_s=2.0, micro_batch_tokens=1)
     ) as service:
         client = service.client
-        whole = await texts(client, requests())
+        whole = await streamed(client, requests())
         for fault in FAULTS:
-            assert await texts(client, requests(), fault) == whole, fault
+            assert await streamed(client, requests(), strike(*fault)) == whole, fault
         counts = await client.counts()
         assert not any(one.pages_used for one in counts), "a page was lost"
         assert {len(processes_of(role)) for role in ("FFNRole", "AttentionRole")} == set(pools)

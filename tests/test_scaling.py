@@ -1,0 +1,87 @@
+"""A real service is given other sizes while it answers, also as workers die of it: every text is what it is without."""
+
+from __future__ import annotations
+
+import asyncio
+import multiprocessing
+import os
+import signal
+from collections.abc import Awaitable, Callable
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import pytest
+from serving import processes_of, requests, streamed
+from tiny import prepare_tiny_data, tiny_model, write_random_checkpoint
+
+from expertmesh.launch.pools import Pools
+from expertmesh.launch.ray_cluster import WorkerFailed
+from expertmesh.launch.serving import bring_up, look_at
+from expertmesh.launch.split_service import SplitService
+from expertmesh.system.serve.config import ServeConfig
+
+
+def workers() -> Pools:
+    return Pools(len(processes_of("AttentionRole")), len(processes_of("FFNRole")))
+
+
+async def ended(wanted: Pools) -> None:
+    """Those that nobody asks any more are gone soon."""
+    for _ in range(100):
+        if workers() == wanted:
+            return
+        await asyncio.sleep(0.1)
+    raise AssertionError(f"{workers()} are there, not {wanted}")
+
+
+async def change(checkpoint: Path) -> None:
+    config = ServeConfig(exchange_timeout_s=5.0, micro_batch_tokens=1)
+    async with bring_up(look_at(checkpoint), Pools(1, 1), config) as service:
+        client, split = service.client, service.split
+        assert split is not None
+        whole = await streamed(client, requests())
+
+        def to(wanted: Pools, kill: str | None = None) -> Callable[[], Awaitable[None]]:
+            async def meanwhile() -> None:
+                scaling = asyncio.create_task(split.scale(wanted))
+                if kill is not None:
+                    await asyncio.sleep(0.5)
+                    os.kill(processes_of(kill)[0], signal.SIGKILL)
+                scaled = await scaling
+                assert scaled[:2] == wanted == split.pools and 0 < scaled.longest_pause_s < 60
+
+            return meanwhile
+
+        for kill, wanted in [(None, Pools(2, 2)), ("AttentionRole", Pools(1, 1)), ("FFNRole", Pools(1, 2))]:
+            assert await streamed(client, requests(), to(wanted, kill)) == whole, kill
+            await ended(wanted)
+        await refused(split)
+        assert await streamed(client, requests()) == whole
+        counts = await client.counts()
+        assert not any(one.pages_used for one in counts), "a page was lost"
+        told = sum(one.generated_tokens for one in counts)
+        assert 5 * 144 <= told <= 6 * 144, (
+            "what those counted that are gone stays, but for the last moment before a kill"
+        )
+
+
+async def refused(split: SplitService) -> None:
+    """More than there are places: nothing has changed."""
+    for wanted in (Pools(1, 1000), Pools(1000, 2)):
+        with pytest.raises(WorkerFailed, match="asks for .* workers of 1 CPU; the cluster has room for"):
+            await split.scale(wanted)
+        assert split.pools == Pools(1, 2)
+    await ended(Pools(1, 2))
+
+
+def serve_and_change(checkpoint: Path) -> None:
+    asyncio.run(asyncio.wait_for(change(checkpoint), 240))
+    assert workers() == Pools(0, 0)
+
+
+def test_texts_outlive_changes(tmp_path: Path) -> None:
+    """In a process of its own: Ray keeps what another test's cluster made of its settings, such as a token."""
+    prepare_tiny_data(tmp_path)
+    checkpoint = write_random_checkpoint(tmp_path, tiny_model())
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+        process.submit(serve_and_change, checkpoint).result()
