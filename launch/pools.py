@@ -27,4 +27,6 @@ def check_pools(model: ModelConfig, config: ServeConfig, attention: int | None, 
         raise ValueError(f"--attention {pools.attention} --ffn {pools.ffn}: each pool needs at least one worker")
     if pools.ffn > model.moe.ffn_experts:
         raise ValueError(f"--ffn {pools.ffn}: the model has {model.moe.ffn_experts} FFN experts a layer to share out")
+    if model.share_layers and (config.expert_copies or config.rebalance_s):
+        raise ValueError("serve.expert_copies, serve.rebalance_s: all layers of this model have the same experts")
     return pools

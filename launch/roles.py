@@ -27,7 +27,7 @@ from expertmesh.system.model.config import ModelConfig
 from expertmesh.system.serve.config import ServeConfig
 from expertmesh.system.serve.engine import EngineCounts
 from expertmesh.system.serve.request import Output, Request
-from expertmesh.system.serve.workers import AttentionWorker, FFNPool, run_ffn_worker
+from expertmesh.system.serve.workers import AttentionWorker, FFNPool, FFNWorker
 from expertmesh.system.train.run_log import RunLog
 from expertmesh.system.train.trainer import Record, Trainer, Watch
 
@@ -187,11 +187,23 @@ class AttentionRole:
 
 
 class FFNRole:
-    """A worker of the FFN pool."""
+    """A process of the FFN pool, and of the next one while the service changes over."""
 
     def __init__(self, rank: int, host: str, port: int) -> None:
-        self._rank, self._host, self._port = rank, host, port
+        self._host, self._port = host, port
+        self._workers: dict[int, FFNWorker] = {}  # by the number of their pool
+        self._retired: set[int] = set()
 
-    def run(self, checkpoint: Checkpoint, config: ServeConfig, pool: FFNPool, attention_workers: int) -> None:
-        """Answer the attention pool until it is gone."""
-        run_ffn_worker(checkpoint, config, self._rank, pool, attention_workers, join(self._host, self._port))
+    def run(self, checkpoint: Checkpoint, config: ServeConfig, ffn: int, pool: FFNPool, attention_workers: int) -> None:
+        """Be FFN worker `ffn` of `pool`, until the attention pool is gone or `retire` is called."""
+        worker = FFNWorker(checkpoint, config, ffn, pool, join(self._host, self._port))
+        self._workers[pool.number] = worker
+        if pool.number not in self._retired:
+            worker.serve(attention_workers)
+        del self._workers[pool.number]
+
+    def retire(self, number: int) -> None:
+        """That pool is asked no more."""
+        self._retired.add(number)
+        if (worker := self._workers.get(number)) is not None:
+            worker.close()

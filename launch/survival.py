@@ -10,14 +10,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch.distributed as dist
 
 from expertmesh.launch.client import Client
-
-if TYPE_CHECKING:  # serving joined does without Ray
-    import torch.distributed as dist
-
-    from expertmesh.launch.ray_cluster import Pool
+from expertmesh.launch.ray_cluster import Pool, WorkerFailed
+from expertmesh.parallel.link import Seat, silent_address
 
 logger = logging.getLogger(__name__)
 
@@ -57,39 +58,48 @@ async def give_up_silent(client: Client, seconds: float) -> None:
                 pass  # it died, and whoever reads its outputs knows; or it is asked no more
 
 
-async def keep_up(
-    pool: Pool, number: int, calls: list[Any], call: tuple[Any, ...], restarts: Restarts, store: dist.Store
-) -> None:
-    """Have a new FFN worker in the seat of each of pool `number` that died or is silent, until the budget is used up.
+@dataclass(eq=False)
+class Duty:
+    """What a process is asked for good: to be an FFN worker of some pool."""
 
-    Whoever waits for its answers finds the new one by itself (link.py).
+    rank: int  # of the process
+    seat: Seat
+    begin: Callable[[], Any]
+    """Ask it; returns the call."""
+
+    def __post_init__(self) -> None:
+        self.call = self.begin()
+
+
+async def keep_up(pool: Pool, duties: list[Duty], restarts: Restarts, store: dist.Store) -> None:
+    """Have a new process for each that died or is silent in one of its `duties`, until the budget is used up.
+
+    It takes over all of them. Whoever waits for answers finds it by itself (link.py). `duties` may change meanwhile.
     """
-    from expertmesh.launch.ray_cluster import WorkerFailed
-    from expertmesh.parallel.link import Seat, silent_address
-
     given_up: set[bytes] = set()  # by all micro-batches, one after the other, and until the next one has come
 
-    def lost(rank: int) -> str | None:
-        if (address := silent_address(store, Seat(rank, number))) and address not in given_up:
+    def lost(duty: Duty) -> str | None:
+        if (address := silent_address(store, duty.seat)) and address not in given_up:
             given_up.add(address)
-            return f"{pool.name} {rank} does not answer"
+            return f"{pool.name} {duty.rank} does not answer"
         try:
-            pool.answer(rank, calls[rank], 0)
+            pool.answer(duty.rank, duty.call, 0)
         except WorkerFailed as failure:
             return str(failure)
         return None
 
     while True:
         await asyncio.sleep(WATCH_S)
-        for rank in range(len(calls)):
-            if why := lost(rank):
+        for duty in list(duties):
+            if why := lost(duty):
                 try:
                     restarts.spend(why)
                 except RuntimeError as spent:
                     logger.error("%s", spent)
                     return
-                pool.replace(rank)
-            elif not pool.wait([calls[rank]], 0):
-                continue  # at work
-            # Else it is there, but all attention workers were gone for a moment.
-            calls[rank] = pool.call(rank, *call)
+                pool.replace(duty.rank)
+                for its in duties:
+                    if its.rank == duty.rank:
+                        its.call = its.begin()
+            elif pool.wait([duty.call], 0):
+                duty.call = duty.begin()  # it is there, but all attention workers were gone for a moment

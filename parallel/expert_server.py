@@ -51,10 +51,13 @@ class ExpertServer:
         self._at_work = False
         self._failures: list[BaseException] = []
         self._come = self._open = 0  # links
+        self._closed = False
         self._answering: dict[Thread, Link] = {}
 
     def serve(self, listener: Listener, links: int) -> None:
-        """Let links in and answer them, until `links` or more have come and all are gone; closes the listener.
+        """Let links in and answer them, until `links` or more have come and all are gone, or `close` is called.
+
+        Closes the listener.
 
         Raises what the experts raised, as soon as they did. No thread is left: one that drops the last hold on a
         tensor while the process ends aborts it.
@@ -62,7 +65,7 @@ class ExpertServer:
         letting_in = Thread(target=self._let_in, args=(listener,), name="listener", daemon=True)
         letting_in.start()
         with self._condition:
-            self._condition.wait_for(lambda: self._failures or (self._come >= links and not self._open))
+            self._condition.wait_for(lambda: self._closed or self._failures or (self._come >= links and not self._open))
         listener.close()
         letting_in.join()
         for thread, link in self._answering.items():
@@ -70,6 +73,12 @@ class ExpertServer:
             thread.join()
         if self._failures:
             raise self._failures[0]
+
+    def close(self) -> None:
+        """Have `serve` return: nobody is to ask any more. Safe to call from any thread."""
+        with self._condition:
+            self._closed = True
+            self._condition.notify_all()
 
     def _let_in(self, listener: Listener) -> None:
         while True:

@@ -18,7 +18,7 @@ from expertmesh.system.serve.config import ServeConfig
 from expertmesh.system.serve.engine import Engine
 from expertmesh.system.serve.loop import EngineLoop
 from expertmesh.system.serve.request import Output, Request, Sampling
-from expertmesh.system.serve.workers import AttentionWorker, FFNPool, run_ffn_worker
+from expertmesh.system.serve.workers import AttentionWorker, FFNPool, FFNWorker
 
 Answers = dict[str, list[int]]
 
@@ -98,12 +98,18 @@ def answer_in_threads(
 ) -> list[Thread]:
     """The FFN workers of a pool at work, each in a thread."""
     answering = [
-        Thread(target=run_ffn_worker, args=(checkpoint, config, rank, pool, attention, store), daemon=True)
-        for rank in range(pool.workers)
+        Thread(target=run_ffn_worker, args=(checkpoint, config, ffn, pool, attention, store), daemon=True)
+        for ffn in range(pool.workers)
     ]
     for worker in answering:
         worker.start()
     return answering
+
+
+def run_ffn_worker(
+    checkpoint: Checkpoint, config: ServeConfig, ffn: int, pool: FFNPool, attention: int, store: dist.Store
+) -> None:
+    FFNWorker(checkpoint, config, ffn, pool, store).serve(attention)
 
 
 def wait_for_end(answering: list[Thread]) -> None:

@@ -35,7 +35,7 @@ async def ended(wanted: Pools) -> None:
 
 
 async def change(checkpoint: Path) -> None:
-    config = ServeConfig(exchange_timeout_s=5.0, micro_batch_tokens=1)
+    config = ServeConfig(exchange_timeout_s=5.0, micro_batch_tokens=1, expert_copies=1)
     async with bring_up(look_at(checkpoint), Pools(1, 1), config) as service:
         client, split = service.client, service.split
         assert split is not None
@@ -47,14 +47,24 @@ async def change(checkpoint: Path) -> None:
                 if kill is not None:
                     await asyncio.sleep(0.5)
                     os.kill(processes_of(kill)[0], signal.SIGKILL)
-                scaled = await scaling
-                assert scaled[:2] == wanted == split.pools and 0 < scaled.longest_pause_s < 60
+                if kill == "FFNRole":
+                    with pytest.raises(WorkerFailed, match="ffn 0 died"):
+                        await scaling
+                else:
+                    scaled = await scaling
+                    assert scaled[:2] == wanted == split.pools and 0 < scaled.longest_pause_s < 60
 
             return meanwhile
 
-        for kill, wanted in [(None, Pools(2, 2)), ("AttentionRole", Pools(1, 1)), ("FFNRole", Pools(1, 2))]:
-            assert await streamed(client, requests(), to(wanted, kill)) == whole, kill
-            await ended(wanted)
+        assert await streamed(client, requests(), to(Pools(2, 2))) == whole
+        await ended(Pools(2, 2))
+        assert await streamed(client, requests(), to(Pools(2, 3), kill="AttentionRole")) == whole
+        await ended(Pools(2, 3))
+        assert await streamed(client, requests(), to(Pools(1, 4), kill="FFNRole")) == whole
+        await ended(Pools(1, 3))
+        assert await streamed(client, requests(), to(Pools(1, 2))) == whole
+        await ended(Pools(1, 2))
+        await move_experts(split)
         await refused(split)
         assert await streamed(client, requests()) == whole
         counts = await client.counts()
@@ -63,6 +73,23 @@ async def change(checkpoint: Path) -> None:
         assert 5 * 144 <= told <= 6 * 144, (
             "what those counted that are gone stays, but for the last moment before a kill"
         )
+
+
+async def move_experts(split: SplitService) -> None:
+    """As if all load had been of one expert that is only on one worker: it gets a copy. What is even already stays."""
+    loads, present = await split.rebalance({}), split.pool
+    hot = {
+        layer: max((e for e in range(4) if len(placement.slots_of_expert[e]) == 1), key=lambda e: loads[layer][e])
+        for layer, placement in present.placements.items()
+    }
+    before = {layer: [load * (e != hot[layer]) for e, load in enumerate(load_E)] for layer, load_E in loads.items()}
+    await split.rebalance(before)
+    assert split.pool.number == present.number + 1 and split.pool.workers == 2
+    for layer, placement in split.pool.placements.items():
+        assert placement.slots == 6 and len(placement.slots_of_expert[hot[layer]]) == 2
+    await split.rebalance(before)
+    assert split.pool.number == present.number + 1
+    await ended(Pools(1, 2))
 
 
 async def refused(split: SplitService) -> None:

@@ -12,12 +12,12 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from serving import Answers, answer_in_threads, answers, requests, split_in_threads, wait_for_end
+from serving import Answers, answer_in_threads, answers, requests, run_ffn_worker, split_in_threads, wait_for_end
 from tiny import prepare_tiny_data, tiny_model, write_random_checkpoint
 
 from expertmesh.system.model.checkpoint import Checkpoint, open_checkpoint
 from expertmesh.system.serve.config import ServeConfig
-from expertmesh.system.serve.workers import AttentionWorker, FFNPool, joined_engine, run_ffn_worker
+from expertmesh.system.serve.workers import AttentionWorker, FFNPool, joined_engine
 
 
 @pytest.fixture(scope="module")

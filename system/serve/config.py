@@ -35,6 +35,12 @@ class ServeConfig(RecipeSection):
     draft_width: float | None = Field(
         None, gt=0, lt=1, description="share of its width at which a nested model guesses; null: the smallest"
     )
+    expert_copies: int = Field(
+        0, ge=0, description="experts of a layer that an FFN worker may hold besides its share: copies of busy ones"
+    )
+    rebalance_s: float | None = Field(
+        None, gt=0, description="seconds after which experts are placed anew by their load, if it pays; null: never"
+    )
     exchange_timeout_s: float = Field(60.0, gt=0, description="longest wait for an FFN worker's answer")
 
     recover_s: float = Field(60.0, ge=0, description="longest wait for a new FFN worker where one died")

@@ -34,13 +34,12 @@ from expertmesh.system.serve.config import ServeConfig
 from expertmesh.system.serve.constraint import Constraints
 from expertmesh.system.serve.draft import NO_DRAFTS, Drafter
 from expertmesh.system.serve.kv_cache import KVCache, pages_for
+from expertmesh.system.serve.placing import ROWS_WORTH_READING
 from expertmesh.system.serve.request import FinishReason, Logprobs, Output, Request
 from expertmesh.system.serve.runner import Result, Runner, ends_of
 from expertmesh.system.serve.sampler import Drawn
 from expertmesh.system.serve.scheduler import Batch, Scheduler
 from expertmesh.system.serve.scheduler import Sequence as Running
-
-ROWS_WORTH_READING = 8  # of an expert: with fewer, its weights take longer to read than the rows to compute
 
 
 class EngineCounts(NamedTuple):

@@ -11,7 +11,6 @@ a third of bfloat16's time (2048 x 4096 weights on two cores with AVX512-BF16: 2
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from datetime import timedelta
 from typing import NamedTuple, TypeVar
 
@@ -27,7 +26,7 @@ from expertmesh.parallel.expert_server import Experts, ExpertServer
 from expertmesh.parallel.link import LastingLink, Listener, Seat, connect
 from expertmesh.parallel.link_dispatcher import DISPATCHERS, Shared
 from expertmesh.parallel.placed_dispatcher import PlacedDispatcher
-from expertmesh.parallel.placement import Placement, expert_shard, place_on_fewest
+from expertmesh.parallel.placement import expert_shard
 from expertmesh.parallel.timeline import Timeline, Turns
 from expertmesh.parallel.wire import WIRES
 from expertmesh.system.model.checkpoint import Checkpoint
@@ -39,6 +38,7 @@ from expertmesh.system.serve.constraint import Constraints
 from expertmesh.system.serve.draft import build_drafter
 from expertmesh.system.serve.engine import Engine
 from expertmesh.system.serve.loop import EngineLoop
+from expertmesh.system.serve.placing import Placements, choose_copies
 from expertmesh.system.tokenizer import Tokenizer
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -83,7 +83,7 @@ class FFNPool(NamedTuple):
 
     workers: int
     number: int = 0  # of the pools that a service has had
-    placements: Mapping[int, Placement] = {}  # of layers with copies of experts; else each holds a contiguous part
+    placements: Placements = {}
 
 
 class AttentionWorker:
@@ -149,7 +149,7 @@ class AttentionWorker:
         inner = [build(mine, micro_batch, self._shared) for micro_batch, mine in enumerate(linked.links)]
         if not placements:
             return inner
-        return [PlacedDispatcher(one, placements, self._rank, place_on_fewest) for one in inner]
+        return [PlacedDispatcher(one, placements, self._rank, choose_copies) for one in inner]
 
     def _drop_prepared(self) -> None:
         if self._prepared is not None:
@@ -172,22 +172,31 @@ class _Linked(NamedTuple):
             link.close()
 
 
-def run_ffn_worker(
-    checkpoint: Checkpoint, config: ServeConfig, rank: int, pool: FFNPool, attention_workers: int, store: dist.Store
-) -> None:
-    """FFN worker `rank` of `pool`: answers until `attention_workers` or more have come and all are gone."""
-    device = choose_device().name
-    module = held(ExpertPool(checkpoint.config, rank, pool.workers, pool.placements), checkpoint, device)
+class FFNWorker:
+    """FFN worker number `ffn` of a pool: its share of all experts, and whoever asks it.
 
-    def here(layer: int) -> range:
-        placement = pool.placements.get(layer)
-        slots = checkpoint.config.moe_of(layer).ffn_experts if placement is None else placement.slots
-        return expert_shard(slots, rank, pool.workers)
+    A process may be one in two pools at a time, while its service changes from one to the other.
+    """
 
-    experts = Experts(module, here, device)
-    listener = Listener(store, Seat(rank, pool.number))
-    server = ExpertServer(experts, FORMS[config.wire], wire_layout(checkpoint, config, device))
-    server.serve(listener, attention_workers * config.micro_batches)
+    def __init__(self, checkpoint: Checkpoint, config: ServeConfig, ffn: int, pool: FFNPool, store: dist.Store) -> None:
+        device = choose_device().name
+        module = held(ExpertPool(checkpoint.config, ffn, pool.workers, pool.placements), checkpoint, device)
+
+        def here(layer: int) -> range:
+            placement = pool.placements.get(layer)
+            slots = checkpoint.config.moe_of(layer).ffn_experts if placement is None else placement.slots
+            return expert_shard(slots, ffn, pool.workers)
+
+        layout = wire_layout(checkpoint, config, device)
+        self._server = ExpertServer(Experts(module, here, device), FORMS[config.wire], layout)
+        self._listener, self._micro_batches = Listener(store, Seat(ffn, pool.number)), config.micro_batches
+
+    def serve(self, attention_workers: int) -> None:
+        """Answer until so many attention workers or more have come and all are gone, or until `close`."""
+        self._server.serve(self._listener, attention_workers * self._micro_batches)
+
+    def close(self) -> None:
+        self._server.close()
 
 
 def wire_layout(checkpoint: Checkpoint, config: ServeConfig, device: str) -> Layout:
