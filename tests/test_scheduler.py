@@ -139,6 +139,15 @@ def test_a_lone_request_is_not_cut_into_shares():
     assert run(scheduler, 1) == [[("a", 0, 40)]]
 
 
+def test_a_step_has_no_more_tokens_than_it_may():
+    """40 of 64 are in flight already: the next micro-batch has 24, not its half."""
+    scheduler = scheduler_of(lanes=2)
+    add(scheduler, "a", 40)
+    assert shown(scheduler.schedule()) == [("a", 0, 40)]
+    add(scheduler, "b", 40)
+    assert shown(scheduler.schedule()) == [("b", 0, 24)]
+
+
 def test_the_oldest_has_its_pages_first():
     """One page is left; the younger request misses one token and would come first, the older one is in its prompt."""
     scheduler = Scheduler(4, 2, 1, 8, 3, prefix_cache=False)
