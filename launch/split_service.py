@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
 from functools import partial
@@ -40,6 +41,8 @@ from expertmesh.system.serve.request import Output, Request
 from expertmesh.system.serve.workers import FFNPool
 
 logger = logging.getLogger(__name__)
+
+COME_S = 600.0  # for FFN workers to load their experts
 
 
 class Scaled(NamedTuple):
@@ -174,8 +177,11 @@ class SplitService:
             self._ffn_ranks += await asyncio.to_thread(self._ffn.grow, more)
         coming = self._assign(pool, len(self.client.workers))
         try:
+            until = time.monotonic() + COME_S
             while not all(has_come(self._store.store, duty.seat) for duty in coming):
                 self._raise_failure(coming)
+                if time.monotonic() > until:
+                    raise WorkerFailed(f"the FFN workers had not loaded their experts after {COME_S:g} s")
                 await asyncio.sleep(WATCH_S)
             self._duties += coming
             for rank in self.client.alive:

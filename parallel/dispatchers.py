@@ -41,6 +41,8 @@ class ExpertLayer(NamedTuple):
 
     layer: int
     num_experts: int
+    width: float = 1.0
+    """Share of their hidden units that is to answer, where they are nested."""
 
 
 class Dispatched(NamedTuple):
@@ -125,7 +127,7 @@ class HopDispatcher:
 
     def dispatch(self, x_TD: torch.Tensor, routing: Routing, layer: ExpertLayer) -> Dispatched:
         choices = Choices(routing.experts_TK, routing.weights_TK, torch.zeros_like(routing.experts_TK[:, 0]))
-        planned = self.hops[0].plan(choices, *layer, self.chunks)
+        planned = self.hops[0].plan(choices, layer.layer, layer.num_experts, self.chunks)
         self._count_saved(x_TD, routing, planned)
         journey = _Journey(planned.passages, tokens=planned.tokens)
         chunks = list(zip(_cut(x_TD, planned.tokens), _cut(routing.weights_TK, planned.tokens), strict=True))
@@ -141,7 +143,7 @@ class HopDispatcher:
             x_VD, choices = passage.arrive()
             journey.later.append([])
             for hop in self.hops[1:]:
-                (onward,) = hop.plan(choices, *layer, 1).passages
+                (onward,) = hop.plan(choices, layer.layer, layer.num_experts, 1).passages
                 onward.depart(x_VD, choices.weights_TK)
                 x_VD, choices = onward.arrive()
                 journey.later[-1].append(onward)

@@ -27,10 +27,11 @@ import torch
 from expertmesh.kernels.combine import combine_rows
 from expertmesh.kernels.routing import sort_slots
 from expertmesh.kernels.rows import Rows
+from expertmesh.parallel.dispatchers import ExpertLayer
 from expertmesh.parallel.link import LastingLink, Link, as_bytes
 from expertmesh.parallel.wire import Wire
 
-_QUESTION = struct.Struct("<iiii")  # layer, tokens, second number, bytes of one token
+_QUESTION = struct.Struct("<diiii")  # width, layer, tokens, second number, bytes of one token
 _ANSWER = struct.Struct("<qqq")  # bytes, nanoseconds that the rows lay, nanoseconds of work
 
 
@@ -45,6 +46,7 @@ class Work(NamedTuple):
     """Rows for the experts of one layer here, and what becomes of their answers before they are sent."""
 
     layer: int
+    width: float
     rows: Rows
     finish: Callable[[torch.Tensor], torch.Tensor]
 
@@ -60,7 +62,7 @@ class Layout(NamedTuple):
 class Form(Protocol):
     """How a question reads, on both sides."""
 
-    def ask(self, link: LastingLink, layer: int, parts: Any, layout: Layout) -> None: ...
+    def ask(self, link: LastingLink, layer: ExpertLayer, parts: Any, layout: Layout) -> None: ...
 
     def hear(self, link: Link, layout: Layout, experts: Callable[[int], range]) -> Work:
         """The next question of a link; `experts(layer)`: those held here. Raises OSError when nobody is there."""
@@ -76,17 +78,17 @@ class RoutedParts(NamedTuple):
 
 
 class Routed:
-    def ask(self, link: LastingLink, layer: int, parts: RoutedParts, layout: Layout) -> None:
+    def ask(self, link: LastingLink, layer: ExpertLayer, parts: RoutedParts, layout: Layout) -> None:
         packed_UW = layout.wire.pack(parts.x_UD.cpu())
-        head = _QUESTION.pack(layer, len(parts.x_UD), len(parts.index_R), _row_bytes(packed_UW))
+        head = _QUESTION.pack(layer.width, layer.layer, len(parts.x_UD), len(parts.index_R), _row_bytes(packed_UW))
         link.send([head, as_bytes(parts.counts_E), as_bytes(parts.index_R), as_bytes(packed_UW)])
 
     def hear(self, link: Link, layout: Layout, experts: Callable[[int], range]) -> Work:
-        layer, tokens, rows, token_bytes = _hear_head(link)
+        width, layer, tokens, rows, token_bytes = _hear_head(link)
         held = len(experts(layer))
         counts_E, index_R, packed = _hear(link, [(held, torch.int32), (rows, torch.int32)], tokens * token_bytes)
         x_UD = _unpacked(packed, tokens, layout)
-        return Work(layer, Rows(x_UD, index_R.long(), counts_E.long()), lambda answers_RD: answers_RD)
+        return Work(layer, width, Rows(x_UD, index_R.long(), counts_E.long()), lambda answers_RD: answers_RD)
 
 
 class BroadcastParts(NamedTuple):
@@ -98,14 +100,14 @@ class BroadcastParts(NamedTuple):
 
 
 class Broadcast:
-    def ask(self, link: LastingLink, layer: int, parts: BroadcastParts, layout: Layout) -> None:
+    def ask(self, link: LastingLink, layer: ExpertLayer, parts: BroadcastParts, layout: Layout) -> None:
         packed_UW = layout.wire.pack(parts.x_UD.cpu())
         tokens, choices = parts.experts_UK.shape
-        head = _QUESTION.pack(layer, tokens, choices, _row_bytes(packed_UW))
+        head = _QUESTION.pack(layer.width, layer.layer, tokens, choices, _row_bytes(packed_UW))
         link.send([head, as_bytes(parts.experts_UK), as_bytes(parts.weights_UK), as_bytes(packed_UW)])
 
     def hear(self, link: Link, layout: Layout, experts: Callable[[int], range]) -> Work:
-        layer, tokens, choices, token_bytes = _hear_head(link)
+        width, layer, tokens, choices, token_bytes = _hear_head(link)
         numbers = tokens * choices
         chosen, weights, packed = _hear(link, [(numbers, torch.int32), (numbers, torch.float32)], tokens * token_bytes)
         x_UD, held = _unpacked(packed, tokens, layout), experts(layer)
@@ -118,7 +120,7 @@ class Broadcast:
             device = answers_RD.device
             return combine_rows(answers_RD, order.slots_R.to(device), weights_UK.to(device))
 
-        return Work(layer, Rows(x_UD, order.slots_R // choices, order.counts_E), summed)
+        return Work(layer, width, Rows(x_UD, order.slots_R // choices, order.counts_E), summed)
 
 
 FORMS: dict[str, Form] = {"routed": Routed(), "broadcast": Broadcast()}
@@ -141,7 +143,7 @@ def hear_answer(link: LastingLink, into: torch.Tensor) -> Answered:
     return Answered(*times)
 
 
-def _hear_head(link: Link) -> tuple[int, int, int, int]:
+def _hear_head(link: Link) -> tuple[float, int, int, int, int]:
     head = bytearray(_QUESTION.size)
     link.receive(memoryview(head))
     return _QUESTION.unpack(head)

@@ -25,8 +25,8 @@ from expertmesh.parallel.timeline import now
 class Experts(NamedTuple):
     """The experts of an FFN worker."""
 
-    compute: Callable[[int, Rows], torch.Tensor]
-    """(layer, rows) -> answers_RD, not weighted."""
+    compute: Callable[[int, Rows, float], torch.Tensor]
+    """(layer, rows, share of the experts' width) -> answers_RD, not weighted."""
     held: Callable[[int], range]
     """Those of a layer that are here."""
     device: str
@@ -39,6 +39,10 @@ class _Question:
         self.work, self.heard = work, now()
         self.answer: torch.Tensor | BaseException | None = None
         self.answered = Answered(0, 0)
+
+    def asks_the_same(self, other: _Question) -> bool:
+        """Whether both are for the same experts."""
+        return (self.work.layer, self.work.width) == (other.work.layer, other.work.width)
 
 
 class ExpertServer:
@@ -120,8 +124,8 @@ class ExpertServer:
                 self._condition.wait()
             if question.answer is not None:
                 return
-            together = [other for other in self._waiting if other.work.layer == question.work.layer]
-            self._waiting = [other for other in self._waiting if other.work.layer != question.work.layer]
+            together = [other for other in self._waiting if other.asks_the_same(question)]
+            self._waiting = [other for other in self._waiting if not other.asks_the_same(question)]
             self._at_work = True
         try:
             self._compute(together)
@@ -143,7 +147,7 @@ class ExpertServer:
             None if rows.index_R is None else rows.index_R.to(device),
             rows.counts_E.to(device),
         )
-        answers_RD = self._experts.compute(works[0].layer, on_device)
+        answers_RD = self._experts.compute(works[0].layer, on_device, works[0].width)
         if order_R is not None:
             answers_RD = torch.empty_like(answers_RD).index_copy_(0, order_R.to(device), answers_RD)
         shares = answers_RD.split([int(work.rows.counts_E.sum()) for work in works])

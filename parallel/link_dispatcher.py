@@ -111,7 +111,7 @@ class RoutedLinkDispatcher(_LinkDispatcher):
                 tokens_U, index_R = _each_once(mine_R, len(x_TD))
                 parts = RoutedParts(x_TD[tokens_U], index_R.to("cpu", torch.int32), counts.contiguous())
                 with naming(ffn):
-                    FORMS["routed"].ask(self.links[ffn], layer.layer, parts, self.shared.layout)
+                    FORMS["routed"].ask(self.links[ffn], layer, parts, self.shared.layout)
                 sent_bytes += self._bytes(len(tokens_U), len(mine_R), x_TD.shape[1])
         self._count(sent_bytes, len(tokens_R), routing, x_TD.shape[1])
         return self._dispatched(_Sent(layer.layer, routing, order, None, rows, departed, x_TD))
@@ -149,7 +149,7 @@ class BroadcastLinkDispatcher(_LinkDispatcher):
             departed.append(now())
             if holders[ffn] and len(tokens_U):
                 with naming(ffn):
-                    FORMS["broadcast"].ask(link, layer.layer, parts, self.shared.layout)
+                    FORMS["broadcast"].ask(link, layer, parts, self.shared.layout)
                 sent_bytes += self._bytes(len(tokens_U), routing.experts_TK.shape[1], width)
         self._count(sent_bytes, rows, routing, width)
         answered = [len(tokens_U) * holds for holds in holders]

@@ -41,7 +41,7 @@ class PlacedDispatcher:
             return self.inner.dispatch(x_TD, routing, layer)
         assert placement.num_experts == layer.num_experts, f"{layer} is not placed by {placement}"
         placed = place_routing(routing, placement, self.source, self.choice)
-        return self.inner.dispatch(x_TD, placed, ExpertLayer(layer.layer, placement.slots))
+        return self.inner.dispatch(x_TD, placed, layer._replace(num_experts=placement.slots))
 
     def combine(
         self, answers: Iterable[torch.Tensor], handle: Any, zero: ZeroComputation | None = None

@@ -101,7 +101,7 @@ def model() -> Transformer:
 def engine_of(model: Transformer, micro_batches: int = 1, **changes: Any) -> Engine:
     config = ServeConfig(**{"max_running": 5, "page_size": 4, **changes})
     lanes = [LocalDispatcher() for _ in range(micro_batches)]
-    drafter = build_drafter(config, MODEL, experts_here=True)
+    drafter = build_drafter(config, MODEL)
     return Engine(model, {END}, config, "cpu", lanes, Turns(), None, drafter, Constraints(TOKENIZER))
 
 

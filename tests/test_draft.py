@@ -87,7 +87,7 @@ def models() -> dict[str, Transformer]:
 
 def drafting(model: Transformer, **changes: Any) -> Engine:
     config = ServeConfig(micro_batch_tokens=1, **changes)
-    return engine_of(model, drafter=build_drafter(config, model.config, experts_here=True), **changes)
+    return engine_of(model, drafter=build_drafter(config, model.config), **changes)
 
 
 def answers(engine: Engine, requests: list[Request]) -> tuple[dict[str, Answer], int]:
@@ -189,23 +189,17 @@ def _chances(model: Transformer, start: list[int]) -> dict[tuple[int, ...], floa
 
 
 REFUSED = [
-    ({"drafts": "nested"}, PLAIN, True, "serve.drafts=nested: no network of this model is nested"),
-    ({"drafts": "nested"}, NESTED, False, "serve.drafts=nested: experts of an FFN pool answer at their whole width"),
-    (
-        {"drafts": "nested", "draft_width": 0.3},
-        NESTED,
-        True,
-        "serve.draft_width=0.3: the model was trained for 0.25, 0.5",
-    ),
+    ({"drafts": "nested"}, PLAIN, "serve.drafts=nested: no network of this model is nested"),
+    ({"drafts": "nested", "draft_width": 0.3}, NESTED, "serve.draft_width=0.3: the model was trained for 0.25, 0.5"),
 ]
 
 
-@pytest.mark.parametrize("changes, model, experts_here, line", REFUSED, ids=[row[3] for row in REFUSED])
-def test_refused(changes, model, experts_here, line):
+@pytest.mark.parametrize("changes, model, line", REFUSED, ids=[row[2] for row in REFUSED])
+def test_refused(changes, model, line):
     with pytest.raises(ValueError) as error:
-        build_drafter(ServeConfig(**changes), model, experts_here)
+        build_drafter(ServeConfig(**changes), model)
     assert str(error.value).startswith(line) and "\n" not in str(error.value)
 
 
-def test_dense_nested_networks_draft_beside_a_pool():
-    assert build_drafter(ServeConfig(drafts="nested"), DENSE_NESTED, experts_here=False) == (4, 0.5)
+def test_dense_networks_draft_too():
+    assert build_drafter(ServeConfig(drafts="nested"), DENSE_NESTED) == (4, 0.5)

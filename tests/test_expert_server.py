@@ -14,19 +14,20 @@ import torch.distributed as dist
 from numerics import assert_close
 
 from expertmesh.kernels.rows import Rows
+from expertmesh.parallel.dispatchers import ExpertLayer
 from expertmesh.parallel.exchange import FORMS, BroadcastParts, Layout, RoutedParts, hear_answer
 from expertmesh.parallel.expert_server import Experts, ExpertServer, together_rows
 from expertmesh.parallel.link import Link, LinkBroken, Listener, Seat, connect, naming
 from expertmesh.parallel.wire import WIRES
 
-WIDTH, HELD = 6, range(3, 7)  # of a layer of 9 experts
+WIDTH, EXPERTS, HELD = 6, 9, range(3, 7)
 LAYOUT = Layout(WIRES["native"], WIDTH, torch.float32)
 WAIT = timedelta(seconds=20)
 
 
-def experts_ref(layer: int, rows: Rows) -> torch.Tensor:
-    """Expert e of layer l says (l + 1) (e + 1) x."""
-    factors_R = torch.repeat_interleave(torch.arange(len(HELD)) + 1, rows.counts_E) * (layer + 1)
+def experts_ref(layer: int, rows: Rows, width: float = 1.0) -> torch.Tensor:
+    """Expert e of layer l says width (l + 1) (e + 1) x."""
+    factors_R = torch.repeat_interleave(torch.arange(len(HELD)) + 1, rows.counts_E) * (layer + 1) * width
     return rows.gathered() * factors_R[:, None]
 
 
@@ -65,8 +66,10 @@ def routed(generator: torch.Generator, tokens: int, rows: int) -> RoutedParts:
     return RoutedParts(x_UD, index_R.to(torch.int32), counts_E.to(torch.int32))
 
 
-def ask(link: Link, form: str, layer: int, parts, rows: int, layout: Layout = LAYOUT) -> torch.Tensor:
-    FORMS[form].ask(link, layer, parts, layout)
+def ask(
+    link: Link, form: str, layer: int, parts, rows: int, layout: Layout = LAYOUT, width: float = 1.0
+) -> torch.Tensor:
+    FORMS[form].ask(link, ExpertLayer(layer, EXPERTS, width), parts, layout)
     into = torch.full((rows, WIDTH), torch.nan)
     hear_answer(link, into)
     return into
@@ -111,33 +114,33 @@ def test_a_broadcast_question():
 
 @pytest.mark.parametrize("form", ["routed", "broadcast"])
 def test_many_ask_at_once(form):
-    """Six links, each with a history of its own; a slow start, so that questions pile up."""
+    """Six links, each with a history of its own, some at a part of the width; slow, so that questions pile up."""
     together: list[int] = []
 
-    def slow(layer: int, rows: Rows) -> torch.Tensor:
+    def slow(layer: int, rows: Rows, width: float) -> torch.Tensor:
         together.append(len(rows.source_XD))
         time.sleep(0.002)
-        return experts_ref(layer, rows)
+        return experts_ref(layer, rows, width)
 
     server, errors = Server(form, 6, compute=slow), []
 
     def history(seed: int) -> None:
         draw, generator = random.Random(seed), torch.Generator().manual_seed(seed)
         for _ in range(25):
-            layer, tokens = draw.randint(0, 1), draw.randint(1, 4)
+            layer, tokens, width = draw.randint(0, 1), draw.randint(1, 4), draw.choice([1.0, 0.3])
             if form == "routed":
                 count = draw.randint(1, 6)
                 parts = routed(generator, tokens, count)
-                want = experts_ref(layer, Rows(parts.x_UD, parts.index_R.long(), parts.counts_E.long()))
+                want = experts_ref(layer, Rows(parts.x_UD, parts.index_R.long(), parts.counts_E.long()), width)
             else:
                 count = tokens
                 chosen = torch.randint(3, 7, (tokens, 1), generator=generator)
                 parts = BroadcastParts(
                     torch.randn(tokens, WIDTH, generator=generator), chosen.to(torch.int32), torch.ones(tokens, 1)
                 )
-                want = parts.x_UD * (chosen - 2) * (layer + 1)
+                want = parts.x_UD * (chosen - 2) * (layer + 1) * width
             try:
-                assert_close(ask(server.links[seed], form, layer, parts, count), want)
+                assert_close(ask(server.links[seed], form, layer, parts, count, width=width), want)
             except BaseException as error:
                 errors.append(error)
 
@@ -164,14 +167,14 @@ def test_a_link_that_ends_leaves_the_others():
 def test_no_thread_is_left(fails):
     """One that ends with the process, and drops tensors then, aborts it."""
 
-    def compute(layer: int, rows: Rows) -> torch.Tensor:
+    def compute(layer: int, rows: Rows, width: float) -> torch.Tensor:
         if fails:
             raise RuntimeError("out of memory")
-        return experts_ref(layer, rows)
+        return experts_ref(layer, rows, width)
 
     def use() -> None:
         links = [connect(store, attention, Seat(0), 0, WAIT) for attention in range(3)]
-        FORMS["routed"].ask(links[0], 0, routed(torch.Generator().manual_seed(1), 2, 2), LAYOUT)
+        FORMS["routed"].ask(links[0], ExpertLayer(0, EXPERTS), routed(torch.Generator().manual_seed(1), 2, 2), LAYOUT)
         if not fails:  # else two links stay open
             hear_answer(links[0], torch.empty(2, WIDTH))
             for link in links:
@@ -191,7 +194,7 @@ def test_no_thread_is_left(fails):
 
 
 def test_experts_that_fail_close_the_link_and_are_told_at_the_end():
-    def failing(layer: int, rows: Rows) -> torch.Tensor:
+    def failing(layer: int, rows: Rows, width: float) -> torch.Tensor:
         raise RuntimeError("out of memory")
 
     server = Server("routed", 1, compute=failing)

@@ -26,7 +26,7 @@ from expertmesh.parallel.timeline import Timeline, Turns
 from expertmesh.parallel.wire import WIRES, WireName
 
 WIDTH, EXPERTS = 6, 5
-LAYER = ExpertLayer(2, EXPERTS)
+LAYER = ExpertLayer(2, EXPERTS, 0.3)
 WAIT = timedelta(seconds=20)
 
 
@@ -48,8 +48,8 @@ class Split:
         def serve(ffn: int) -> None:
             shard = expert_shard(EXPERTS, ffn, workers)
 
-            def compute(layer: int, rows: Rows) -> torch.Tensor:
-                assert layer == LAYER.layer
+            def compute(layer: int, rows: Rows, width: float) -> torch.Tensor:
+                assert (layer, width) == (LAYER.layer, LAYER.width)
                 self.asked[ffn] += 1
                 return apply(rows, shard.start).to(dtype)
 

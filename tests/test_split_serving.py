@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from serving import Answers, answer_in_threads, answers, requests, run_ffn_worker, split_in_threads, wait_for_end
+from serving import Answers, answer_in_threads, answers, requests, run_ffn_worker, split_in_threads, texts, wait_for_end
 from tiny import prepare_tiny_data, tiny_model, write_random_checkpoint
 
 from expertmesh.system.model.checkpoint import Checkpoint, open_checkpoint
@@ -143,3 +143,23 @@ def test_in_processes_of_their_own(checkpoint, joined):
     finally:
         for worker in workers:
             worker.kill()
+
+
+def test_nested_drafts_beside_an_ffn_pool(tmp_path):
+    """The pool's experts answer at a part of their width: as many drafts are right as where the experts are here."""
+    prepare_tiny_data(tmp_path)
+    model = tiny_model(moe={"expert": {"hidden_size": 32, "nested": [0.25, 1.0]}})
+    nested = open_checkpoint(write_random_checkpoint(tmp_path, model))
+    whole = answers(joined_engine(nested, ServeConfig()), requests())
+    config = ServeConfig(drafts="nested", draft_width=0.25)
+    assert split_in_threads(nested, config, 1, 2, requests()) == [whole]
+
+    pool, store = FFNPool(2), dist.HashStore()
+    answering = answer_in_threads(nested, config, pool, 1, store)
+    accepted = []
+    for loop in (joined_engine(nested, config), AttentionWorker(nested, config, 0, pool, store).loop):
+        texts(loop, requests()[:1])
+        accepted.append(loop.counts().accepted_tokens)
+        loop.close()
+    wait_for_end(answering)
+    assert accepted[0] == accepted[1] > 0

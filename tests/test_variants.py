@@ -230,7 +230,9 @@ def test_serving_split_says_what_joined_says(variant, tokenizer, tmp_path):
     ]
     joined = answers(joined_engine(checkpoint, ServeConfig()), requests)
 
-    assert split_in_threads(checkpoint, ServeConfig(micro_batches=2), 1, 2, requests) == [joined]
+    for micro_batches, (attention, ffn) in enumerate([(1, 1), (2, 1), (1, 2), (2, 3)], 1):
+        config = ServeConfig(micro_batches=micro_batches)
+        assert split_in_threads(checkpoint, config, attention, ffn, requests) == [joined] * attention, (attention, ffn)
 
 
 def test_selection_bias_moves_towards_an_even_load():

@@ -76,6 +76,17 @@ class Context(NamedTuple):
     replay: Mapping[int, torch.Tensor] | None = None  # by layer, the experts that its tokens use; None: routers choose
 
 
+class ExpertContext(NamedTuple):
+    """What routed experts need to know of a pass: all that a worker of the FFN pool is told."""
+
+    width: float = 1.0
+    training: TrainingStep | None = None
+
+
+AnyContext = Context | ExpertContext
+AS_TRAINED = ExpertContext()
+
+
 class DepthChoice(NamedTuple):
     """Which tokens of a layer went through it."""
 

@@ -17,7 +17,7 @@ from expertmesh.kernels.grouped_swiglu import grouped_swiglu
 from expertmesh.kernels.routing import Routing
 from expertmesh.kernels.rows import Rows
 from expertmesh.kernels.zero_computation import ZeroComputation
-from expertmesh.system.model.context import Context
+from expertmesh.system.model.context import AS_TRAINED, AnyContext
 from expertmesh.system.model.experts_config import MLPConfig, SwiGLUConfig
 from expertmesh.system.model.moe_config import MoEConfig
 
@@ -35,14 +35,14 @@ class RoutedExperts(nn.Module):
         super().__init__()
         self.shard = shard
 
-    def forward(self, rows: Rows, context: Context | None = None) -> torch.Tensor:
+    def forward(self, rows: Rows, context: AnyContext = AS_TRAINED) -> torch.Tensor:
         """The weighted answers to rows of the shard's experts, one for each.
 
-        `context`: of the pass; None on a worker of the FFN pool, where experts work as they were trained to.
+        `context`: of the pass; by default experts work as they were trained to.
         """
         return rows.weighted(self.answer(rows.gathered(), rows.counts_E, context))
 
-    def answer(self, rows_RD: torch.Tensor, counts_E: torch.Tensor, context: Context | None) -> torch.Tensor:
+    def answer(self, rows_RD: torch.Tensor, counts_E: torch.Tensor, context: AnyContext) -> torch.Tensor:
         """What a kind without a kernel of its own for `forward` defines: rows_RD sorted by expert, one answer each."""
         raise NotImplementedError
 
@@ -74,9 +74,9 @@ class SwiGLUExperts(RoutedExperts):
         self.gate_up = nn.Parameter(torch.empty(len(shard), 2 * config.hidden_size, hidden_size))
         self.down = nn.Parameter(torch.empty(len(shard), hidden_size, config.hidden_size))
 
-    def forward(self, rows: Rows, context: Context | None = None) -> torch.Tensor:
+    def forward(self, rows: Rows, context: AnyContext = AS_TRAINED) -> torch.Tensor:
         gate_up, down = self.gate_up, self.down
-        width = self.config.width(context.width) if context else self.config.hidden_size
+        width = self.config.width(context.width)
         if width != self.config.hidden_size:
             gate_EFD, up_EFD = gate_up.chunk(2, dim=1)
             gate_up = torch.cat([gate_EFD[:, :width], up_EFD[:, :width]], dim=1)
@@ -95,7 +95,7 @@ class MLPExperts(RoutedExperts):
         self.up = nn.Parameter(torch.empty(len(shard), config.hidden_size, hidden_size))
         self.down = nn.Parameter(torch.empty(len(shard), hidden_size, config.hidden_size))
 
-    def answer(self, rows_RD: torch.Tensor, counts_E: torch.Tensor, context: Context | None) -> torch.Tensor:
+    def answer(self, rows_RD: torch.Tensor, counts_E: torch.Tensor, context: AnyContext) -> torch.Tensor:
         inner_RF = activate(grouped_gemm(rows_RD, self.up, counts_E), self.activation)
         return grouped_gemm(inner_RF, self.down, counts_E)
 

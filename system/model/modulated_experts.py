@@ -23,7 +23,7 @@ from torch import nn
 from torch.nn import functional
 
 from expertmesh.kernels.grouped_gemm import grouped_gemm
-from expertmesh.system.model.context import Context
+from expertmesh.system.model.context import AnyContext
 from expertmesh.system.model.experts import ExpertFrame, RoutedExperts
 from expertmesh.system.model.experts_config import ModulatedConfig
 
@@ -38,7 +38,7 @@ class ModulatedExperts(RoutedExperts):
         self.weight = nn.Parameter(torch.empty(len(shard), 2 * hidden_size, hidden_size))
         self.bias = nn.Parameter(torch.empty(len(shard), 2 * hidden_size))
 
-    def answer(self, rows_RD: torch.Tensor, counts_E: torch.Tensor, context: Context | None) -> torch.Tensor:
+    def answer(self, rows_RD: torch.Tensor, counts_E: torch.Tensor, context: AnyContext) -> torch.Tensor:
         bias_R2D = self.bias.repeat_interleave(counts_E, dim=0, output_size=len(rows_RD))
         scale_RD, shift_RD = (grouped_gemm(rows_RD, self.weight, counts_E) + bias_R2D).chunk(2, dim=1)
         return scale_RD * rows_RD + shift_RD

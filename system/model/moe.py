@@ -49,7 +49,8 @@ class MoE(nn.Module):
         routing = self.gate(x_TD, previous, context)
         x_TD = x_TD * self.input_scale
         inner_TD = self.frame.enter(x_TD)
-        arriving, handle = context.dispatcher.dispatch(inner_TD, routing, self.experts_of_layer)
+        asked = self.experts_of_layer._replace(width=context.width)
+        arriving, handle = context.dispatcher.dispatch(inner_TD, routing, asked)
         shared_TD = self.shared_expert(x_TD) if self.shared_expert else None
         answers = (self.experts(rows, context) for rows in arriving)
         zero = self.zero_computation(inner_TD, routing)

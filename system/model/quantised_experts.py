@@ -19,7 +19,7 @@ from torch import nn
 from expertmesh.kernels.quantised_swiglu import quantised_swiglu
 from expertmesh.kernels.quantised_weights import QuantisedWeights, Scheme, layout
 from expertmesh.kernels.rows import Rows
-from expertmesh.system.model.context import Context
+from expertmesh.system.model.context import AS_TRAINED, AnyContext
 from expertmesh.system.model.experts import RoutedExperts, SwiGLUExperts
 from expertmesh.system.model.experts_config import SwiGLUConfig
 
@@ -60,7 +60,7 @@ class QuantisedExperts(RoutedExperts):
             width=self.widths[matrix],
         )
 
-    def forward(self, rows: Rows, context: Context | None = None) -> torch.Tensor:
+    def forward(self, rows: Rows, context: AnyContext = AS_TRAINED) -> torch.Tensor:
         gate_up, down = self._quantised("gate_up"), self._quantised("down")
         return quantised_swiglu(rows.source_XD, rows.index_R, rows.counts_E, gate_up, down, rows.weights_R)
 

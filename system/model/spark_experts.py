@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from expertmesh.kernels.grouped_gemm import grouped_gemm
 from expertmesh.kernels.statistical_top_k import statistical_top_k
-from expertmesh.system.model.context import Context
+from expertmesh.system.model.context import AnyContext
 from expertmesh.system.model.experts import RoutedExperts
 from expertmesh.system.model.experts_config import SparkConfig
 
@@ -38,7 +38,7 @@ class SparkExperts(RoutedExperts):
         self.up = nn.Parameter(torch.empty(len(shard), config.hidden_size, rest))
         self.down = nn.Parameter(torch.empty(len(shard), hidden_size, config.hidden_size))
 
-    def answer(self, rows_RD: torch.Tensor, counts_E: torch.Tensor, context: Context | None) -> torch.Tensor:
+    def answer(self, rows_RD: torch.Tensor, counts_E: torch.Tensor, context: AnyContext) -> torch.Tensor:
         predictor, rest = self.gate.shape[2], self.up.shape[2]
         gate_RF = grouped_gemm(rows_RD[:, :predictor], self.gate, counts_E)
         up_RF = grouped_gemm(rows_RD[:, -rest:], self.up, counts_E)

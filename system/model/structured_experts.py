@@ -31,7 +31,7 @@ from torch import nn
 from torch.nn import functional
 
 from expertmesh.kernels.grouped_gemm import grouped_gemm
-from expertmesh.system.model.context import Context
+from expertmesh.system.model.context import AnyContext
 from expertmesh.system.model.experts import RoutedExperts
 from expertmesh.system.model.experts_config import StructuredConfig
 
@@ -66,9 +66,9 @@ class StructuredExperts(RoutedExperts):
             for part, shape in shapes.items():
                 self.register_parameter(f"{matrix}_{part}", nn.Parameter(torch.empty(experts, *shape)))
 
-    def answer(self, rows_RD: torch.Tensor, counts_E: torch.Tensor, context: Context | None) -> torch.Tensor:
+    def answer(self, rows_RD: torch.Tensor, counts_E: torch.Tensor, context: AnyContext) -> torch.Tensor:
         guide = 0.0
-        if self.config.guided and context is not None and context.training is not None:
+        if self.config.guided and context.training is not None:
             guide = guidance(context.training.progress)
         gate_RF = self._multiply("gate", rows_RD, counts_E, guide)
         up_RF = self._multiply("up", rows_RD, counts_E, guide)

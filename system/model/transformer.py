@@ -19,7 +19,7 @@ from expertmesh.parallel.placement import Placement, expert_shard
 from expertmesh.system.model.block import Elsewhere, build_blocks, build_norm
 from expertmesh.system.model.build_experts import build_experts
 from expertmesh.system.model.config import ModelConfig
-from expertmesh.system.model.context import Context, Decisions
+from expertmesh.system.model.context import Context, Decisions, ExpertContext
 
 
 class Crossing(NamedTuple):
@@ -125,9 +125,9 @@ class ExpertPool(nn.Module):
             experts = build_experts(config.moe_of(layer), config.hidden_size, self.held[layer])
             self.layers[layer]["mlp"] = nn.ModuleDict({"experts": experts})
 
-    def forward(self, layer: int, rows: Rows) -> torch.Tensor:
-        """Answers to rows of layer `layer`, sorted by the experts held here."""
-        return self.layers[layer]["mlp"]["experts"](rows)
+    def forward(self, layer: int, rows: Rows, width: float = 1.0) -> torch.Tensor:
+        """Answers to rows of layer `layer`, sorted by the experts held here; `width`: of nested ones."""
+        return self.layers[layer]["mlp"]["experts"](rows, ExpertContext(width))
 
 
 def shards(config: ModelConfig, expert_rank: int, expert_size: int) -> list[range]:

@@ -95,8 +95,8 @@ def look_up(token_ids: Sequence[int], most: int) -> list[int]:
     return []
 
 
-def build_drafter(config: ServeConfig, model: ModelConfig, experts_here: bool) -> Drafter:
-    """Raises ValueError, one line, where the model cannot draft so. `experts_here`: not in a pool of their own."""
+def build_drafter(config: ServeConfig, model: ModelConfig) -> Drafter:
+    """Raises ValueError, one line, where the model cannot draft so."""
     if config.drafts == "none":
         return NO_DRAFTS
     if config.drafts == "lookup":
@@ -104,11 +104,6 @@ def build_drafter(config: ServeConfig, model: ModelConfig, experts_here: bool) -
     shares = [share for share in model.nested_shares if share < 1]
     if not shares:
         raise ValueError("serve.drafts=nested: no network of this model is nested; take serve.drafts=lookup")
-    if model.moe_layers and not experts_here:
-        raise ValueError(
-            "serve.drafts=nested: experts of an FFN pool answer at their whole width; "
-            "serve joined, or take serve.drafts=lookup"
-        )
     width = shares[0] if config.draft_width is None else config.draft_width
     if width not in shares:
         known = ", ".join(f"{share:g}" for share in shares)

@@ -68,7 +68,7 @@ def joined_engine(checkpoint: Checkpoint, config: ServeConfig, trace: bool = Fal
     device = choose_device().name
     model = held(Transformer(checkpoint.config), checkpoint, device)
     tokenizer = Tokenizer.load(checkpoint.folder)
-    drafter = build_drafter(config, checkpoint.config, experts_here=True)
+    drafter = build_drafter(config, checkpoint.config)
     turns = Turns(Timeline(trace))
     engine = Engine(
         *(model, tokenizer.eos_ids, config, device, [LocalDispatcher()], turns),
@@ -112,7 +112,7 @@ class AttentionWorker:
         self._prepared: _Linked | None = None
         model = held(Transformer(checkpoint.config, expert_size=0), checkpoint, device)
         tokenizer = Tokenizer.load(checkpoint.folder)
-        drafter = build_drafter(config, checkpoint.config, experts_here=False)
+        drafter = build_drafter(config, checkpoint.config)
         dispatchers, shared = self._dispatchers(self._present), self._shared
         engine = Engine(
             *(model, tokenizer.eos_ids, config, device, dispatchers, shared.turns, shared.traffic, drafter),
