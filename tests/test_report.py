@@ -9,14 +9,13 @@ from html.parser import HTMLParser
 import pytest
 
 from expertmesh.system.train.layer_summary import LayerSummary
+from expertmesh.system.train.read_run import imbalance, read_run
 from expertmesh.system.train.report import (
     MOST_POINTS,
     expert_groups,
     heat_map,
     human_count,
-    imbalance,
     plot,
-    read_run,
     thin,
     ticks,
     write_report,
