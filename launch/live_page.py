@@ -69,8 +69,10 @@ def live_figures(run_dir: Path, status: dict[str, Any], run: Run) -> dict[str, A
     workers, events = status["workers"], read_events(run_dir)
     # Those that a person looks for come first: lost ones, then those that are behind.
     workers = sorted(workers, key=lambda worker: (worker["state"] in ("at work", "done"), worker["step"]))
+    layout = {"parallel": status["parallel"], "world_size": len(status["workers"])}  # of now; the log has the first
     return figures_of(run, run_dir.name) | {
         "status": status,
+        "start": run.start | layout,
         "tokens_per_second": status["tokens_per_second"],
         "workers": workers[:MOST_WORKERS],
         "more_workers": len(workers[MOST_WORKERS:]),
