@@ -46,7 +46,9 @@ def test_only_what_is_new_is_read(tmp_path):
     reader = RunReader(write_log(tmp_path, START, step(1, 7.0)))
     reader.read()
     with (tmp_path / "metrics.jsonl").open("r+b") as file:
-        file.write(b"x" * 20)
+        content = file.read()
+        file.seek(0)
+        file.write(content.replace(b"7.0", b"9.0"))
     append(tmp_path, step(2, 6.0))
     assert steps(reader) == [(1, 7.0), (2, 6.0)]
 
@@ -63,14 +65,16 @@ def test_what_was_read_stays(tmp_path):
 
 OTHERS = {
     "another log in its place": lambda path: os.replace(
-        write_log(path.parent / "new", START, step(1, 2.0)) / path.name, path
+        write_log(path.parent / "new", START, *(step(n, 2.0) for n in (1, 2, 3))) / path.name, path
     ),
     "a shorter one": lambda path: write_log(path.parent, START),
     "none": lambda path: path.unlink(),
 }
 
 
-@pytest.mark.parametrize("change, left", zip(OTHERS.values(), ([(1, 2.0)], [], []), strict=True), ids=OTHERS)
+@pytest.mark.parametrize(
+    "change, left", zip(OTHERS.values(), ([(1, 2.0), (2, 2.0), (3, 2.0)], [], []), strict=True), ids=OTHERS
+)
 def test_a_run_that_was_started_over_is_read_anew(tmp_path, change, left):
     (tmp_path / "new").mkdir()
     reader = RunReader(write_log(tmp_path, START, step(1, 7.0), step(2, 6.0)))
