@@ -29,10 +29,11 @@ MOST_WORKERS, MOST_EVENTS = 32, 60  # rows of a table that a person reads
 
 
 def build_app(run_dir: Path) -> FastAPI:
-    """Build the app that shows one run; where its folder cannot be read, it answers 503 and says why."""
+    """Build the app that shows one run; later, while its folder cannot be read, it answers 503 and says why."""
     app = FastAPI(title="expertmesh", openapi_url=None)
     page = page_templates(Path(__file__).parent).get_template("live_page.html")
     reader, reading = RunReader(run_dir), threading.Lock()
+    reader.read()  # a long log takes seconds: better before anybody asks
 
     def look() -> tuple[dict[str, Any], Run]:
         with reading:
@@ -57,11 +58,11 @@ def build_app(run_dir: Path) -> FastAPI:
     return app
 
 
-def serve(run_dir: Path, listener: socket.socket, ready: Callable[[], None]) -> None:
+def serve(app: FastAPI, listener: socket.socket, ready: Callable[[], None]) -> None:
     """Answer on `listener`, a bound socket, until interrupted; `ready` is called once it can be asked."""
     listener.listen()
     ready()
-    uvicorn.Server(uvicorn.Config(build_app(run_dir), log_level="warning")).run(sockets=[listener])
+    uvicorn.Server(uvicorn.Config(app, log_level="warning")).run(sockets=[listener])
 
 
 def live_figures(run_dir: Path, status: dict[str, Any], run: Run) -> dict[str, Any]:

@@ -86,6 +86,7 @@ def status(
             from expertmesh.launch.serving import listen
 
             listener = listen("127.0.0.1", port)
+            app = live_page.build_app(run_dir)
         else:
             found = of_run.status_of(run_dir)
     if serve:
@@ -98,7 +99,7 @@ def status(
                 typer.echo(f"{run_dir.name} at {url}, for Prometheus at {url}metrics")
 
         with failures():
-            live_page.serve(run_dir, listener, ready)
+            live_page.serve(app, listener, ready)
         return
     if as_json:
         show_json(found)
