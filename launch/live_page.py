@@ -70,6 +70,7 @@ def live_figures(run_dir: Path, status: dict[str, Any], run: Run) -> dict[str, A
     workers, events = status["workers"], read_events(run_dir)
     # Those that a person looks for come first: lost ones, then those that are behind.
     workers = sorted(workers, key=lambda worker: (worker["state"] in ("at work", "done"), worker["step"]))
+    speeds = [(step["step"], step["tokens_per_second"] / 1000) for step in run.steps]
     layout = {"parallel": status["parallel"], "world_size": len(status["workers"])}  # of now; the log has the first
     return figures_of(run, run_dir.name) | {
         "status": status,
@@ -79,5 +80,5 @@ def live_figures(run_dir: Path, status: dict[str, Any], run: Run) -> dict[str, A
         "more_workers": len(workers[MOST_WORKERS:]),
         "happened": events[: -MOST_EVENTS - 1 : -1],
         "earlier_events": len(events[:-MOST_EVENTS]),
-        "speed": plot([(step["step"], step["tokens_per_second"]) for step in run.steps], height=200, unit="tokens/s"),
+        "speed": plot(speeds, height=200, unit="thousand tokens/s"),
     }

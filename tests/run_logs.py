@@ -13,7 +13,7 @@ START = {
     "kind": "start",
     "run": "quickstart",
     "world_size": 2,
-    "parallel": {"tp": 1, "ep": 2, "dp": 2},
+    "parallel": {"tp": 1, "ep": 2, "dp": 2, "dispatch": {"kind": "all_to_all"}},
     "expert_names": NAMES,
     "unigram_loss": 6.9,
     "parameters": 3_456_789,

@@ -73,7 +73,7 @@ def test_a_finished_run_shows_its_figures(tmp_path):
     (tmp_path / "result.json").write_text(json.dumps(result))
     page = page_of(tmp_path)
     for words in [
-        "finished 2 ranks: ep 2, dp 2",
+        "finished 2 ranks: ep 2, dp 2 Held-out loss",
         "Held-out loss 6.050 nats/token 0.85 below unigram's 6.90",
         "Steps 100 of 200 planned",
         "Speed 4,322 tokens/s",
