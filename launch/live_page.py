@@ -71,10 +71,11 @@ def live_figures(run_dir: Path, status: dict[str, Any], run: Run) -> dict[str, A
     # Those that a person looks for come first: lost ones, then those that are behind.
     workers = sorted(workers, key=lambda worker: (worker["state"] in ("at work", "done"), worker["step"]))
     speeds = [(step["step"], step["tokens_per_second"] / 1000) for step in run.steps]
-    layout = {"parallel": status["parallel"], "world_size": len(status["workers"])}  # of now; the log has the first
+    # As they are now: the log has those that the run began with.
+    start = run.start | {key: status[key] for key in ("parallel", "steps")} | {"world_size": len(status["workers"])}
     return figures_of(run, run_dir.name) | {
         "status": status,
-        "start": run.start | layout,
+        "start": start,
         "tokens_per_second": status["tokens_per_second"],
         "workers": workers[:MOST_WORKERS],
         "more_workers": len(workers[MOST_WORKERS:]),

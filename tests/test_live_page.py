@@ -64,7 +64,11 @@ def seen(client: TestClient) -> Page:
 def test_a_run_from_its_first_second_to_its_last(run_dir, client, held, monkeypatch):
     log, words = EventLog(run_dir), seen(client).words
     assert "mine running 2 ranks: dp 2 waiting for trainer 0, 1 to start" in words
-    assert "trainer 0 starting 0 none yet" in words and words.count("No step has been logged yet") == 3
+    assert (
+        "Steps 0 of 200 planned" in words
+        and "trainer 0 starting 0 none yet" in words
+        and words.count("No step has been logged yet") == 3
+    )
 
     at_work = happens(job(2), Beat(0, 1, 3, 2, Place("layer 1 dispatch", inside=True)), Beat(1, 1, 2, 1))
     log.show(at_work)
