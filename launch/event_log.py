@@ -61,6 +61,7 @@ class EventLog:
                     "rank": rank,
                     "state": member.left.value if member.left else "at work" if member.beat else "starting",
                     "step": member.step,
+                    "place": str(member.place) if member.beat and not member.left else "",
                     "seconds_since_heartbeat": round(now - member.beat_at, 1),
                     "why": member.why,
                 }

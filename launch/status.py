@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,10 +22,15 @@ from expertmesh.launch.run_folder import is_held
 
 TAIL_BYTES = 1 << 20
 RECENT_STEPS, RECENT_EVENTS = 20, 8
+AWAY_S = 90.0  # a network file system shows what another host wrote up to a minute late
 
 
 def status_of(run_dir: Path) -> dict[str, Any]:
-    """What `expertmesh status --json` prints."""
+    """What `expertmesh status --json` prints.
+
+    "state": the phase of a job that goes on (see recovery.py), else finished, interrupted, failed, or what is left
+    when nobody said why it ended: killed, or silent where another host trains, whose lock may not be seen from here.
+    """
     told = json.loads((run_dir / STATUS).read_text())
     events = read_events(run_dir)
     steps = [record for record in _tail(run_dir / "metrics.jsonl") if record.get("kind") == "step"]
@@ -32,11 +38,14 @@ def status_of(run_dir: Path) -> dict[str, Any]:
     loads = [layer["load_max_over_mean"] for layer in last.get("layers", [])]
     over = {"finished": "finished", "ended": "interrupted", "gave up": "failed"}
     final = over.get(events[-1]["what"]) if events else None
-    held = is_held(run_dir)
+    silence = time.time() - told["updated"]
+    elsewhere = told["host"] != socket.gethostname()
+    goes_on = is_held(run_dir) or (elsewhere and final is None and silence < AWAY_S)
     return {
         "run_dir": str(run_dir),
-        "state": told["phase"] if held else final or "killed",
-        "waiting_for": told["waiting_for"] if held else None,
+        "state": told["phase"] if goes_on else final or ("silent" if elsewhere else "killed"),
+        "goes_on": goes_on,
+        "waiting_for": told["waiting_for"] if goes_on else None,
         "epoch": told["epoch"],
         "step": last.get("step", 0),
         "steps": told["steps"],
@@ -49,7 +58,7 @@ def status_of(run_dir: Path) -> dict[str, Any]:
         "workers": told["workers"],
         "host": told["host"],
         "pid": told["pid"],
-        "seconds_since_update": round(time.time() - told["updated"], 1),
+        "seconds_since_update": round(silence, 1),
         "events": events[-RECENT_EVENTS:],
     }
 
@@ -87,11 +96,11 @@ def summary(status: dict[str, Any]) -> str:
 
 
 def worker_table(status: dict[str, Any]) -> Table:
-    table = Table("worker", "state", "step", "last heartbeat", box=None, pad_edge=False)
+    table = Table("worker", "state", "step", "where", "last heartbeat", box=None, pad_edge=False)
     for worker in status["workers"]:
         state = f"{worker['state']}: {worker['why']}" if worker["why"] else worker["state"]
         seconds = f"{worker['seconds_since_heartbeat']:g} s before"
-        table.add_row(f"trainer {worker['rank']}", state, str(worker["step"]), seconds)
+        table.add_row(f"trainer {worker['rank']}", state, str(worker["step"]), worker["place"], seconds)
     return table
 
 

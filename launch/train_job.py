@@ -23,7 +23,8 @@ from expertmesh.system.model.config import ModelConfig
 from expertmesh.system.model.tensor_parallel import check_split
 from expertmesh.system.train.corpus import check_source
 from expertmesh.system.train.dataset import TokenDataset, prepare_tokens
-from expertmesh.system.train.report import read_run, write_report
+from expertmesh.system.train.read_run import read_run
+from expertmesh.system.train.report import write_report
 from expertmesh.system.train.snapshot import checkpoints_of, last_whole, read_state, set_aside
 from expertmesh.system.train.trainer import Record
 

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import fcntl
 import json
+import time
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
-from expertmesh.launch.event_log import EventLog, read_events
+from expertmesh.launch.event_log import STATUS, EventLog, read_events
 from expertmesh.launch.recovery import Beat, FaultConfig, How, Left, advance, begin
 from expertmesh.launch.run_folder import lock_of
 from expertmesh.launch.status import (
+    AWAY_S,
     TAIL_BYTES,
     event_table,
     status_of,
@@ -20,6 +22,7 @@ from expertmesh.launch.status import (
     worker_table,
 )
 from expertmesh.parallel.sizes import ParallelSizes
+from expertmesh.parallel.whereabouts import Place
 
 
 def step(number: int) -> dict:
@@ -63,6 +66,31 @@ def test_when_nobody_trains(run_dir, last, state):
     EventLog(run_dir).write({"what": last, "epoch": 0})
     found = status_of(run_dir)
     assert found["state"] == state and found["waiting_for"] is None
+
+
+FROM_ELSEWHERE = [  # seconds since its last word, the last event, state
+    (5, "failed", "settling", "its lock is not seen from here, its word is"),
+    (AWAY_S + 60, "failed", "silent", "nobody here can know that it was killed"),
+    (5, "finished", "finished", "it said so"),
+]
+
+
+@pytest.mark.parametrize("silence, last, state, reason", FROM_ELSEWHERE, ids=[case[3] for case in FROM_ELSEWHERE])
+def test_of_a_run_on_another_host(run_dir, silence, last, state, reason):
+    EventLog(run_dir).write({"what": last, "epoch": 0})
+    told = json.loads((run_dir / STATUS).read_text())
+    (run_dir / STATUS).write_text(json.dumps(told | {"host": "elsewhere", "updated": time.time() - silence}))
+    found = status_of(run_dir)
+    assert (found["state"], found["goes_on"]) == (state, state == "settling")
+    assert bool(found["waiting_for"]) == found["goes_on"]
+
+
+def test_where_each_worker_is(run_dir):
+    state = begin(FaultConfig(), 9, ParallelSizes(dp=3), (), 0.0)
+    for event in (Beat(0, 1, 3, 3, Place("layer 1 dispatch", True)), Beat(1, 1, 3, 3), Left(1, How.DIED, "died")):
+        state, _ = advance(state, event, 1.0)
+    EventLog(run_dir).show(state)
+    assert [worker["place"] for worker in status_of(run_dir)["workers"]] == ["in layer 1 dispatch", "", ""]
 
 
 def test_for_a_person(run_dir):

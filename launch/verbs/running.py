@@ -69,6 +69,10 @@ def stop(job: JobArgument, address: OptionalDashboardOption = None, as_json: Jso
 
 def status(
     run: Annotated[str, typer.Argument(metavar="RUN", help="a run's name, or its folder")],
+    serve: Annotated[
+        bool, typer.Option("--serve", help="as a page that follows the run, and /metrics; until interrupted")
+    ] = False,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="of --serve, on this host; 0 takes any free one")] = 8001,
     as_json: JsonOption = False,
 ) -> None:
     """Say where a training run stands: its workers, figures, what it waits for, what happened."""
@@ -76,7 +80,27 @@ def status(
         from expertmesh.launch import status as of_run
         from expertmesh.launch.run_folder import find_run
 
-        found = of_run.status_of(find_run(run))
+        run_dir = find_run(run)
+        if serve:
+            from expertmesh.launch import live_page
+            from expertmesh.launch.serving import listen
+
+            listener = listen("127.0.0.1", port)
+            app = live_page.build_app(run_dir)
+        else:
+            found = of_run.status_of(run_dir)
+    if serve:
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}/"
+
+        def ready() -> None:
+            if as_json:
+                show_json({"url": url, "metrics": f"{url}metrics"})
+            else:
+                typer.echo(f"{run_dir.name} at {url}, for Prometheus at {url}metrics")
+
+        with failures():
+            live_page.serve(app, listener, ready)
+        return
     if as_json:
         show_json(found)
         return

@@ -1,16 +1,12 @@
-"""A run should be judged at a glance: metrics.jsonl becomes one page that needs no server and no network.
+"""A run should be judged at a glance: what it logged becomes one page, run_dir/report.html, without server or network.
 
-    run_dir/metrics.jsonl   one record a line: "start", "step", "validation", "event"
-    run_dir/result.json     the final figures; not there while a run goes on
-        -> run_dir/report.html
-
-Positions are worked out here, in units of the drawing; report.html holds the markup and the colours.
+Positions are worked out here, in units of the drawing; report.html holds the markup and the colours. The page of a run
+that goes on (launch/live_page.py) is the same with more in it.
 Shape suffixes: L layers, N experts (FFN experts first, then the zero-computation experts).
 """
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Sequence
@@ -22,25 +18,12 @@ from typing import Any, NamedTuple
 
 import jinja2
 
-Record = dict[str, Any]
+from expertmesh.system.train.read_run import Record, Run, read_run
 
 WIDTH = 720.0
 LEFT, RIGHT, TOP, BOTTOM = 56.0, 28.0, 14.0, 54.0  # margins that hold the labels, also at a phone's larger lettering
 MOST_POINTS = 360  # more would be closer than two units
 MOST_LABELLED_EXPERTS = 32
-
-
-@dataclass(frozen=True)
-class Run:
-    """A run as its files tell it; steps and validations in order, each step once, with "imbalance" for "load_LN"."""
-
-    start: Record
-    steps: list[Record]
-    load_LN: list[list[int]]  # of the last step: a long run has logged more counts than fit in memory
-    layers: list[Record]  # of the last step: see `LayerSummary`
-    validations: list[Record]
-    events: list[Record]
-    result: Record | None  # None: unfinished
 
 
 class Tick(NamedTuple):
@@ -103,15 +86,8 @@ def write_report(run_dir: Path) -> Path:
 
     Raises ValueError if there is no metrics.jsonl or if no "start" record is in it.
     """
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["human_count"] = human_count
-    page = environment.get_template("report.html").render(_page(read_run(run_dir), run_dir.resolve().name))
+    figures = figures_of(read_run(run_dir), run_dir.resolve().name)
+    page = page_templates().get_template("report.html").render(figures)
     path = run_dir / "report.html"
     unfinished = run_dir / "report.html.part"
     unfinished.write_text(page, "utf-8")
@@ -119,11 +95,24 @@ def write_report(run_dir: Path) -> Path:
     return path
 
 
-def _page(run: Run, name: str) -> dict[str, Any]:
-    """Gather what the template shows; a figure nobody logged yet is None."""
+def page_templates(*folders: Path) -> jinja2.Environment:
+    """For report.html, and for templates in `folders` that extend it."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader([Path(__file__).parent, *folders]),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["human_count"] = human_count
+    return environment
+
+
+def figures_of(run: Run, name: str) -> dict[str, Any]:
+    """Gather what the template shows; a figure nobody logged yet is None. `name`: for want of one in the log."""
     steps, start, result = run.steps, run.start, run.result or {}
     last = steps[-1] if steps else {}
-    names = start["expert_names"]
+    names = start.get("expert_names", [])
     rows, largest = heat_map(run.load_LN, names, [summary["layer"] for summary in run.layers])
     unigram = result.get("unigram_loss", start.get("unigram_loss"))
     happened = [event for event in run.events if event.get("what") != "saved"]
@@ -167,57 +156,6 @@ def _page(run: Run, name: str) -> dict[str, Any]:
         "labelled": len(names) <= MOST_LABELLED_EXPERTS,
         "events": run.events,
     }
-
-
-def read_run(run_dir: Path) -> Run:
-    """Read the files of a run; see `write_report` for errors.
-
-    A resumed run writes some steps again: the later line wins, and what the abandoned attempt logged beyond it goes.
-    Lines that are no JSON object are skipped: a killed process leaves one, which a resumed one may have written on.
-    """
-    path = run_dir / "metrics.jsonl"
-    if not path.is_file():
-        raise ValueError(f"{run_dir} holds no metrics.jsonl; give the folder of a training run")
-    start: Record = {}
-    steps: dict[int, Record] = {}
-    load_LN: list[list[int]] = []
-    layers: list[Record] = []
-    validations: dict[int, Record] = {}
-    events: list[Record] = []
-    with path.open("rb") as file:
-        for line in file:
-            record = _parse(line)
-            kind, step = record.get("kind"), record.get("step", 0)
-            if kind == "start":
-                start = record
-            elif kind == "step" and start:
-                for log in (steps, validations):
-                    while log and next(reversed(log)) >= step:
-                        log.popitem()
-                load_LN = record.pop("load_LN")
-                layers = record.pop("layers")
-                steps[step] = record | {"imbalance": imbalance(load_LN, _ffn_experts(start))}
-            elif kind == "validation":
-                validations[step] = record
-            elif kind == "event":
-                events.append(record)
-    if not start:
-        raise ValueError(f'{path} has no "start" record yet; wait for the first step')
-    result = run_dir / "result.json"
-    final = _parse(result.read_bytes()) if result.is_file() else {}
-    return Run(start, list(steps.values()), load_LN, layers, list(validations.values()), events, final or None)
-
-
-def _ffn_experts(start: Record) -> int:
-    return sum(name.startswith("ffn ") for name in start["expert_names"])
-
-
-def _parse(line: bytes) -> Record:
-    try:
-        record = json.loads(line)
-    except ValueError:
-        return {}
-    return record if isinstance(record, dict) else {}
 
 
 def ticks(low: float, high: float, most: int, smallest: float = 0.0) -> list[Tick]:
@@ -336,12 +274,6 @@ def heat_map(
             row.append(Cell(_percent(share), round(share / largest, 4), title, kind, expert in starts))
         rows.append(row)
     return rows, largest
-
-
-def imbalance(load_LN: Sequence[Sequence[int]], ffn_experts: int) -> float:
-    """Return the load of the busiest FFN expert over the mean FFN expert's, in the layer where that is worst."""
-    ffn_LN = [load_N[:ffn_experts] for load_N in load_LN]
-    return max((max(ffn_N) * ffn_experts / sum(ffn_N) for ffn_N in ffn_LN if sum(ffn_N)), default=math.nan)
 
 
 def human_count(count: float) -> str:

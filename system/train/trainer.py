@@ -36,7 +36,7 @@ from expertmesh.system.train.snapshot import RunState, Saver, load_optimizer, re
 from expertmesh.system.train.tally import MEANS, tally
 
 Record = dict[str, Any]
-"""One line of metrics.jsonl: "start", "step", "validation", "event" (see system/train/report.py)."""
+"""One line of metrics.jsonl: "start", "step", "validation", "event" (see system/train/read_run.py)."""
 
 
 class NotFinite(RuntimeError):
