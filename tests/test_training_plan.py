@@ -51,11 +51,16 @@ def test_bytes_are_those_that_a_rank_asks_to_send(sizes, reason, model):
         scattered = sum(call.numbers or 0 for call in of_tensor if call.what == "_reduce_scatter_base_")
         # A rank's part goes to each other; of a sum each other's part does.
         assert plan.sent_bytes["tensor"] == 4 * (layout.tp - 1) * (gathered + scattered // layout.tp)
+        context_group = tuple(range(rank, rank + layout.tp * layout.cp, layout.tp))
+        of_context = [call for call in calls if call.ranks == context_group and layout.cp > 1]
+        gathered = sum(call.numbers or 0 for call in of_context if call.what == "_allgather_base_")
+        scattered = sum(call.numbers or 0 for call in of_context if call.what == "_reduce_scatter_base_")
+        assert plan.sent_bytes["context"] == 4 * (layout.cp - 1) * (gathered + scattered // layout.cp)
 
 
 def trained(run_dir, sizes: ParallelSizes, train: TrainConfig) -> dict[str, int]:
     groups = build_groups(sizes)
-    trainer = Trainer(MODEL, train, run_dir, groups, Device("cpu", "gloo"), {}, None)
+    trainer = Trainer(MODEL, train, run_dir, groups, Device("cpu", "gloo"), {}, None, dispatch=sizes.dispatch)
     records: list[Record] = []
     trainer.run(records.append)
     (step,) = [record for record in records if record["kind"] == "step"]
@@ -87,6 +92,23 @@ def test_four_real_ranks(tmp_path):
         assert real["dispatch"] == pytest.approx(sum(p.sent_bytes["dispatch"] for p in plans) * 2, rel=0.1)
         assert real["pipeline"] == 2 * sum(p.sent_bytes["pipeline"] for p in plans)
     assert {plan.sent_bytes["tensor"] for plan in plans} == {0}
+
+
+ROADS = [
+    ({"dp": 2, "ep": 2, "dispatch": {"kind": "all_gather", "wire": "fp8"}}, "to all ranks, on a narrow wire"),
+    ({"dp": 2, "etp": 2}, "experts in slices"),
+]
+
+
+@pytest.mark.parametrize("sizes, reason", ROADS, ids=[reason for _, reason in ROADS])
+def test_bytes_of_other_roads_to_the_experts(sizes, reason, tmp_path):
+    prepare_tiny_data(tmp_path)
+    layout, train = ParallelSizes(**sizes), tiny_training(steps=1, micro_batch_size=4, warmup_steps=0)
+    (plan,) = plan_training(MODEL, layout, train)
+    (tmp_path / "run").mkdir()
+    shutil.move(tmp_path / "data", tmp_path / "run" / "data")
+    for real in run_ranks(trained, 2, tmp_path / "run", layout, train):
+        assert real["dispatch"] == pytest.approx(2 * plan.sent_bytes["dispatch"], rel=0.1)
 
 
 def most_weights(sizes: ParallelSizes, train: TrainConfig, run_dir) -> tuple[int, int, int]:
@@ -145,5 +167,5 @@ def test_experts_and_optimizer_shrink_with_ranks():
     (twice,) = plan_training(MODEL, ParallelSizes(dp=4), train)
     assert twice.optimizer_bytes == pytest.approx(one.optimizer_bytes / 4, abs=16)
     assert twice.sent_bytes["reduction"] == 8 * one.parameters * 3 // 4
-    (narrow_wire,) = plan_training(MODEL, ParallelSizes(dp=4, ep=4, dispatch={"wire": "fp8"}), train)
-    assert narrow_wire.sent_bytes["dispatch"] is None
+    (by_nodes,) = plan_training(MODEL, ParallelSizes(dp=4, ep=4, dispatch={"kind": "hierarchical"}), train)
+    assert by_nodes.sent_bytes["dispatch"] is None

@@ -19,13 +19,17 @@ and a step sends from a rank, M micro-batches of T tokens a data-parallel and co
     tensor              4 M (tp - 1)/tp T D for each gather or reduce-scatter: forward and backward of each half of a
                         block that is split, of the embedding and of the head
     dispatch            a token crosses to each other rank that has an expert it chose, home, and both gradients do:
-                        each crossing 4 D, with the choices 4 (2 K + 1) there, and back the weights' gradient 4 K
+                        each crossing 4 D (less on a narrow wire), with the choices 4 (2 K + 1) there, and back the
+                        weights' gradient 4 K. all_gather takes it to all other ranks, and home from those it chose.
+                        With etp, its K E/N rows cross 4 times more, 4 D each, between each two of the group
+    context             8 (cp - 1) T for each number that a token has as key or value: gathered, and their gradients
     reduction           8 (n - 1)/n P, a reduce-scatter and a gather in a ring; what DeepSpeed really sends may be more.
                         At ZeRO 3 12 M (n - 1)/n P: two gathers and a reduce-scatter; one more of what is recomputed
 
 Dispatch is an expectation: K of all N experts chosen evenly, zero-computation ones too, of which E/ep are on a rank.
-The ranks that a token goes to are then (ep - 1) (1 - C(N - E/ep, K) / C(N, K)). It is counted for the straight exchange
-in float32; for other forms (etp, all-gather, nodes, narrow wires), and for keys and values of cp, there is no count.
+The ranks that a token goes to are then (ep - 1) (1 - C(N - E/ep, K) / C(N, K)). There is no count for an exchange by
+nodes, nor for the keys and values of other attentions than grouped ones. What train.recompute computes
+again crosses again, which is not counted.
 
 Activations are not in here: activations.py counts them.
 
@@ -47,6 +51,8 @@ from expertmesh.parallel.groups import Groups
 from expertmesh.parallel.pipeline import runs_of_layers
 from expertmesh.parallel.shard import WHOLE
 from expertmesh.parallel.sizes import ParallelSizes
+from expertmesh.parallel.wire import WIRES
+from expertmesh.system.model.attention_config import AttentionConfig
 from expertmesh.system.model.config import ModelConfig
 from expertmesh.system.model.tensor_parallel import LINEAR_MAPS, parallel_transformer
 from expertmesh.system.model.transformer import Transformer, logits_cross
@@ -119,7 +125,7 @@ def _plan_rank(model: ModelConfig, sizes: ParallelSizes, train: TrainConfig, sta
             "pipeline": _pipeline(model, sizes, train, stage),
             "tensor": _tensor(part, sizes, train),
             "dispatch": _dispatch(part, sizes, train),
-            "context": None if sizes.cp > 1 else 0,
+            "context": _context(part, sizes, train),
             "reduction": round(crossings * reduced),
         },
     )
@@ -186,16 +192,27 @@ def _tensor(part: Transformer, sizes: ParallelSizes, train: TrainConfig) -> int:
 
 
 def _dispatch(part: Transformer, sizes: ParallelSizes, train: TrainConfig) -> int | None:
-    if sizes.ep == 1:
-        return 0
-    dispatch = sizes.dispatch
-    if sizes.etp > 1 or dispatch.ranks_per_node or dispatch.kind != "all_to_all" or dispatch.wire != "native":
+    dispatch, config, sent = sizes.dispatch, part.config, 0.0
+    if sizes.ep > 1 and (dispatch.ranks_per_node or dispatch.kind == "hierarchical"):
         return None
-    sent, config = 0.0, part.config
+    on_wire = WIRES[dispatch.wire].row_bytes(config.hidden_size, getattr(torch, train.dtype))
+    whole = config.hidden_size * _width(train)
     for layer in config.moe_layers:
         if any(layer in run for run in part.runs):
             moe = config.moe_of(layer)
             N, K = moe.num_experts, moe.top_k
-            ranks = (sizes.ep - 1) * (1 - math.comb(N - moe.ffn_experts // sizes.ep, K) / math.comb(N, K))
-            sent += ranks * (4 * config.hidden_size * _width(train) + FLOAT * (3 * K + 1))
+            wanted = (sizes.ep - 1) * (1 - math.comb(N - moe.ffn_experts // sizes.ep, K) / math.comb(N, K))
+            there = sizes.ep - 1 if dispatch.kind == "all_gather" else wanted
+            sent += there * (on_wire + FLOAT * (2 * K + 1)) + wanted * (3 * on_wire + FLOAT * K)
+            sent += (sizes.etp - 1) * 4 * whole * K * moe.ffn_experts / N
     return round(sent * _tokens(sizes, train) / sizes.tp)
+
+
+def _context(part: Transformer, sizes: ParallelSizes, train: TrainConfig) -> int | None:
+    if sizes.cp == 1:
+        return 0
+    attention, layers = part.config.attention, sum(map(len, part.runs))
+    if not isinstance(attention, AttentionConfig):
+        return None
+    numbers = 2 * attention.kv_heads * attention.head_dim // sizes.tp
+    return 2 * (sizes.cp - 1) * layers * numbers * _width(train) * _tokens(sizes, train)
