@@ -155,26 +155,26 @@ def gpus_for(workers: int) -> int:
 
 
 class Pool:
-    """`workers` actors of one role in one placement group, rank r in bundle r.
+    """`workers` actors of one role, and `spares` after them, in one placement group, rank r in bundle r.
 
     Each is `role(rank, *arguments)`; its methods run in threads, so that one can be asked while another is at work.
     """
 
-    def __init__(self, name: str, role: type, workers: int, cpus: float, *arguments: Any) -> None:
+    def __init__(self, name: str, role: type, workers: int, cpus: float, *arguments: Any, spares: int = 0) -> None:
         self.name = name
         gpus = gpus_for(workers)
         bundle = {"CPU": cpus} | ({"GPU": gpus} if gpus else {})
         self._asked = (workers, bundle)
-        self.check_room()
-        self._group = placement_group([bundle] * workers, strategy="PACK", name=name)
+        _check_capacity(name, workers, bundle, spares)
+        self._group = placement_group([bundle] * (workers + spares), strategy="PACK", name=name)
         if not self._group.wait(PLACEMENT_TIMEOUT_S):
             remove_placement_group(self._group)
             raise WorkerFailed(
-                f"pool {name}: no place for {workers} workers of {bundle} within {PLACEMENT_TIMEOUT_S} s"
+                f"pool {name}: no place for {workers + spares} workers of {bundle} within {PLACEMENT_TIMEOUT_S} s"
             )
         self._actor, self._arguments = ray.remote(role), arguments
         self._resources = {"num_cpus": cpus, "num_gpus": gpus}
-        self.workers = [self._place(rank) for rank in range(workers)]
+        self.workers = [self._place(rank) for rank in range(workers + spares)]
 
     def _place(self, rank: int) -> Any:
         place = PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=rank)
@@ -182,7 +182,7 @@ class Pool:
         return self._actor.options(**options).remote(rank, *self._arguments)
 
     def check_room(self) -> None:
-        """Raise WorkerFailed when the nodes that are left could not hold the pool, however empty they were."""
+        """Raise WorkerFailed when the nodes that are left could not hold the workers, however empty they were."""
         _check_capacity(self.name, *self._asked)
 
     def replace(self, rank: int) -> None:
@@ -269,19 +269,21 @@ def _cause(error: RayTaskError) -> str:
     return f"{type(error.cause).__name__}: {' '.join(str(error.cause).split())}" if error.cause else str(error)
 
 
-def _check_capacity(name: str, workers: int, bundle: dict[str, float]) -> None:
+def _check_capacity(name: str, workers: int, bundle: dict[str, float], spares: int = 0) -> None:
     """Ray waits silently for what can never be placed; say at once what was asked for and what there is."""
     nodes = [node for node in ray.nodes() if node["Alive"]]
     places = sum(
         min(int(node["Resources"].get(kind, 0) // amount) for kind, amount in bundle.items()) for node in nodes
     )
-    if places < workers:
+    if places < workers + spares:
         have = "; ".join(
             f"{node['NodeManagerHostname']} has {node['Resources'].get('CPU', 0):g} CPU, "
             f"{node['Resources'].get('GPU', 0):g} GPU"
             for node in nodes
         )
         asked = ", ".join(f"{amount:g} {kind}" for kind, amount in bundle.items())
+        more, advice = (f" and {spares} spares", "; fault.spares=0 does without") if spares else ("", "")
         raise WorkerFailed(
-            f"pool {name} asks for {workers} workers of {asked}; the cluster has room for {places}: {have}"
+            f"pool {name} asks for {workers} workers{more} of {asked}; "
+            f"the cluster has room for {places}: {have}{advice}"
         )
