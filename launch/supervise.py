@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from expertmesh.launch.chaos import ChaosConfig
 from expertmesh.launch.crew import Crew, RayCrew
 from expertmesh.launch.event_log import EventLog
 from expertmesh.launch.layouts import scaled, smaller_layouts
@@ -238,8 +239,8 @@ class Job:
         return Resize(sizes)
 
     def _allowed(self, sizes: ParallelSizes) -> str | None:
-        """Why the job cannot have this layout; None: it can."""
-        changed = self._last.recipe.model_copy(update={"parallel": sizes})
+        """Why the job cannot have this layout; None: it can. A drill on a worker of another is no reason."""
+        changed = self._last.recipe.model_copy(update={"parallel": sizes, "chaos": ChaosConfig()})
         try:
             check_together(changed, self._last.model)
         except ValueError as error:

@@ -11,6 +11,7 @@ import pytest
 from commands import TINY_RECIPE
 
 from expertmesh.launch import supervise
+from expertmesh.launch.chaos import ChaosConfig
 from expertmesh.launch.event_log import EventLog, read_events
 from expertmesh.launch.ray_cluster import WorkerFailed
 from expertmesh.launch.recipe import load_recipe
@@ -121,6 +122,14 @@ def test_a_spare_takes_the_rank_of_a_lost_worker(first):
     assert formed["kept"] == [0] and formed["spares"] == [1]
     status = json.loads((recipe.run_folder / "status.json").read_text())
     assert status["spares"] == {"ready": 0, "starting": 1, "lost": 0}
+
+
+def test_a_job_shrinks_though_its_drill_was_on_a_worker_that_it_has_no_more(first):
+    changed = {"fault": FaultConfig(policy="shrink"), "chaos": ChaosConfig(kill="trainer:1@step=3")}
+    crew = Script([WORK, LOSS], [([Left(0, How.DONE, step=30)], [])])
+    run(first._replace(recipe=first.recipe.model_copy(update=changed)), crew)
+    again = crew.formed[1][0].recipe
+    assert again.parallel.world_size == 1 and again.chaos == ChaosConfig()
 
 
 def test_no_place_for_the_workers_is_told(first, monkeypatch):
