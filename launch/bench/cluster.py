@@ -34,6 +34,7 @@ Row = dict[str, Any]
 Say = Callable[[str], None]
 WORKERS, SAVE_EVERY = 2, 5
 KILL_AT = 8  # the first step that may be seen before the kill: one checkpoint is written, and one will be
+JOB_STEPS = 5000  # more than any job here comes to: it is left once it has made a step again
 OURS, TORCH = "expertmesh", "torch DCP"
 
 
@@ -42,14 +43,14 @@ class ClusterCase:
     """The size of one run."""
 
     rounds: int = 5
-    steps: int = 60
+    steps: int = 30  # of saving
     layers: int = 2
     hidden_size: int = 64
     ffn_size: int = 128
     experts: int = 8
 
     def __post_init__(self) -> None:
-        for name, least in (("rounds", 1), ("steps", 2 * KILL_AT), ("layers", 1), ("ffn_size", 1), ("experts", 2)):
+        for name, least in (("rounds", 1), ("steps", 3), ("layers", 1), ("ffn_size", 1), ("experts", 2)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)}: it must be {least} or more")
         if self.hidden_size < 16 or self.hidden_size % 16:
@@ -57,7 +58,7 @@ class ClusterCase:
         if self.experts % WORKERS:
             raise ValueError(f"experts={self.experts}: {WORKERS} workers share them; take a multiple of {WORKERS}")
 
-    def recipe(self, folder: Path, workers: int, spares: int = 0, **train: Any) -> Recipe:
+    def recipe(self, folder: Path, workers: int, steps: int, spares: int = 0, **train: Any) -> Recipe:
         heads = self.hidden_size // 16
         attention = {"heads": heads, "kv_heads": heads, "head_dim": 16}
         moe = {"ffn_experts": self.experts, "expert": {"hidden_size": self.ffn_size}}
@@ -73,7 +74,7 @@ class ClusterCase:
             },
             "parallel": {"dp": workers, "ep": workers},
             "data": {"max_bytes": 300_000, "vocab_size": 512},
-            "train": {"steps": self.steps, "sequence_length": 64, "validate_every": self.steps} | train,
+            "train": {"steps": steps, "sequence_length": 64, "validate_every": steps} | train,
             "fault": {"spares": spares},
         }
         return Recipe(**content)
@@ -92,7 +93,7 @@ def bench_cluster(case: ClusterCase, say: Say) -> Iterator[list[Row]]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name).resolve()
         say("making tokens")
-        tokens = _prepare(case.recipe(folder / "tokens", 1))
+        tokens = _prepare(case.recipe(folder / "tokens", 1, 1))
         yield _recovery(case, tokens, folder, say)
         alone = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
         with alone:  # a process of its own, for it is a rank, and this one supervises
@@ -113,6 +114,10 @@ def _prepare(recipe: Recipe) -> Path:
 # recovery
 
 
+class _Enough(Exception):
+    """All is seen; a job need not go on."""
+
+
 @dataclass
 class _Drill:
     """Watches a job: kills its last worker, and notes what comes of it and when. Times: seconds of one clock."""
@@ -123,7 +128,11 @@ class _Drill:
     step: int = 0  # the last that was seen
     formed_twice: bool = False  # told when it was decided, and again by the log of the epoch that came of it
     seconds: dict[str, float] = field(default_factory=dict)  # from the kill
-    lost_steps: int = 0
+    back_at: int = 0  # the step of the checkpoint that the job went back to
+
+    @property
+    def lost_steps(self) -> int:
+        return self.step - self.back_at
 
     def watch(self, record: dict[str, Any]) -> None:
         is_step = record["kind"] == "step"
@@ -137,11 +146,12 @@ class _Drill:
         if what == "failed":
             self.seconds.setdefault("noticed", since)
         elif what == "re-formed" and "re-formed" not in self.seconds:
-            self.seconds["re-formed"], self.lost_steps = since, self.step - record["step"]
+            self.seconds["re-formed"], self.back_at = since, record["step"]
         elif what == "re-formed":
             self.formed_twice = True
         elif is_step and self.formed_twice:
-            self.seconds.setdefault("step", since)
+            self.seconds["step"] = since
+            raise _Enough
         elif is_step:
             self.step = record["step"]
 
@@ -188,16 +198,17 @@ def _recovery(case: ClusterCase, tokens: Path, folder: Path, say: Say) -> list[R
 
 
 def _drilled(case: ClusterCase, tokens: Path, run_folder: Path, spares: int) -> _Drill:
-    """A job to its end, of which a worker was killed."""
+    """A job of which a worker was killed, until it has made a step again."""
     from expertmesh.launch.train_job import find_start, prepare_data, run_job
 
-    recipe = case.recipe(run_folder, WORKERS, spares, checkpoint_every=SAVE_EVERY)
+    recipe = case.recipe(run_folder, WORKERS, JOB_STEPS, spares, checkpoint_every=SAVE_EVERY)
     shutil.copytree(tokens, run_folder / "data")
     start, drill = find_start(recipe, fresh=True), _Drill(run_folder, spares)
-    run_job(recipe, start, prepare_data(recipe, start, lambda record: None), drill.watch)
-    if "step" not in drill.seconds:
-        raise RuntimeError(f"the job ended before a worker was killed and replaced: steps={case.steps} are too few")
-    return drill
+    try:
+        run_job(recipe, start, prepare_data(recipe, start, lambda record: None), drill.watch)
+    except _Enough:
+        return drill
+    raise RuntimeError("the job ended before a worker of it was killed and replaced")
 
 
 # one rank
@@ -217,13 +228,13 @@ def _become_a_rank(folder: Path) -> None:
     build_groups(ParallelSizes())
 
 
-def _trainer(case: ClusterCase, tokens: Path, run_folder: Path, **train: Any) -> Any:
+def _trainer(case: ClusterCase, tokens: Path, run_folder: Path, steps: int, **train: Any) -> Any:
     from expertmesh.kernels.device import Device
     from expertmesh.parallel.groups import Groups
     from expertmesh.system.train.dataset import TokenDataset
     from expertmesh.system.train.trainer import Trainer
 
-    recipe = case.recipe(run_folder, 1, **train)
+    recipe = case.recipe(run_folder, 1, steps, **train)
     shutil.copytree(tokens, run_folder / "data")
     model = recipe.model.model_copy(update={"vocab_size": TokenDataset(tokens).vocab_size})
     return Trainer(model, recipe.train, run_folder, Groups(), Device("cpu", "gloo"), recipe.settings(), None)
@@ -239,7 +250,7 @@ def _checkpoint(case: ClusterCase, tokens: Path, folder: Path) -> list[Row]:
     from expertmesh.system.train.snapshot import RunState, Saver, last_whole, load_optimizer
 
     run_folder, theirs = folder / "checkpoint", folder / "dcp"
-    trainer = _trainer(case, tokens, run_folder, steps=1)
+    trainer = _trainer(case, tokens, run_folder, 1)
     trainer.run(lambda record: None)
     state: dict[str, dict[str, torch.Tensor]] = {"weights": {}, "exp_avg": {}, "exp_avg_sq": {}}
     for weight in weights(trainer.model):
@@ -299,7 +310,7 @@ def _saving(case: ClusterCase, tokens: Path, folder: Path) -> list[Row]:
     for number in range(case.rounds + 1):
         for what in sorted(every, reverse=number % 2 == 1):
             run_folder = folder / f"saving-{number}-{every[what]}"
-            trainer = _trainer(case, tokens, run_folder, checkpoint_every=every[what])
+            trainer = _trainer(case, tokens, run_folder, case.steps, checkpoint_every=every[what])
             ends: list[float] = []
             trainer.run(
                 lambda record, ends=ends: ends.append(time.perf_counter()) if record["kind"] == "step" else None

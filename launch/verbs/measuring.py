@@ -123,7 +123,7 @@ def bench_serve(
 
 def bench_cluster(
     rounds: Annotated[int, typer.Option(help="of what is compared; the median counts")] = 5,
-    steps: Annotated[int, typer.Option(help="of each job")] = 60,
+    steps: Annotated[int, typer.Option(help="with saves, and as many without")] = 30,
     layers: Annotated[int, typer.Option(help="blocks of the model")] = 2,
     hidden_size: Annotated[int, typer.Option(help="width of the model")] = 64,
     ffn_size: Annotated[int, typer.Option(help="width of an expert")] = 128,
