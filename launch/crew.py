@@ -143,6 +143,8 @@ class RayCrew:
         yield from read_beats(self._store.store, self._epoch, len(self._places))
 
     def records(self, last: bool = False) -> list[Record]:
+        if self._pool is None:  # there was no place for them
+            return []
         if self._asked is None:
             self._asked = self._made.call(self._places[0], "take_records")
         try:

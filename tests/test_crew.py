@@ -105,6 +105,19 @@ def test_where_no_spare_is_left_a_new_process_is_started(two_spares, epoch):
     assert runs(pool, 1)[1] == (1, 1)
 
 
+def test_after_no_place_was_found_there_is_nothing_to_be_told(epoch, monkeypatch):
+    def full(*_: Any, **__: Any) -> None:
+        raise WorkerFailed("the cluster has room for 0")
+
+    made = RayCrew("127.0.0.1", 1, None, 1)
+    made.form(epoch, (), ())
+    monkeypatch.setattr(crew, "Pool", full)
+    with pytest.raises(WorkerFailed):
+        made.form(epoch._replace(number=1), (), ())
+    assert made.records() == [] and list(made.beats()) == [] and made.spares() == Spares()
+    made.stop()
+
+
 def test_no_room_for_spares_is_told_with_a_way_out(monkeypatch):
     node = {"Alive": True, "NodeManagerHostname": "a", "Resources": {"CPU": 2.0}}
     monkeypatch.setattr(ray_cluster.ray, "nodes", lambda: [node])
