@@ -21,9 +21,7 @@ class Crew(Protocol):
     """What `supervise` needs of a launcher."""
 
     def form(self, epoch: Epoch, keep: tuple[int, ...], spares: tuple[int, ...]) -> None:
-        """Have workers run `epoch`: those of the ranks `keep` in their old processes, the others in new ones.
-
-        Ranks of `spares` go to processes that are there already.
+        """Have workers run `epoch`: ranks `keep` in their old processes, `spares` in those of spares, others in new ones.
 
         Raises WorkerFailed, a RuntimeError, where there is no place for them.
         """
@@ -36,7 +34,8 @@ class Crew(Protocol):
     def records(self, last: bool = False) -> list[Record]:
         """What rank 0 has recorded since the last call. `last`: wait for all there is."""
 
-    def spares(self) -> Spares: ...
+    def spares(self) -> Spares:
+        """How many wait to take a rank."""
 
     def refill(self) -> None:
         """Start lost spares anew; nothing waits for them."""

@@ -12,8 +12,7 @@ checkpoint, or where the job began when there is none yet. So what is trained is
 had happened, as long as the layout stays.
 
 Spares are processes that have all imported and wait. A lost member's rank goes to one, where there is one, and what was
-taken or lost is started anew once training goes on: not before, when each core has a member to bring up. The loss of a
-spare is no failure.
+taken or lost is started anew once training goes on, so that it slows no member down. The loss of a spare is no failure.
 
 Who is guilty: the member whose process is gone; else one whose error says that trying again is no use; else the one
 that raised first. Peers of a lost member fail within 0.05 s (seen on one machine) with an error of the connection: a
@@ -37,7 +36,7 @@ SETTLE_S = 3.0  # from a failure until those who still hang on a peer are not wa
 SILENT_S = 3.0  # without a heartbeat, of which there is one a second
 START_S = 600.0  # until the first step begins: a cold process imports torch, and a large model is loaded
 BUDGET_S = 3600.0  # the time in which failures are counted
-REFILL_S = 10.0  # from one start of spares to the next: one that dies as it starts would have its cores busy for ever
+REFILL_S = 10.0  # from one start of spares to the next: one that dies as it starts would keep cores busy for ever
 
 
 class FaultConfig(RecipeSection):

@@ -58,7 +58,7 @@ def supervise(first: Epoch, watch: Callable[[Record], None]) -> None:
     where = f"the Ray cluster at {place.address}" if place.address else "a Ray of its own"
     log = EventLog(recipe.run_folder)
     waiting = f"{workers} workers{f' and {spares} spares' if spares else ''} on {where}"
-    slots = cpus * (workers + spares)
+    slots = cpus * recipe.processes
     watch({"kind": "waiting", "for": waiting})
     with asked_to_end() as ending, cluster(place.address, slots) as host:
         crew = RayCrew(host, cpus, None if place.address else slots, spares)
