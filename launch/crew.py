@@ -21,7 +21,7 @@ class Crew(Protocol):
     """What `supervise` needs of a launcher."""
 
     def form(self, epoch: Epoch, keep: tuple[int, ...], spares: tuple[int, ...]) -> None:
-        """Have workers run `epoch`: ranks `keep` in their old processes, `spares` in those of spares, others in new ones.
+        """Have workers run `epoch`: ranks `keep` in their old processes, `spares` in those of spares, others in new.
 
         Raises WorkerFailed, a RuntimeError, where there is no place for them.
         """
