@@ -94,6 +94,7 @@ bench = group("bench", "Time parts of this project beside those of others.")
 bench.command("parallel")(measuring.bench_parallel)
 bench.command("moe")(measuring.bench_moe)
 bench.command("serve")(measuring.bench_serve)
+bench.command("cluster")(measuring.bench_cluster)
 
 plan = group("plan", "Say what a job needs, before any worker starts.")
 plan.command("train")(training.plan_train)

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from expertmesh.launch.heartbeat import read_beats
 from expertmesh.launch.ray_cluster import Pool, WorkerFailed
-from expertmesh.launch.recovery import Beat, How, Left
+from expertmesh.launch.recovery import Beat, How, Left, Spares
 from expertmesh.launch.rendezvous import Rendezvous
 from expertmesh.launch.roles import Epoch, TrainerRole
 from expertmesh.system.train.snapshot import SaveFailed
@@ -20,8 +20,8 @@ LAST_RECORDS_S = 30.0
 class Crew(Protocol):
     """What `supervise` needs of a launcher."""
 
-    def form(self, epoch: Epoch, keep: tuple[int, ...]) -> None:
-        """Have workers run `epoch`: those of the ranks `keep` in their old processes, the others in new ones.
+    def form(self, epoch: Epoch, keep: tuple[int, ...], spares: tuple[int, ...]) -> None:
+        """Have workers run `epoch`: ranks `keep` in their old processes, `spares` in those of spares, others in new.
 
         Raises WorkerFailed, a RuntimeError, where there is no place for them.
         """
@@ -34,6 +34,12 @@ class Crew(Protocol):
     def records(self, last: bool = False) -> list[Record]:
         """What rank 0 has recorded since the last call. `last`: wait for all there is."""
 
+    def spares(self) -> Spares:
+        """How many wait to take a rank."""
+
+    def refill(self) -> None:
+        """Start lost spares anew; nothing waits for them."""
+
     def ask_to_leave(self) -> None: ...
 
     def dump(self, ranks: tuple[int, ...]) -> None: ...
@@ -45,31 +51,76 @@ class Crew(Protocol):
 
 
 class RayCrew:
-    """Workers of one pool, which is made anew when their number changes."""
+    """Workers of one pool, which is made anew when their number changes.
 
-    def __init__(self, host: str, cpus: int, slots: int | None) -> None:
+    The pool knows each process by its place. A rank moves to another place when a spare takes it; spares have none.
+    """
+
+    def __init__(self, host: str, cpus: int, slots: int | None, spares: int = 0) -> None:
         """`cpus` of each worker. `slots`: of an own Ray, which more workers than it was started for share."""
         self._store = Rendezvous(host)
-        self._cpus, self._slots = cpus, slots
+        self._cpus, self._slots, self._spares = cpus, slots, spares
         self._pool: Pool | None = None
-        self._epoch, self._world = 0, 0
+        self._epoch = 0
+        self._places: list[int] = []  # of each rank
+        self._idle: dict[int, Any] = {}  # of each spare, and what it was asked; None: its process is gone
+        self._ready = set[int]()  # places of spares that have prepared
         self._runs: dict[Any, int] = {}  # the rank of each call that has not ended
         self._asked: Any = None  # for records; not yet answered
 
-    def form(self, epoch: Epoch, keep: tuple[int, ...]) -> None:
+    def form(self, epoch: Epoch, keep: tuple[int, ...], spares: tuple[int, ...]) -> None:
         world = epoch.recipe.parallel.world_size
         self._asked = None
-        if self._pool is not None and keep and world == self._world:
+        if self._pool is not None and (keep or spares) and world == len(self._places):
             self._pool.check_room()
-            for rank in set(range(world)) - set(keep):
-                self._pool.replace(rank)
+            for rank in sorted(set(range(world)) - set(keep)):
+                if rank not in spares or not self._take_spare(rank):
+                    self._pool.replace(self._places[rank])
         else:
             self.stop()
+            every = world + self._spares
+            cpus = min(self._cpus, self._slots / every) if self._slots else self._cpus
             place = (self._store.host, self._store.port)
-            cpus = min(self._cpus, self._slots / world) if self._slots else self._cpus
-            self._pool = Pool("trainer", TrainerRole, world, cpus, world, *place)
-        self._epoch, self._world = epoch.number, world
-        self._runs = {call: rank for rank, call in enumerate(self._pool.start("run", epoch))}
+            self._pool = Pool("trainer", TrainerRole, world, cpus, *place, spares=self._spares)
+            self._places, self._ready = list(range(world)), set()
+            self._idle = {spare: self._pool.call(spare, "prepare") for spare in range(world, every)}
+        self._epoch = epoch.number
+        self._runs = {self._pool.call(self._places[rank], "run", epoch, rank): rank for rank in range(world)}
+
+    def _take_spare(self, rank: int) -> bool:
+        """Give `rank` to a spare, one that is ready before one that is not; False where none is left."""
+        self.spares()
+        alive = [place for place, call in self._idle.items() if call is not None]
+        if not alive:
+            return False
+        place = min(alive, key=lambda place: place not in self._ready)
+        del self._idle[place]
+        self._ready.discard(place)
+        self._idle[self._places[rank]] = None
+        self._places[rank] = place
+        return True
+
+    def spares(self) -> Spares:
+        for place, call in self._idle.items():
+            if call is None or not self._made.wait([call], 0):
+                continue
+            try:
+                self._made.answer(place, call, 0)
+            except WorkerFailed:
+                self._idle[place] = None
+                self._ready.discard(place)
+            else:
+                self._ready.add(place)
+                self._idle[place] = self._made.call(place, "stand_by")
+        lost = sum(call is None for call in self._idle.values())
+        ready = len(self._ready)
+        return Spares(ready, len(self._idle) - ready - lost, lost)
+
+    def refill(self) -> None:
+        for place, call in self._idle.items():
+            if call is None:
+                self._made.replace(place)
+                self._idle[place] = self._made.call(place, "prepare")
 
     def wait(self, seconds: float) -> list[Left]:
         if not self._runs:
@@ -78,7 +129,7 @@ class RayCrew:
 
     def _left(self, rank: int, call: Any) -> Left:
         try:
-            return Left(rank, How.DONE, step=self._made.answer(rank, call, 0))
+            return Left(rank, How.DONE, step=self._made.answer(self._places[rank], call, 0))
         except WorkerFailed as failure:
             if failure.died:
                 return Left(rank, How.DIED, "died: killed, out of memory, or crashed")
@@ -88,13 +139,15 @@ class RayCrew:
             return Left(rank, How.RAISED, why, not_finite=step, hopeless=isinstance(cause, ValueError | SaveFailed))
 
     def beats(self) -> Iterator[Beat]:
-        yield from read_beats(self._store.store, self._epoch, self._world)
+        yield from read_beats(self._store.store, self._epoch, len(self._places))
 
     def records(self, last: bool = False) -> list[Record]:
+        if self._pool is None:  # there was no place for them
+            return []
         if self._asked is None:
-            self._asked = self._made.call(0, "take_records")
+            self._asked = self._made.call(self._places[0], "take_records")
         try:
-            records = self._made.answer(0, self._asked, LAST_RECORDS_S if last else 0)
+            records = self._made.answer(self._places[0], self._asked, LAST_RECORDS_S if last else 0)
         except WorkerFailed:  # they are in the run's log, and its death is told by its run
             records = []
         if records is None:
@@ -103,19 +156,19 @@ class RayCrew:
         return records + self.records(last) if last and records else records
 
     def ask_to_leave(self) -> None:
-        self._made.call(0, "leave", self._epoch)
+        self._made.call(self._places[0], "leave", self._epoch)
 
     def dump(self, ranks: tuple[int, ...]) -> None:
-        self._made.wait([self._made.call(rank, "dump_stacks") for rank in ranks], DUMP_S, len(ranks))
+        self._made.wait([self._made.call(self._places[rank], "dump_stacks") for rank in ranks], DUMP_S, len(ranks))
 
     def kill(self, ranks: tuple[int, ...]) -> None:
         for rank in ranks:
-            self._made.kill(rank)
+            self._made.kill(self._places[rank])
 
     def stop(self) -> None:
         if self._pool is not None:
             self._pool.stop()
-            self._pool = None
+            self._pool, self._idle = None, {}
 
     @property
     def _made(self) -> Pool:

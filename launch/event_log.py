@@ -54,6 +54,7 @@ class EventLog:
             "steps": state.steps,
             "failures": len(state.failures),
             "skipped": sorted(state.skip),
+            "spares": state.spares._asdict(),
             "host": socket.gethostname(),
             "pid": os.getpid(),
             "workers": [

@@ -81,7 +81,7 @@ def _label(name: str) -> str:
 
 def _kuberay(recipe: Recipe, place: Place) -> str:
     name = _label(recipe.name)
-    groups = [_group("trainer", recipe.parallel.world_size, _cpus(recipe), place)]
+    groups = [_group("trainer", recipe.processes, _cpus(recipe), place)]
     command = f"expertmesh train {RECIPE_FOLDER}/recipe.yaml --result-in-log"
     job = _ray_job(name, command, groups, place)
     job["spec"] |= {"shutdownAfterJobFinishes": True, "ttlSecondsAfterFinished": 600, "backoffLimit": 2}
@@ -191,7 +191,7 @@ _EXPORTS = "\n".join(f"export {key}={value}" for key, value in ENVIRONMENT.items
 
 
 def _slurm(recipe: Recipe, place: Place) -> str:
-    workers, cpus = recipe.parallel.world_size, _cpus(recipe)
+    workers, cpus = recipe.processes, _cpus(recipe)
     gpus = f"#SBATCH --gpus-per-task={place.gpus}\n" if place.gpus else ""
     ray_gpus = f" --num-gpus={place.gpus}" if place.gpus else ""
     return f"""#!/bin/bash
@@ -258,7 +258,7 @@ kill $!
 """
     task = {
         "name": _label(recipe.name),
-        "num_nodes": recipe.parallel.world_size,
+        "num_nodes": recipe.processes,
         "resources": resources,
         "file_mounts": {place.storage: {"name": place.claim, "mode": "MOUNT"}},
         "secrets": {"EXPERTMESH_TOKEN": None},  # given with: sky launch --secret EXPERTMESH_TOKEN

@@ -156,14 +156,21 @@ def gpus_for(workers: int) -> int:
 
 
 class Pool:
-    """`workers` actors of one role in one placement group; those that come later have groups of their own.
+    """`workers` actors of one role, and `spares` after them, in one placement group; later ones in groups of their own.
 
     Each is `role(rank, *arguments)`; its methods run in threads, so that one can be asked while another is at work.
     `gpus`: of each worker; None: one where the cluster has enough for them.
     """
 
     def __init__(
-        self, name: str, role: type, workers: int, cpus: float, *arguments: Any, gpus: int | None = None
+        self,
+        name: str,
+        role: type,
+        workers: int,
+        cpus: float,
+        *arguments: Any,
+        spares: int = 0,
+        gpus: int | None = None,
     ) -> None:
         self.name = name
         gpus = gpus_for(workers) if gpus is None else gpus
@@ -174,20 +181,21 @@ class Pool:
         self._places: list[tuple[PlacementGroup, int]] = []  # of each rank: the group and the bundle
         self._ended: set[int] = set()
         self.workers: list[Any] = []
-        self.grow(workers)
+        self.grow(workers, spares)
 
-    def grow(self, workers: int) -> list[int]:
+    def grow(self, workers: int, spares: int = 0) -> list[int]:
         """The ranks of so many more workers. Raises WorkerFailed where there is no place for them."""
-        _check_capacity(self.name, workers, self._bundle)
+        _check_capacity(self.name, workers, self._bundle, spares)
+        count = workers + spares
         name = f"{self.name}-{secrets.token_hex(4)}"  # Ray wants each group's to be its own
-        group = placement_group([self._bundle] * workers, strategy="PACK", name=name)
+        group = placement_group([self._bundle] * count, strategy="PACK", name=name)
         if not group.wait(PLACEMENT_TIMEOUT_S):
             remove_placement_group(group)
             raise WorkerFailed(
-                f"pool {self.name}: no place for {workers} workers of {self._bundle} within {PLACEMENT_TIMEOUT_S} s"
+                f"pool {self.name}: no place for {count} workers of {self._bundle} within {PLACEMENT_TIMEOUT_S} s"
             )
-        ranks = list(range(len(self.workers), len(self.workers) + workers))
-        self._places += [(group, bundle) for bundle in range(workers)]
+        ranks = list(range(len(self.workers), len(self.workers) + count))
+        self._places += [(group, bundle) for bundle in range(count)]
         self.workers += [self._place(rank) for rank in ranks]
         return ranks
 
@@ -293,19 +301,21 @@ def _cause(error: RayTaskError) -> str:
     return f"{type(error.cause).__name__}: {' '.join(str(error.cause).split())}" if error.cause else str(error)
 
 
-def _check_capacity(name: str, workers: int, bundle: dict[str, float]) -> None:
+def _check_capacity(name: str, workers: int, bundle: dict[str, float], spares: int = 0) -> None:
     """Ray waits silently for what can never be placed; say at once what was asked for and what there is."""
     nodes = [node for node in ray.nodes() if node["Alive"]]
     places = sum(
         min(int(node["Resources"].get(kind, 0) // amount) for kind, amount in bundle.items()) for node in nodes
     )
-    if places < workers:
+    if places < workers + spares:
         have = "; ".join(
             f"{node['NodeManagerHostname']} has {node['Resources'].get('CPU', 0):g} CPU, "
             f"{node['Resources'].get('GPU', 0):g} GPU"
             for node in nodes
         )
         asked = ", ".join(f"{amount:g} {kind}" for kind, amount in bundle.items())
+        more, advice = (f" and {spares} spares", "; fault.spares=0 does without") if spares else ("", "")
         raise WorkerFailed(
-            f"pool {name} asks for {workers} workers of {asked}; the cluster has room for {places}: {have}"
+            f"pool {name} asks for {workers} workers{more} of {asked}; "
+            f"the cluster has room for {places}: {have}{advice}"
         )

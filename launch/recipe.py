@@ -50,6 +50,11 @@ class Recipe(RecipeSection):
     def run_folder(self) -> Path:
         return Path(self.run_dir.replace("{name}", self.name)).absolute()
 
+    @property
+    def processes(self) -> int:
+        """Workers, and spares for them: what a cluster must have room for."""
+        return self.parallel.world_size + self.fault.spares
+
     def settings(self) -> dict[str, Any]:
         """What a resumed run must have in common with the run it goes on from, as JSON has it."""
         train = self.train.model_dump(mode="json")

@@ -11,6 +11,9 @@ An epoch is one life of the process group: from Form until its members have left
 checkpoint, or where the job began when there is none yet. So what is trained is the same, bit for bit, as if nothing
 had happened, as long as the layout stays.
 
+Spares are processes that have all imported and wait. A lost member's rank goes to one, where there is one, and what was
+taken or lost is started anew once training goes on, so that it slows no member down. The loss of a spare is no failure.
+
 Who is guilty: the member whose process is gone; else one whose error says that trying again is no use; else the one
 that raised first. Peers of a lost member fail within 0.05 s (seen on one machine) with an error of the connection: a
 symptom. Of a job that makes no progress at all, whoever holds the others up (see hang.py).
@@ -22,7 +25,7 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any, Literal, NamedTuple
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from expertmesh.launch.hang import Seen, odd_ones, where_all_are
 from expertmesh.parallel.recipe_section import RecipeSection
@@ -33,6 +36,7 @@ SETTLE_S = 3.0  # from a failure until those who still hang on a peer are not wa
 SILENT_S = 3.0  # without a heartbeat, of which there is one a second
 START_S = 600.0  # until the first step begins: a cold process imports torch, and a large model is loaded
 BUDGET_S = 3600.0  # the time in which failures are counted
+REFILL_S = 10.0  # from one start of spares to the next: one that dies as it starts would keep cores busy for ever
 
 
 class FaultConfig(RecipeSection):
@@ -48,6 +52,13 @@ class FaultConfig(RecipeSection):
         "stop", description="of a NaN or infinite loss: stop, or go back and leave that batch out"
     )
     grace_s: float = Field(60.0, ge=0, description="seconds to save in, when the job is told to end")
+    spares: int = Field(0, ge=0, description="more processes, each ready to take the rank of a lost worker at once")
+
+    @model_validator(mode="after")
+    def _somebody_takes_them(self) -> FaultConfig:
+        if self.spares and self.policy != "replace":
+            raise ValueError(f"spares={self.spares}: policy={self.policy} takes none; take policy=replace, or spares=0")
+        return self
 
 
 class Phase(StrEnum):
@@ -77,6 +88,14 @@ class Member:
     left_at: float = 0.0
     hopeless: bool = False
     why: str = ""
+
+
+class Spares(NamedTuple):
+    """How many there are; as an event: they were looked at."""
+
+    ready: int = 0
+    starting: int = 0
+    lost: int = 0  # dead, or members by now; to be started anew
 
 
 # What happens.
@@ -117,7 +136,7 @@ class Interrupt(NamedTuple):
     """The job is to save and end."""
 
 
-Event = Beat | Left | Tick | Resize | Interrupt
+Event = Beat | Left | Tick | Resize | Interrupt | Spares
 
 
 # What is to be done about it.
@@ -150,6 +169,11 @@ class Form(NamedTuple):
     sizes: ParallelSizes
     keep: tuple[int, ...]  # ranks whose processes may go on; the others are new ones
     skip: frozenset[int]
+    spares: tuple[int, ...] = ()  # ranks, of those others, that spares take
+
+
+class Refill(NamedTuple):
+    """Start lost spares anew."""
 
 
 class Finish(NamedTuple):
@@ -162,7 +186,7 @@ class GiveUp(NamedTuple):
     why: str
 
 
-Action = Note | Dump | Kill | AskToLeave | Form | Finish | GiveUp
+Action = Note | Dump | Kill | AskToLeave | Form | Refill | Finish | GiveUp
 
 
 @dataclass(frozen=True)
@@ -184,6 +208,8 @@ class JobState:
     last_failure: tuple[str, int] = ("", -1)  # why, and the furthest step that was at work then
     not_finite: int | None = None
     skip: frozenset[int] = frozenset()
+    spares: Spares = Spares()
+    refilled_at: float = float("-inf")
 
     @property
     def step(self) -> int:
@@ -213,6 +239,8 @@ def advance(state: JobState, event: Event, now: float) -> tuple[JobState, list[A
             return _left(state, event, now)
         case Tick():
             return _settle(state, now) if state.phase == Phase.SETTLING else _look_for_a_hang(state, now)
+        case Spares():
+            return _look_at_spares(state, event, now)
         case Resize(sizes):
             if state.ending or sizes == state.sizes:
                 return state, []
@@ -284,6 +312,17 @@ def _look_for_a_hang(state: JobState, now: float) -> tuple[JobState, list[Action
     return state, [Note(told), Dump(everybody), Kill(guilty)]
 
 
+def _look_at_spares(state: JobState, seen: Spares, now: float) -> tuple[JobState, list[Action]]:
+    actions: list[Action] = []
+    if died := max(seen.lost - state.spares.lost, 0):
+        actions.append(Note({"what": "spares lost", "epoch": state.epoch, "step": state.step, "count": died}))
+    state = replace(state, spares=seen)
+    training = state.phase == Phase.RUNNING and state.step
+    if seen.lost and training and now - state.refilled_at >= REFILL_S:
+        return replace(state, refilled_at=now), [*actions, Refill()]
+    return state, actions
+
+
 def _settle(state: JobState, now: float) -> tuple[JobState, list[Action]]:
     """Once all have left, or had time to: decide. Who still waits for a lost peer is ended."""
     waiting = tuple(rank for rank, member in enumerate(state.members) if not member.left)
@@ -306,8 +345,15 @@ def _settle(state: JobState, now: float) -> tuple[JobState, list[Action]]:
         if not fitting:
             return replace(state, phase=Phase.OVER), [*actions, GiveUp(f"{why}; no layout fits {left} workers")]
         sizes = fitting[0]
-    keep = tuple(raised) if state.config.policy == "replace" and sizes == state.sizes else ()
-    state, formed = _form(state, sizes, keep, now)
+    if state.config.policy != "replace" or sizes != state.sizes:
+        state, formed = _form(state, sizes, (), now)
+        return state, [*actions, *formed]
+    lost = [rank for rank in range(sizes.world_size) if rank not in raised]
+    ready, starting, gone = state.spares
+    taken = tuple(lost[: ready + starting])
+    at_once = min(len(taken), ready)
+    spares = Spares(ready - at_once, starting - (len(taken) - at_once), gone + len(taken))
+    state, formed = _form(replace(state, spares=spares), sizes, tuple(raised), now, taken)
     return state, [*actions, *formed]
 
 
@@ -330,7 +376,9 @@ def _judge(state: JobState, why: str, hopeless: bool, now: float) -> tuple[JobSt
     return state, None
 
 
-def _form(state: JobState, sizes: ParallelSizes, keep: tuple[int, ...], now: float) -> tuple[JobState, list[Action]]:
+def _form(
+    state: JobState, sizes: ParallelSizes, keep: tuple[int, ...], now: float, spares: tuple[int, ...] = ()
+) -> tuple[JobState, list[Action]]:
     epoch = state.epoch + 1
     state = replace(
         state,
@@ -342,7 +390,7 @@ def _form(state: JobState, sizes: ParallelSizes, keep: tuple[int, ...], now: flo
         progress_at=now,
         leave_for=None,
     )
-    return state, [Form(epoch, sizes, keep, state.skip)]
+    return state, [Form(epoch, sizes, keep, state.skip, spares)]
 
 
 def _with(members: tuple[Member, ...], rank: int, member: Member) -> tuple[Member, ...]:

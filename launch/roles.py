@@ -7,11 +7,13 @@ import gc
 import logging
 import os
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 import torch.distributed as dist
 from torch import nn
 
@@ -20,6 +22,7 @@ from expertmesh.launch.chaos import strike
 from expertmesh.launch.heartbeat import Pulse
 from expertmesh.launch.recipe import Recipe
 from expertmesh.launch.rendezvous import join
+from expertmesh.parallel.deepspeed_build import prepare_build
 from expertmesh.parallel.groups import build_groups, destroy_groups
 from expertmesh.parallel.timeline import Busy, Span
 from expertmesh.system.model.checkpoint import Checkpoint
@@ -59,27 +62,47 @@ class Epoch(NamedTuple):
 
 
 class TrainerRole:
-    """One rank of a training job. Rank 0 writes the run's log and keeps records for whoever watches."""
+    """A process of a training job: one rank of it, or a spare until it is given one.
 
-    def __init__(self, rank: int, world: int, host: str, port: int) -> None:
-        self._rank, self._world, self._host, self._port = rank, world, host, port
+    Rank 0 writes the run's log and keeps records for whoever watches.
+    """
+
+    def __init__(self, place: int, host: str, port: int) -> None:
+        """`place`: among the job's processes; it decides of the device, and stays when a spare gets a rank."""
+        self._place, self._host, self._port = place, host, port
         self._records: list[Record] = []
         self._leave = -1  # the number of the epoch that is to be left
+        self._preparing, self._needed = threading.Lock(), threading.Event()
 
-    def run(self, epoch: Epoch) -> int:
-        """Train to the end, or until told to leave; returns the last step that was made.
+    def prepare(self) -> None:
+        """What takes time and needs no rank: imports, and a GPU's first use."""
+        with self._preparing:
+            prepare_build()
+            import deepspeed  # noqa: F401
+            from megatron.core import parallel_state  # noqa: F401
+
+            torch.empty(0, device=choose_device(self._place).name)
+
+    def stand_by(self) -> None:
+        """Return when this process is given a rank: who waits for that hears of its death."""
+        self._needed.wait()
+
+    def run(self, epoch: Epoch, rank: int) -> int:
+        """Train to the end as `rank`, or until told to leave; returns the last step that was made.
 
         May be called again after it has raised: the process goes on in the next epoch.
         """
-        recipe, model = epoch.recipe, epoch.model
-        log_to(recipe.run_folder / "logs" / f"trainer-{self._rank}.log")
-        os.environ.update(RANK=str(self._rank), WORLD_SIZE=str(self._world), LOCAL_RANK=str(self._rank))
-        pulse = Pulse(join(self._host, self._port), epoch.number, self._rank)
+        self._needed.set()
+        recipe, model, world = epoch.recipe, epoch.model, epoch.recipe.parallel.world_size
+        log_to(recipe.run_folder / "logs" / f"trainer-{rank}.log")
+        os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(self._place))
+        pulse = Pulse(join(self._host, self._port), epoch.number, rank)
         try:
-            device = choose_device(self._rank)
+            with self._preparing:  # two threads must not import the same
+                device = choose_device(self._place)
             store = dist.PrefixStore(f"trainers/{epoch.number}", join(self._host, self._port))
             dist.init_process_group(
-                device.backend, store=store, rank=self._rank, world_size=self._world, timeout=COLLECTIVE_TIMEOUT
+                device.backend, store=store, rank=rank, world_size=world, timeout=COLLECTIVE_TIMEOUT
             )
             groups = build_groups(recipe.parallel)
             trainer = Trainer(
@@ -88,8 +111,8 @@ class TrainerRole:
                 dispatch=recipe.parallel.dispatch,
                 skip=epoch.skip,
             )
-            watch = _Watch(self._rank, epoch, pulse, lambda: self._leave == epoch.number)
-            if self._rank:
+            watch = _Watch(rank, epoch, pulse, lambda: self._leave == epoch.number)
+            if rank:
                 trainer.run(lambda record: pulse.advance(), watch)
             else:
                 with RunLog(recipe.run_folder, first_step=trainer.state.step + 1) as run_log:

@@ -56,6 +56,7 @@ def status_of(run_dir: Path) -> dict[str, Any]:
         "failures": sum(event["what"] == "failed" for event in events),
         "skipped": told["skipped"],
         "workers": told["workers"],
+        "spares": told["spares"],
         "host": told["host"],
         "pid": told["pid"],
         "seconds_since_update": round(silence, 1),
@@ -90,6 +91,8 @@ def summary(status: dict[str, Any]) -> str:
         f"loss {figure('loss', '.3f')}   {figure('tokens_per_second', ',.0f')} tokens/s   "
         f"busiest expert {figure('load_max_over_mean', '.1f')}x   on {status['host']}, process {status['pid']}",
     ]
+    if any(status["spares"].values()):
+        lines.append(f"spares: {', '.join(f'{count} {state}' for state, count in status['spares'].items() if count)}")
     if status["waiting_for"]:
         lines.append(f"waiting for {status['waiting_for']}")
     return "\n".join(lines)

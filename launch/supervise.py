@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from expertmesh.launch.chaos import ChaosConfig
 from expertmesh.launch.crew import Crew, RayCrew
 from expertmesh.launch.event_log import EventLog
 from expertmesh.launch.layouts import scaled, smaller_layouts
@@ -30,6 +31,7 @@ from expertmesh.launch.recovery import (
     Interrupt,
     Kill,
     Note,
+    Refill,
     Resize,
     Tick,
     advance,
@@ -51,14 +53,15 @@ class JobFailed(RuntimeError):
 def supervise(first: Epoch, watch: Callable[[Record], None]) -> None:
     """Run a job on the cluster that its recipe names; see `Job.run`."""
     recipe = first.recipe
-    place, workers = recipe.cluster, recipe.parallel.world_size
+    place, workers, spares = recipe.cluster, recipe.parallel.world_size, recipe.fault.spares
     cpus = place.cpus_per_worker or (1 if place.address else max(1, (os.cpu_count() or 1) // workers))
     where = f"the Ray cluster at {place.address}" if place.address else "a Ray of its own"
     log = EventLog(recipe.run_folder)
-    waiting = f"{workers} workers on {where}"
+    waiting = f"{workers} workers{f' and {spares} spares' if spares else ''} on {where}"
+    slots = cpus * recipe.processes
     watch({"kind": "waiting", "for": waiting})
-    with asked_to_end() as ending, cluster(place.address, cpus * workers) as host:
-        crew = RayCrew(host, cpus, None if place.address else cpus * workers)
+    with asked_to_end() as ending, cluster(place.address, slots) as host:
+        crew = RayCrew(host, cpus, None if place.address else slots, spares)
         try:
             Job(first, crew, log, watch).run(ending)
         finally:
@@ -102,13 +105,14 @@ class Job:
     def run(self, ending: threading.Event) -> None:
         """Train to the end. Raises JobFailed, and KeyboardInterrupt when `ending` was set and all is saved."""
         self._log.write({"what": "started", "epoch": 0, "parallel": self._state.sizes.model_dump(mode="json")})
-        self._form(self._last, ())
+        self._form(self._last, (), ())
         while self._outcome is None:
             told_to_end = ending.is_set()  # before the beats: a step that was seen from outside is known then
             for left in self._crew.wait(WATCH_EVERY_S):
                 self._happens(left)
             for beat in self._crew.beats():
                 self._happens(beat)
+            self._happens(self._crew.spares())
             self._show(self._crew.records())
             self._happens(Tick())
             if told_to_end:
@@ -150,6 +154,8 @@ class Job:
                 self._crew.ask_to_leave()
             case Form():
                 self._next_epoch(action)
+            case Refill():
+                self._crew.refill()
             case Finish() | GiveUp():
                 self._outcome = action
 
@@ -183,7 +189,8 @@ class Job:
             return
         step = read_state(whole).step if whole else 0
         sizes = form.sizes.model_dump(mode="json")
-        self._note({"what": "re-formed", "epoch": form.epoch, "step": step, "parallel": sizes, "kept": list(form.keep)})
+        who = {"kept": list(form.keep), "spares": list(form.spares)}
+        self._note({"what": "re-formed", "epoch": form.epoch, "step": step, "parallel": sizes, **who})
         self._change_recipe(parallel=form.sizes)
         self._last = self._last._replace(
             number=form.epoch,
@@ -191,16 +198,16 @@ class Job:
             opening=self._told,
             skip=form.skip,
         )
-        self._form(self._last, form.keep)
+        self._form(self._last, form.keep, form.spares)
         self._told = []
 
     def _change_recipe(self, **sections: Any) -> None:
         self._last = self._last._replace(recipe=self._last.recipe.model_copy(update=sections))
 
-    def _form(self, epoch: Epoch, keep: tuple[int, ...]) -> None:
+    def _form(self, epoch: Epoch, keep: tuple[int, ...], spares: tuple[int, ...]) -> None:
         self._tell_where_it_stands()
         try:
-            self._crew.form(epoch, keep)
+            self._crew.form(epoch, keep, spares)
         except RuntimeError as error:  # no place for them; no decision can make one
             self._outcome = GiveUp(str(error))
 
@@ -232,8 +239,8 @@ class Job:
         return Resize(sizes)
 
     def _allowed(self, sizes: ParallelSizes) -> str | None:
-        """Why the job cannot have this layout; None: it can."""
-        changed = self._last.recipe.model_copy(update={"parallel": sizes})
+        """Why the job cannot have this layout; None: it can. A drill on a worker of another is no reason."""
+        changed = self._last.recipe.model_copy(update={"parallel": sizes, "chaos": ChaosConfig()})
         try:
             check_together(changed, self._last.model)
         except ValueError as error:

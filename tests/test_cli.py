@@ -171,6 +171,29 @@ def test_a_worker_that_dies_and_one_that_hangs_change_not_a_bit(folder, trained)
     assert_same_run(resumed, trained)
 
 
+def test_a_spare_goes_on_for_a_worker_that_dies_bit_for_bit(folder, trained):
+    run_dir = folder / "runs" / "spared"
+    resumed = expertmesh_json(
+        "train", "tiny.yaml", "name=spared", "fault.spares=1", "chaos.kill=trainer:1@step=17", folder=folder
+    )
+    (formed,) = [event for event in resumed["events"] if event["what"] == "re-formed"]
+    assert formed["kept"] == [0] and formed["spares"] == [1]
+    assert set(status_of(run_dir)["spares"]) == {"ready", "starting", "lost"}
+    assert_same_run(resumed, trained)
+
+
+def test_a_job_shrinks_to_the_workers_that_are_left(folder, trained):
+    """Of another size, sums are made in another order: losses differ by rounding, growing with the steps."""
+    drill = ("fault.policy=shrink", "chaos.kill=trainer:1@step=17", "train.checkpoint_every=10")
+    shrunk = expertmesh_json("train", "tiny.yaml", "name=shrunk", *drill, folder=folder)
+    (formed,) = [event for event in shrunk["events"] if event["what"] == "re-formed"]
+    assert (formed["parallel"]["dp"], formed["parallel"]["ep"], formed["kept"]) == (1, 1, [])
+    assert formed["step"] in (0, 10) and shrunk["steps"] == 30
+    assert shrunk["losses"] == pytest.approx(trained["losses"], rel=1e-4)
+    assert shrunk["losses"][: formed["step"]] == trained["losses"][: formed["step"]]
+    assert shrunk["validation_loss"] == pytest.approx(trained["validation_loss"], rel=1e-4)
+
+
 def test_a_running_job_grows_and_saves_when_it_is_told_to_end(folder, trained):
     """Of another size, sums are made in another order: losses differ by rounding, growing with the steps."""
     run_dir = folder / "runs" / "scaled"

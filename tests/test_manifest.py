@@ -11,6 +11,7 @@ from commands import TINY_RECIPE
 
 from expertmesh.launch.manifest import ENVIRONMENT, Place, manifest
 from expertmesh.launch.recipe import Recipe, load_recipe
+from expertmesh.launch.recovery import FaultConfig
 
 PLACE = Place(image="registry/expertmesh:1", storage="/mnt/shared", claim="shared", gpus=1, attention=2, ffn=3)
 # Fields of KubeRay's ray.io/v1 types (docs.ray.io, "KubeRay CRD API reference", v1.6.2), those that we may use.
@@ -82,6 +83,14 @@ def test_a_training_job(recipe):
     assert container["resources"]["limits"] == {"cpu": "4", "memory": "8Gi", "nvidia.com/gpu": "1"}
     assert found["RayJob"]["spec"]["shutdownAfterJobFinishes"] is True
     assert found["RayJob"]["spec"]["entrypoint"].startswith("expertmesh train /etc/expertmesh/recipe.yaml")
+
+
+@pytest.mark.parametrize(
+    "target, told", [("kuberay", "replicas: 3"), ("slurm", "--ntasks=3"), ("skypilot", "num_nodes: 3")]
+)
+def test_there_is_room_for_spares(recipe, target, told):
+    spared = recipe.model_copy(update={"fault": FaultConfig(spares=1)})
+    assert told in manifest(spared, target, PLACE)
 
 
 def test_a_service(recipe):

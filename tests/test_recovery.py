@@ -9,6 +9,7 @@ import pytest
 
 from expertmesh.launch.recovery import (
     BUDGET_S,
+    REFILL_S,
     SETTLE_S,
     START_S,
     Action,
@@ -27,7 +28,9 @@ from expertmesh.launch.recovery import (
     Left,
     Note,
     Phase,
+    Refill,
     Resize,
+    Spares,
     Tick,
     advance,
     begin,
@@ -68,7 +71,43 @@ class Case(NamedTuple):
 
 DIED, REFUSED = Left(1, How.DIED, "died"), Left(0, How.RAISED, CUT)
 NAN = [Left(rank, How.RAISED, "failed: step 5", not_finite=5) for rank in range(2)]
+WARM = (0, Spares(ready=1))
 CASES = [
+    Case(
+        "one dies, and a spare takes its rank",
+        {"spares": 1},
+        [WARM, (1, DIED), (1.1, REFUSED)],
+        [Form(1, TWO, (0,), NONE, spares=(1,))],
+        ["trainer 1 died"],
+    ),
+    Case(
+        "a spare that is still starting is further than a new process",
+        {"spares": 1},
+        [(0, Spares(starting=1)), (1, DIED), (1.1, REFUSED)],
+        [Form(1, TWO, (0,), NONE, spares=(1,))],
+        ["trainer 1 died"],
+    ),
+    Case(
+        "the spare is gone as well",
+        {"spares": 1},
+        [(0, Spares(lost=1)), (1, DIED), (1.1, REFUSED)],
+        [Refill(), Form(1, TWO, (0,), NONE)],
+        ["trainer 1 died"],
+    ),
+    Case(
+        "all die, and there are spares for some",
+        {"spares": 1},
+        [WARM, (1, DIED), (1.1, Left(0, How.DIED, "died"))],
+        [Form(1, TWO, (), NONE, spares=(0,))],
+        ["trainer 1 died"],
+    ),
+    Case(
+        "of another size no spare takes a rank",
+        {"spares": 1},
+        [WARM, (1, Resize(FOUR)), (2, DIED), (2.1, REFUSED)],
+        [AskToLeave(), Form(1, FOUR, (), NONE)],
+        ["trainer 1 died"],
+    ),
     Case(
         "one dies, its peer loses the connection: the peer's process is kept",
         {},
@@ -273,6 +312,33 @@ def test_the_same_failure_at_the_same_step_is_not_tried_a_third_time():
     state, _, _ = play(job(budget=9), (1, DIED), (1, REFUSED))
     state, actions, _ = play(state, (2, Beat(0, 1, 5, 5)), (3, DIED), (3, REFUSED))
     assert actions == [GiveUp("trainer 1 died, for the second time at step 5")]
+
+
+def test_a_lost_spare_is_replaced_and_costs_nothing():
+    state, actions, noted = play(job(spares=2, budget=0), (1, Spares(ready=2)), (2, Spares(ready=1, lost=1)))
+    assert actions == [Refill()] and not state.failures and state.phase == Phase.RUNNING
+    assert noted == [{"what": "spares lost", "epoch": 0, "step": 5, "count": 1}]
+
+
+def test_a_spare_that_dies_as_it_starts_is_not_started_all_the_time():
+    starts = [(0.25 * n, Spares(lost=1) if n % 2 else Spares(starting=1)) for n in range(1, 100)]
+    _, actions, _ = play(job(spares=1), *starts)
+    assert actions == [Refill()] * (1 + int(24.5 // REFILL_S))
+
+
+def test_the_place_of_a_taken_spare_is_filled_once_training_goes_on():
+    state, _, _ = play(job(spares=1), WARM, (1, DIED), (1.1, REFUSED))
+    assert state.spares == Spares(lost=1)
+    state, actions, noted = play(state, (1.2, Spares(lost=1)), (1.3, Beat(0, 1, 0, 0)), (1.4, Spares(lost=1)))
+    assert not actions and not noted, "members come first, and nobody was lost"
+    _, actions, noted = play(state, (2, Beat(0, 2, 1, 4)), (2.1, Spares(lost=1)))
+    assert actions == [Refill()] and not noted
+
+
+@pytest.mark.parametrize("policy", ["shrink", "restart"])
+def test_spares_that_nobody_would_take(policy):
+    with pytest.raises(ValueError, match=f"spares=1: policy={policy} takes none; take policy=replace, or spares=0"):
+        FaultConfig(policy=policy, spares=1)
 
 
 def test_each_step_that_is_not_finite_is_left_out():

@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from expertmesh.launch.event_log import STATUS, EventLog, read_events
-from expertmesh.launch.recovery import Beat, FaultConfig, How, Left, advance, begin
+from expertmesh.launch.recovery import Beat, FaultConfig, How, Left, Spares, advance, begin
 from expertmesh.launch.run_folder import lock_of
 from expertmesh.launch.status import (
     AWAY_S,
@@ -35,7 +35,7 @@ def run_dir(tmp_path) -> Path:
     folder = tmp_path / "runs" / "a"
     log = EventLog(folder)
     state = begin(FaultConfig(), 9, ParallelSizes(dp=2), (), 0.0)
-    for event in (Beat(0, 1, 3, 3), Beat(1, 1, 2, 2), Left(1, How.DIED, "died")):
+    for event in (Spares(ready=2, starting=1), Beat(0, 1, 3, 3), Beat(1, 1, 2, 2), Left(1, How.DIED, "died")):
         state, _ = advance(state, event, 1.0)
     log.write({"what": "started", "epoch": 0})
     log.write({"what": "failed", "epoch": 0, "step": 3, "why": "trainer 1 died"})
@@ -56,6 +56,7 @@ def test_while_it_trains(run_dir):
     assert (found["loss"], found["tokens_per_second"], found["load_max_over_mean"]) == (4.0, 200.0, 4.0)
     assert found["waiting_for"] == "trainer 0 to notice the loss of a peer"
     assert [worker["state"] for worker in found["workers"]] == ["at work", "died"]
+    assert found["spares"] == {"ready": 2, "starting": 1, "lost": 0}
 
 
 ENDS = [("finished", "finished"), ("ended", "interrupted"), ("gave up", "failed"), ("saved", "killed")]
@@ -98,7 +99,17 @@ def test_for_a_person(run_dir):
     console = Console(width=120, record=True, file=open("/dev/null", "w"))
     console.print(summary(found), worker_table(found), event_table(found))
     told = console.export_text()
-    for part in ("killed", "step 3/9", "loss 4.000", "200 tokens/s", "4.0x", "trainer 1", "died", "failed"):
+    for part in (
+        "killed",
+        "step 3/9",
+        "loss 4.000",
+        "200 tokens/s",
+        "4.0x",
+        "trainer 1",
+        "died",
+        "failed",
+        "spares: 2 ready, 1 starting",
+    ):
         assert part in told, part
 
 

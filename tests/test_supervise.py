@@ -11,10 +11,11 @@ import pytest
 from commands import TINY_RECIPE
 
 from expertmesh.launch import supervise
+from expertmesh.launch.chaos import ChaosConfig
 from expertmesh.launch.event_log import EventLog, read_events
 from expertmesh.launch.ray_cluster import WorkerFailed
 from expertmesh.launch.recipe import load_recipe
-from expertmesh.launch.recovery import Beat, How, Left
+from expertmesh.launch.recovery import Beat, FaultConfig, How, Left, Spares
 from expertmesh.launch.roles import Epoch
 from expertmesh.launch.run_folder import REQUEST
 from expertmesh.launch.supervise import Job, JobFailed
@@ -28,11 +29,22 @@ class Script:
     def __init__(self, *epochs: list[tuple[list[Left], list[Beat]]]) -> None:
         self._epochs = [list(rounds) for rounds in epochs]
         self.formed: list[tuple[Epoch, tuple[int, ...]]] = []
+        self.waiting = Spares()
         self.done: list[Any] = []
         self._now: tuple[list[Left], list[Beat]] = ([], [])
 
-    def form(self, epoch: Epoch, keep: tuple[int, ...]) -> None:
+    def form(self, epoch: Epoch, keep: tuple[int, ...], spares: tuple[int, ...]) -> None:
         self.formed.append((epoch, keep))
+        if spares:
+            self.done.append(("spares", spares))
+            self.waiting = Spares(lost=1)
+
+    def spares(self) -> Spares:
+        return self.waiting
+
+    def refill(self) -> None:
+        self.done.append("refill")
+        self.waiting = Spares(starting=1)
 
     def wait(self, seconds: float) -> list[Left]:
         rounds = self._epochs[self.formed[-1][0].number]
@@ -100,12 +112,32 @@ def test_before_the_first_checkpoint_a_job_begins_again_where_it_began(first):
     assert (status["phase"], status["epoch"], status["failures"]) == ("over", 1, 1)
 
 
+def test_a_spare_takes_the_rank_of_a_lost_worker(first):
+    recipe = first.recipe.model_copy(update={"fault": FaultConfig(spares=1)})
+    crew = Script([WORK, LOSS], [WORK, ([], []), END])
+    crew.waiting = Spares(ready=1)
+    run(first._replace(recipe=recipe), crew)
+    assert crew.done == [("spares", (1,)), "refill"]
+    (formed,) = [event for event in read_events(recipe.run_folder) if event["what"] == "re-formed"]
+    assert formed["kept"] == [0] and formed["spares"] == [1]
+    status = json.loads((recipe.run_folder / "status.json").read_text())
+    assert status["spares"] == {"ready": 0, "starting": 1, "lost": 0}
+
+
+def test_a_job_shrinks_though_its_drill_was_on_a_worker_that_it_has_no_more(first):
+    changed = {"fault": FaultConfig(policy="shrink"), "chaos": ChaosConfig(kill="trainer:1@step=3")}
+    crew = Script([WORK, LOSS], [([Left(0, How.DONE, step=30)], [])])
+    run(first._replace(recipe=first.recipe.model_copy(update=changed)), crew)
+    again = crew.formed[1][0].recipe
+    assert again.parallel.world_size == 1 and again.chaos == ChaosConfig()
+
+
 def test_no_place_for_the_workers_is_told(first, monkeypatch):
     class Full(Script):
-        def form(self, epoch: Epoch, keep: tuple[int, ...]) -> None:
+        def form(self, epoch: Epoch, keep: tuple[int, ...], spares: tuple[int, ...]) -> None:
             if epoch.number:
                 raise WorkerFailed("pool trainer asks for 2 workers of 1 CPU; the cluster has room for 1: a has 1 CPU")
-            super().form(epoch, keep)
+            super().form(epoch, keep, spares)
 
     with pytest.raises(JobFailed, match="the cluster has room for 1"):
         run(first, Full([WORK, LOSS]))

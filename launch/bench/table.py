@@ -82,3 +82,39 @@ def serve_table(rows: list[dict[str, Any]]) -> Table:
             shown.add_row(row["what"], speed, _ratio(row["ratio_to_ours"]), f"{row['same_tokens']:.0%}")
     shown.caption = "\n".join(f"{row['what']}: {row['note']}" for row in rows if row["note"])
     return shown
+
+
+CLUSTER_TABLES: dict[str, tuple[str, tuple[tuple[str, str, float], ...]]] = {
+    "recovery": (
+        "a worker is killed: seconds until",
+        (
+            ("noticed", "noticed_seconds", 1),
+            ("re-formed", "reformed_seconds", 1),
+            ("first step", "step_seconds", 1),
+            ("steps lost", "lost_steps", 1),
+        ),
+    ),
+    "checkpoint": (
+        "a checkpoint, on one rank",
+        (
+            ("MB", "bytes", 1e-6),
+            ("write, ms", "write_seconds", 1e3),
+            ("speed", "write_ratio", 1),
+            ("read, ms", "read_seconds", 1e3),
+            ("speed", "read_ratio", 1),
+        ),
+    ),
+    "saving": ("a step, on one rank", (("ms", "seconds", 1e3), ("speed", "ratio", 1))),
+}
+
+
+def cluster_table(rows: list[dict[str, Any]]) -> Table:
+    """Speeds are beside our checkpoint, or a step without saving: 0.5 takes twice as long."""
+    title, columns = CLUSTER_TABLES[rows[0]["table"]]
+    rounds = f"median of {rows[0]['rounds']}"
+    shown = Table(title=f"{title}, {rounds}", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for number, name in enumerate(("", *(name for name, _, _ in columns))):
+        shown.add_column(name, justify="right" if number else "left", no_wrap=True)
+    for row in rows:
+        shown.add_row(row["what"], *(f"{row[key] * factor:.3g}" for _, key, factor in columns))
+    return shown

@@ -121,6 +121,34 @@ def bench_serve(
         typer.echo(json.dumps(rows))
 
 
+def bench_cluster(
+    rounds: Annotated[int, typer.Option(help="of what is compared; the median counts")] = 5,
+    steps: Annotated[int, typer.Option(help="with saves, and as many without")] = 30,
+    layers: Annotated[int, typer.Option(help="blocks of the model")] = 2,
+    hidden_size: Annotated[int, typer.Option(help="width of the model")] = 64,
+    ffn_size: Annotated[int, typer.Option(help="width of an expert")] = 128,
+    experts: Annotated[int, typer.Option(help="of a layer")] = 8,
+    as_json: JsonOption = False,
+) -> None:
+    """What a killed worker costs with a spare and without, checkpoints beside torch's, and steps that are saved."""
+    with wrong_input():
+        from expertmesh.launch.bench import cluster
+
+        case = cluster.ClusterCase(rounds, steps, layers, hidden_size, ffn_size, experts)
+    from rich.console import Console
+
+    from expertmesh.launch.bench.table import cluster_table
+
+    console, rows = Console(), []
+    with failures():
+        for of_table in cluster.bench_cluster(case, lambda line: typer.echo(line, err=True)):
+            rows += of_table
+            if not as_json:
+                console.print(cluster_table(of_table))
+    if as_json:
+        typer.echo(json.dumps(rows))
+
+
 def bench_moe(
     quick: Annotated[bool, typer.Option("--quick", help="one layer at a decode and a prefill size")] = False,
     tokens: Annotated[str | None, typer.Option(help="batch sizes, such as 1,32,2048")] = None,

@@ -1,0 +1,127 @@
+"""Which process has which rank, with a pool of stand-ins; tests/test_cli.py has real ones."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from commands import TINY_RECIPE
+
+from expertmesh.launch import crew, ray_cluster
+from expertmesh.launch.crew import RayCrew
+from expertmesh.launch.ray_cluster import WorkerFailed
+from expertmesh.launch.recipe import load_recipe
+from expertmesh.launch.recovery import How, Left, Spares
+from expertmesh.launch.roles import Epoch
+
+
+class StandIn:
+    """A pool whose calls end when a test says so. A call is (place, life of the process there, method)."""
+
+    def __init__(self, name: str, role: type, workers: int, *arguments: Any, spares: int = 0) -> None:
+        self.lives = [0] * (workers + spares)
+        self.calls: list[tuple[int, int, str]] = []
+        self.arguments: dict[tuple[int, int, str], tuple[Any, ...]] = {}
+        self.ended = set[tuple[int, int, str]]()
+        self.dead = set[tuple[int, int]]()
+
+    def check_room(self) -> None:
+        pass
+
+    def call(self, place: int, method: str, *arguments: Any) -> tuple[int, int, str]:
+        call = (place, self.lives[place], method)
+        self.calls.append(call)
+        self.arguments[call] = arguments
+        return call
+
+    def wait(self, calls: list, seconds: float, count: int = 1) -> list:
+        return [call for call in calls if call in self.ended or call[:2] in self.dead]
+
+    def answer(self, place: int, call: tuple[int, int, str], seconds: float) -> Any:
+        if call[:2] in self.dead:
+            raise WorkerFailed(f"trainer {place} died", died=True)
+        return 9
+
+    def replace(self, place: int) -> None:
+        self.lives[place] += 1
+
+    def stop(self) -> None:
+        pass
+
+
+@pytest.fixture
+def epoch(tmp_path, monkeypatch) -> Epoch:
+    (tmp_path / "tiny.yaml").write_text(TINY_RECIPE)
+    recipe = load_recipe(str(tmp_path / "tiny.yaml"), [])
+    monkeypatch.setattr(crew, "Pool", StandIn)
+    return Epoch(0, recipe, recipe.model, {}, None, None, [], frozenset())
+
+
+@pytest.fixture
+def two_spares(epoch) -> tuple[RayCrew, StandIn]:
+    """Ranks 0 and 1 at places 0 and 1; of the spares at 2 and 3, the second is ready."""
+    made = RayCrew("127.0.0.1", 1, 4, 2)
+    made.form(epoch, (), ())
+    pool: Any = made._pool
+    pool.ended.add((3, 0, "prepare"))
+    assert made.spares() == Spares(ready=1, starting=1)
+    return made, pool
+
+
+def runs(pool: StandIn, of: int) -> dict[int, tuple[int, int]]:
+    """The place and life of each rank of epoch `of`."""
+    found = {call: pool.arguments[call] for call in pool.calls if call[2] == "run"}
+    return {rank: call[:2] for call, (epoch, rank) in found.items() if epoch.number == of}
+
+
+def test_a_ready_spare_takes_the_rank_and_the_lost_place_is_a_spares(two_spares, epoch):
+    made, pool = two_spares
+    pool.dead.add((1, 0))
+    assert made.wait(0) == [Left(1, How.DIED, "died: killed, out of memory, or crashed")]
+    made.form(epoch._replace(number=1), (0,), (1,))
+    assert runs(pool, 1) == {0: (0, 0), 1: (3, 0)}
+    assert made.spares() == Spares(starting=1, lost=1)
+    assert pool.lives == [0, 0, 0, 0], "nothing starts while members do"
+    made.refill()
+    assert pool.lives == [0, 1, 0, 0] and pool.calls[-1] == (1, 1, "prepare")
+    pool.ended.add((1, 1, "prepare"))
+    assert made.spares() == Spares(ready=1, starting=1)
+    pool.ended.add((3, 0, "run"))
+    assert made.wait(0) == [Left(1, How.DONE, step=9)], "rank 1, which is at place 3 now"
+
+
+def test_a_spare_that_died_unseen_is_passed_over(two_spares, epoch):
+    made, pool = two_spares
+    pool.dead |= {(1, 0), (3, 0)}
+    made.form(epoch._replace(number=1), (0,), (1,))
+    assert runs(pool, 1)[1] == (2, 0)
+    assert made.spares() == Spares(lost=2)
+
+
+def test_where_no_spare_is_left_a_new_process_is_started(two_spares, epoch):
+    made, pool = two_spares
+    pool.dead |= {(1, 0), (2, 0), (3, 0)}
+    made.form(epoch._replace(number=1), (0,), (1,))
+    assert runs(pool, 1)[1] == (1, 1)
+
+
+def test_after_no_place_was_found_there_is_nothing_to_be_told(epoch, monkeypatch):
+    def full(*_: Any, **__: Any) -> None:
+        raise WorkerFailed("the cluster has room for 0")
+
+    made = RayCrew("127.0.0.1", 1, None, 1)
+    made.form(epoch, (), ())
+    monkeypatch.setattr(crew, "Pool", full)
+    with pytest.raises(WorkerFailed):
+        made.form(epoch._replace(number=1), (), ())
+    assert made.records() == [] and list(made.beats()) == [] and made.spares() == Spares()
+    made.stop()
+
+
+def test_no_room_for_spares_is_told_with_a_way_out(monkeypatch):
+    node = {"Alive": True, "NodeManagerHostname": "a", "Resources": {"CPU": 2.0}}
+    monkeypatch.setattr(ray_cluster.ray, "nodes", lambda: [node])
+    ray_cluster._check_capacity("trainer", 2, {"CPU": 1})
+    told = "asks for 2 workers and 1 spares of 1 CPU; the cluster has room for 2: a has 2 CPU, 0 GPU; fault.spares=0"
+    with pytest.raises(WorkerFailed, match=told):
+        ray_cluster._check_capacity("trainer", 2, {"CPU": 1}, 1)
