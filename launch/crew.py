@@ -68,6 +68,7 @@ class RayCrew:
             place = (self._store.host, self._store.port)
             cpus = min(self._cpus, self._slots / world) if self._slots else self._cpus
             self._pool = Pool("trainer", TrainerRole, world, cpus, world, *place)
+        self._pool.await_started()
         self._epoch, self._world = epoch.number, world
         self._runs = {call: rank for rank, call in enumerate(self._pool.start("run", epoch))}
 

@@ -11,6 +11,7 @@ import os
 import shutil
 import signal
 import tempfile
+import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -41,6 +42,7 @@ def _to_our_log(data: dict[str, Any], ignore_prefix: bool) -> None:
 ray._private.worker.print_to_stdstream = _to_our_log
 
 PLACEMENT_TIMEOUT_S = 60
+LOOK_EVERY_S = 1  # while workers are placed: at the nodes that are left
 SPREAD_S = 2.0  # from one worker's death to its peers' errors: 0.05 s seen on one machine
 OBJECT_STORE_BYTES = 128 * 2**20  # of an own cluster: no tensor ever goes through it
 _FOLDER = "expertmesh-ray-"
@@ -167,11 +169,11 @@ class Pool:
         self._asked = (workers, bundle)
         self.check_room()
         self._group = placement_group([bundle] * workers, strategy="PACK", name=name)
-        if not self._group.wait(PLACEMENT_TIMEOUT_S):
+        try:
+            self._await_group(time.monotonic() + PLACEMENT_TIMEOUT_S)
+        except WorkerFailed:
             remove_placement_group(self._group)
-            raise WorkerFailed(
-                f"pool {name}: no place for {workers} workers of {bundle} within {PLACEMENT_TIMEOUT_S} s"
-            )
+            raise
         self._actor, self._arguments = ray.remote(role), arguments
         self._resources = {"num_cpus": cpus, "num_gpus": gpus}
         self.workers = [self._place(rank) for rank in range(workers)]
@@ -184,6 +186,33 @@ class Pool:
     def check_room(self) -> None:
         """Raise WorkerFailed when the nodes that are left could not hold the pool, however empty they were."""
         _check_capacity(self.name, *self._asked)
+
+    def _await_group(self, deadline: float) -> None:
+        """Wait until each bundle has its node. Raises WorkerFailed as `await_started` does."""
+        while not self._group.wait(LOOK_EVERY_S):
+            self.check_room()
+            if time.monotonic() > deadline:
+                raise WorkerFailed(
+                    f"{_asks(self.name, *self._asked)}; none came free within {PLACEMENT_TIMEOUT_S} s: {_nodes_have()}"
+                )
+
+    def await_started(self) -> None:
+        """Wait until all workers have started, at most PLACEMENT_TIMEOUT_S; whoever is slower is waited for by others.
+
+        A new worker may be placed on a node that is lost, as long as Ray does not know: once it does, Ray gives that
+        bundle another node, and the worker is placed again.
+        Raises WorkerFailed when the nodes that are left have no room, or none that came free in time.
+        """
+        deadline = time.monotonic() + PLACEMENT_TIMEOUT_S
+        starting = {self.call(rank, "__ray_ready__"): (rank, _names()) for rank in range(len(self.workers))}
+        while starting and time.monotonic() < deadline:
+            for call in self.wait(list(starting), LOOK_EVERY_S):
+                rank, nodes = starting.pop(call)
+                if self._failure(rank, call) and (left := _names()) != nodes:
+                    self.workers[rank] = self._place(rank)
+                    starting[self.call(rank, "__ray_ready__")] = rank, left
+            self.check_room()
+        self._await_group(deadline)
 
     def replace(self, rank: int) -> None:
         """A new worker in the place of one that is dead, or will be."""
@@ -231,15 +260,15 @@ class Pool:
         and the worker that died is named before those that raised.
         """
         done, waiting = ray.wait(calls, num_returns=len(calls), timeout=seconds)
-        if any(self._failure(calls, call) for call in done):
+        if any(self._failure(calls.index(call), call) for call in done):
             done, _ = ray.wait(calls, num_returns=len(calls), timeout=SPREAD_S)
-            failures = [failure for call in done if (failure := self._failure(calls, call))]
+            failures = [failure for call in done if (failure := self._failure(calls.index(call), call))]
             raise max(failures, key=lambda failure: failure.died)
         return not waiting
 
-    def _failure(self, calls: list[ray.ObjectRef], call: ray.ObjectRef) -> WorkerFailed | None:
+    def _failure(self, rank: int, call: ray.ObjectRef) -> WorkerFailed | None:
         try:
-            self._result(calls.index(call), call)
+            self._result(rank, call)
         except WorkerFailed as failure:
             return failure
         return None
@@ -269,19 +298,30 @@ def _cause(error: RayTaskError) -> str:
     return f"{type(error.cause).__name__}: {' '.join(str(error.cause).split())}" if error.cause else str(error)
 
 
+def _alive() -> list[dict[str, Any]]:
+    return [node for node in ray.nodes() if node["Alive"]]
+
+
+def _names() -> set[str]:
+    return {node["NodeID"] for node in _alive()}
+
+
 def _check_capacity(name: str, workers: int, bundle: dict[str, float]) -> None:
     """Ray waits silently for what can never be placed; say at once what was asked for and what there is."""
-    nodes = [node for node in ray.nodes() if node["Alive"]]
     places = sum(
-        min(int(node["Resources"].get(kind, 0) // amount) for kind, amount in bundle.items()) for node in nodes
+        min(int(node["Resources"].get(kind, 0) // amount) for kind, amount in bundle.items()) for node in _alive()
     )
     if places < workers:
-        have = "; ".join(
-            f"{node['NodeManagerHostname']} has {node['Resources'].get('CPU', 0):g} CPU, "
-            f"{node['Resources'].get('GPU', 0):g} GPU"
-            for node in nodes
-        )
-        asked = ", ".join(f"{amount:g} {kind}" for kind, amount in bundle.items())
-        raise WorkerFailed(
-            f"pool {name} asks for {workers} workers of {asked}; the cluster has room for {places}: {have}"
-        )
+        raise WorkerFailed(f"{_asks(name, workers, bundle)}; the cluster has room for {places}: {_nodes_have()}")
+
+
+def _asks(name: str, workers: int, bundle: dict[str, float]) -> str:
+    return f"pool {name} asks for {workers} workers of " + ", ".join(f"{n:g} {kind}" for kind, n in bundle.items())
+
+
+def _nodes_have() -> str:
+    return "; ".join(
+        f"{node['NodeManagerHostname']} has {node['Resources'].get('CPU', 0):g} CPU, "
+        f"{node['Resources'].get('GPU', 0):g} GPU"
+        for node in _alive()
+    )
