@@ -10,9 +10,11 @@ import logging
 import os
 import shutil
 import signal
+import socket
 import tempfile
+import threading
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -42,7 +44,7 @@ def _to_our_log(data: dict[str, Any], ignore_prefix: bool) -> None:
 ray._private.worker.print_to_stdstream = _to_our_log
 
 PLACEMENT_TIMEOUT_S = 60
-LOOK_EVERY_S = 1  # while workers are placed: at the nodes that are left
+LOOK_EVERY_S = 1  # at the head, and while workers are placed at the nodes that are left
 SPREAD_S = 2.0  # from one worker's death to its peers' errors: 0.05 s seen on one machine
 OBJECT_STORE_BYTES = 128 * 2**20  # of an own cluster: no tensor ever goes through it
 _FOLDER = "expertmesh-ray-"
@@ -118,6 +120,34 @@ def cluster(address: str | None, cpus: int) -> Iterator[str]:
             ray.shutdown()
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def watched_head(seconds: float, lost: Callable[[str], None]) -> Iterator[None]:
+    """Have `lost` called in a thread, with a line that says so, once the cluster's head has not answered for `seconds`.
+
+    Calls of Ray hang meanwhile, cannot be interrupted, and after 60 s end the process.
+    """
+    address = ray.get_runtime_context().gcs_address
+    host, port = address.rsplit(":", 1)
+    done = threading.Event()
+
+    def look() -> None:
+        seen = time.monotonic()
+        while not done.wait(LOOK_EVERY_S):
+            try:
+                socket.create_connection((host.strip("[]"), int(port)), timeout=LOOK_EVERY_S).close()
+                seen = time.monotonic()
+            except OSError:
+                if time.monotonic() - seen > seconds:
+                    return lost(f"the head of the Ray cluster, {address}, has not answered for {seconds:g} s")
+
+    thread = threading.Thread(target=look, name="watch the head", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
 
 
 @contextmanager

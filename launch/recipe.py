@@ -27,6 +27,9 @@ class ClusterConfig(RecipeSection):
 
     address: str | None = Field(None, description="null: an own Ray here; 'auto' or host:port: a running one")
     cpus_per_worker: int | None = Field(None, ge=1, description="null: all cores here, shared evenly; elsewhere 1")
+    head_s: float = Field(
+        45.0, gt=0, le=55, description="seconds without an answer of the cluster's head after which a job gives up"
+    )
 
 
 class Recipe(RecipeSection):
