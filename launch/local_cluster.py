@@ -26,7 +26,8 @@ from typing import Any, NamedTuple
 
 UP_S = 120.0  # for all nodes to come; 12 to 24 s seen for three
 DOWN_S = 30.0
-# A node that hangs is noticed after about 10 s; Ray's own settings take 63 s. A busy laptop may miss some.
+# A node that is killed is noticed after about 10 s, one that hangs after 20; Ray's own settings take 63 s for that.
+# Closer ones would take a busy laptop's node for lost.
 HEALTH = {
     "RAY_health_check_period_ms": "2000",
     "RAY_health_check_timeout_ms": "2000",
@@ -205,13 +206,23 @@ def _is_ray(pid: int) -> bool:
 
 
 def _end(nodes: list[int]) -> None:
-    """Tell the nodes to end, the head last; who does not is killed with all its processes."""
-    for pid in reversed(nodes):
-        if _is_ray(pid):
-            os.kill(pid, signal.SIGTERM)
+    """Tell the nodes to end, the head last, and stopped ones too; who does not is killed with all its processes."""
+    ours = [pid for pid in reversed(nodes) if _is_ray(pid)]
+    for pid in ours:
+        os.kill(pid, signal.SIGTERM)
+        _send(pid, signal.SIGCONT)
     deadline = time.monotonic() + DOWN_S
-    while any(_is_ray(pid) for pid in nodes) and time.monotonic() < deadline:
+    while any(_is_ray(pid) for pid in ours) and time.monotonic() < deadline:
         time.sleep(0.1)
-    for pid in nodes:
+    for pid in ours:
         if _is_ray(pid):
-            os.killpg(pid, signal.SIGKILL)
+            _send(pid, signal.SIGKILL)
+
+
+def _send(node: int, number: signal.Signals) -> None:
+    """To all processes of a node. Its workers are in groups of their own, but in its session."""
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has just ended
+            session = int(stat.read_text().rsplit(")", 1)[1].split()[3])
+            if session == node:
+                os.kill(int(stat.parent.name), number)
