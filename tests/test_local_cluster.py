@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,29 @@ def test_one_that_does_not_start_says_why_and_leaves_nothing(here, monkeypatch):
     with pytest.raises(RuntimeError, match="the head did not start: .*no.such.option"):
         local_cluster.up(2, 1)
     assert not here.exists() and not local_cluster._is_ray(started[0])
+
+
+def test_a_node_that_ended_before_it_came_is_started_again(here, monkeypatch):
+    """Ray gives it 30 s, which a busy machine may need longer."""
+
+    class Asking:
+        def __init__(self, *_: object, **__: object) -> None:
+            self.polls = iter((None, 0))
+
+        def poll(self) -> int | None:
+            return next(self.polls)
+
+        def kill(self) -> None: ...
+
+        def wait(self) -> int:
+            return 0
+
+    monkeypatch.setattr(local_cluster.subprocess, "Popen", Asking)
+    monkeypatch.setattr(local_cluster, "_is_ray", lambda pid: pid != 7)
+    monkeypatch.setattr(local_cluster, "start_node", lambda number, cpus, address: 10 * number + cpus)
+    found = local_cluster.LocalCluster("a", "d", here / "token", [5, 6, 7])
+    local_cluster._await_nodes(found, 1, time.monotonic() + 10)
+    assert found.nodes == [5, 6, 21] == json.loads((here / "state.json").read_text())["nodes"]
 
 
 def test_only_its_owner_can_read_the_token(here, monkeypatch):
