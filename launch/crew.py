@@ -47,9 +47,15 @@ class Crew(Protocol):
 class RayCrew:
     """Workers of one pool, which is made anew when their number changes."""
 
-    def __init__(self, host: str, cpus: int, slots: int | None) -> None:
-        """`cpus` of each worker. `slots`: of an own Ray, which more workers than it was started for share."""
+    def __init__(
+        self, host: str, cpus: int, slots: int | None, where: dict[str, str] | None = None, strategy: str = "PACK"
+    ) -> None:
+        """`cpus` of each worker. `slots`: of an own Ray, which more workers than it was started for share.
+
+        `where`, `strategy`: how they are placed on the nodes of a cluster.
+        """
         self._store = Rendezvous(host)
+        self._where, self._strategy = where, strategy
         self._cpus, self._slots = cpus, slots
         self._pool: Pool | None = None
         self._epoch, self._world = 0, 0
@@ -67,7 +73,9 @@ class RayCrew:
             self.stop()
             place = (self._store.host, self._store.port)
             cpus = min(self._cpus, self._slots / world) if self._slots else self._cpus
-            self._pool = Pool("trainer", TrainerRole, world, cpus, world, *place)
+            self._pool = Pool(
+                "trainer", TrainerRole, world, cpus, world, *place, where=self._where, strategy=self._strategy
+            )
         self._pool.await_started()
         self._epoch, self._world = epoch.number, world
         self._runs = {call: rank for rank, call in enumerate(self._pool.start("run", epoch))}

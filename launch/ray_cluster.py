@@ -17,7 +17,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 # Ray reads these while it is imported.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -186,19 +186,57 @@ def gpus_for(workers: int) -> int:
     return int(ray.cluster_resources().get("GPU", 0) >= workers)
 
 
+class Wanted(NamedTuple):
+    """What a pool asks of a cluster."""
+
+    pool: str
+    workers: int
+    each: dict[str, float]  # resources of one worker
+    where: dict[str, str]  # labels that a node must have
+    strategy: str  # of Ray's placement groups
+
+    def __str__(self) -> str:
+        each = ", ".join(f"{amount:g} {kind}" for kind, amount in self.each.items())
+        nodes = f" on nodes with {_listed(self.where)}" if self.where else ""
+        together = {"STRICT_SPREAD": ", each on a node of its own", "STRICT_PACK": ", all on one node"}
+        return f"pool {self.pool} asks for {self.workers} workers of {each}{nodes}{together.get(self.strategy, '')}"
+
+    def places(self, nodes: list[dict[str, Any]]) -> int:
+        """For how many workers there is room on `nodes`, as `ray.nodes()` tells of them, however empty they are."""
+        rooms = [
+            min(int(node["Resources"].get(kind, 0) // amount) for kind, amount in self.each.items())
+            for node in nodes
+            if self.where.items() <= node["Labels"].items()
+        ]
+        if self.strategy == "STRICT_PACK":
+            return max(rooms, default=0)
+        return sum(min(room, 1) for room in rooms) if self.strategy == "STRICT_SPREAD" else sum(rooms)
+
+
 class Pool:
     """`workers` actors of one role in one placement group, rank r in bundle r.
 
     Each is `role(rank, *arguments)`; its methods run in threads, so that one can be asked while another is at work.
     """
 
-    def __init__(self, name: str, role: type, workers: int, cpus: float, *arguments: Any) -> None:
+    def __init__(
+        self,
+        name: str,
+        role: type,
+        workers: int,
+        cpus: float,
+        *arguments: Any,
+        where: dict[str, str] | None = None,
+        strategy: str = "PACK",
+    ) -> None:
         self.name = name
         gpus = gpus_for(workers)
         bundle = {"CPU": cpus} | ({"GPU": gpus} if gpus else {})
-        self._asked = (workers, bundle)
+        self._wanted = Wanted(name, workers, bundle, where or {}, strategy)
         self.check_room()
-        self._group = placement_group([bundle] * workers, strategy="PACK", name=name)
+        self._group = placement_group(
+            [bundle] * workers, strategy, name, bundle_label_selector=[where] * workers if where else None
+        )
         try:
             self._await_group(time.monotonic() + PLACEMENT_TIMEOUT_S)
         except WorkerFailed:
@@ -214,17 +252,21 @@ class Pool:
         return self._actor.options(**options).remote(rank, *self._arguments)
 
     def check_room(self) -> None:
-        """Raise WorkerFailed when the nodes that are left could not hold the pool, however empty they were."""
-        _check_capacity(self.name, *self._asked)
+        """Raise WorkerFailed when the nodes that are left could not hold the pool, however empty they were.
+
+        Ray waits silently for what can never be placed.
+        """
+        if (places := self._wanted.places(nodes := _alive())) < self._wanted.workers:
+            raise WorkerFailed(f"{self._wanted}; the cluster has room for {places}: {told_of(nodes)}")
 
     def _await_group(self, deadline: float) -> None:
         """Wait until each bundle has its node. Raises WorkerFailed as `await_started` does."""
         while not self._group.wait(LOOK_EVERY_S):
             self.check_room()
             if time.monotonic() > deadline:
-                raise WorkerFailed(
-                    f"{_asks(self.name, *self._asked)}; none came free within {PLACEMENT_TIMEOUT_S} s: {_nodes_have()}"
-                )
+                free = ray._private.state.available_resources_per_node()
+                told = told_of(_alive(), free)
+                raise WorkerFailed(f"{self._wanted}; they did not come free within {PLACEMENT_TIMEOUT_S} s: {told}")
 
     def await_started(self) -> None:
         """Wait until all workers have started, at most PLACEMENT_TIMEOUT_S; whoever is slower is waited for by others.
@@ -336,22 +378,20 @@ def _names() -> set[str]:
     return {node["NodeID"] for node in _alive()}
 
 
-def _check_capacity(name: str, workers: int, bundle: dict[str, float]) -> None:
-    """Ray waits silently for what can never be placed; say at once what was asked for and what there is."""
-    places = sum(
-        min(int(node["Resources"].get(kind, 0) // amount) for kind, amount in bundle.items()) for node in _alive()
-    )
-    if places < workers:
-        raise WorkerFailed(f"{_asks(name, workers, bundle)}; the cluster has room for {places}: {_nodes_have()}")
+def _listed(labels: dict[str, str]) -> str:
+    return ", ".join(f"{key}={value}" for key, value in labels.items())
 
 
-def _asks(name: str, workers: int, bundle: dict[str, float]) -> str:
-    return f"pool {name} asks for {workers} workers of " + ", ".join(f"{n:g} {kind}" for kind, n in bundle.items())
+def told_of(nodes: list[dict[str, Any]], free: dict[str, dict[str, float]] | None = None) -> str:
+    """What each of `nodes` has. `free`: what of it nobody holds, by the node's id."""
 
+    def amount(node: dict[str, Any], kind: str) -> str:
+        whole = f"{node['Resources'].get(kind, 0):g} {kind}"
+        return whole if free is None else f"{free.get(node['NodeID'], {}).get(kind, 0):g} of {whole} free"
 
-def _nodes_have() -> str:
-    return "; ".join(
-        f"{node['NodeManagerHostname']} has {node['Resources'].get('CPU', 0):g} CPU, "
-        f"{node['Resources'].get('GPU', 0):g} GPU"
-        for node in _alive()
-    )
+    def told(node: dict[str, Any]) -> str:
+        labels = _listed({key: value for key, value in node["Labels"].items() if not key.startswith("ray.io/")})
+        name = f"{node['NodeManagerHostname']} ({labels})" if labels else node["NodeManagerHostname"]
+        return f"{name} has {amount(node, 'CPU')}, {amount(node, 'GPU')}"
+
+    return "; ".join(map(told, nodes))

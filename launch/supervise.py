@@ -59,7 +59,10 @@ def supervise(first: Epoch, watch: Callable[[Record], None]) -> None:
     waiting = f"{workers} workers on {where}"
     watch({"kind": "waiting", "for": waiting})
     with asked_to_end() as ending, cluster(place.address, cpus * workers) as host:
-        crew = RayCrew(host, cpus, None if place.address else cpus * workers)
+        if place.address:
+            crew = RayCrew(host, cpus, None, place.where, place.strategy)
+        else:  # one node, which has no labels
+            crew = RayCrew(host, cpus, cpus * workers)
         with watched_head(place.head_s, lambda why: _end_at_once(log, why)):
             try:
                 Job(first, crew, log, watch).run(ending)

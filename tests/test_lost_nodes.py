@@ -29,6 +29,8 @@ from expertmesh.launch import local_cluster
 from expertmesh.launch.client import Client
 from expertmesh.launch.event_log import read_events
 from expertmesh.launch.local_cluster import LocalCluster
+from expertmesh.launch.ray_cluster import Pool, WorkerFailed, cluster
+from expertmesh.launch.roles import FFNRole
 from expertmesh.launch.serving import Pools, bring_up, look_at
 from expertmesh.launch.status import status_of
 from expertmesh.system.serve.config import ServeConfig
@@ -194,28 +196,56 @@ async def texts(client: Client, happens: Callable[[], None] | None) -> list[list
     return said
 
 
-async def outlive(checkpoint: Path, address: str, nodes: list[int]) -> None:
+async def outlive(checkpoint: Path, address: str, nodes: list[int]) -> int:
+    """Returns the node that was killed."""
     async with bring_up(look_at(checkpoint), Pools(1, 2), ServeConfig(exchange_timeout_s=2.0), address) as client:
         whole = await texts(client, None)
         lost = next(node for node in nodes[1:] if works(node, "FFNRole"))
         assert await texts(client, lambda: strike(lost, signal.SIGKILL)) == whole
         assert not any(one.pages_used for one in await client.counts()), "a page was lost"
         assert sum(works(node, "FFNRole") for node in nodes) == 2
+    return lost
 
 
-def serve_and_strike(checkpoint: Path, address: str, nodes: list[int]) -> None:
-    asyncio.run(asyncio.wait_for(outlive(checkpoint, address, nodes), 2 * COMES_S))
+def serve_and_strike(checkpoint: Path, address: str, nodes: list[int]) -> int:
+    return asyncio.run(asyncio.wait_for(outlive(checkpoint, address, nodes), 2 * COMES_S))
+
+
+def elsewhere(function: Callable[..., Any], *arguments: Any) -> Any:
+    """In a process of its own: Ray keeps what another test's cluster made of its settings, such as a token."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+        return process.submit(function, *arguments).result()
 
 
 def test_texts_outlive_a_node(nodes, tmp_path):
-    """In a process of its own: Ray keeps what another test's cluster made of its settings, such as a token."""
     nodes.have(4)
     prepare_tiny_data(tmp_path)
     checkpoint = write_random_checkpoint(tmp_path, tiny_model())
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-        process.submit(serve_and_strike, checkpoint, nodes.there.address, nodes.left).result()
-    nodes.left = [node for node in nodes.left if tree(node)]
-    assert len(nodes.left) == 3
+    nodes.left.remove(elsewhere(serve_and_strike, checkpoint, nodes.there.address, nodes.left))
+
+
+def place_pools(address: str, nodes: list[int], labelled: int, label: dict[str, str]) -> None:
+    def holding(where: dict[str, str], strategy: str) -> list[int]:
+        pool = Pool("ffn", FFNRole, 2, 0.5, "", 0, where=where, strategy=strategy)
+        pool.await_started()
+        found = [node for node in nodes if works(node, "FFNRole")]
+        pool.stop()
+        wait_until(lambda: not any(works(node, "FFNRole") for node in nodes), "they do not end", ENDS_S)
+        return found
+
+    with cluster(address, 1):
+        assert holding(label, "PACK") == [labelled]
+        assert len(holding({}, "STRICT_SPREAD")) == 2
+        told = r"2 workers of 0.5 CPU on nodes with node=\d, each on .* has room for 1: .*\(node=\d\) has 1 CPU, 0 GPU"
+        with pytest.raises(WorkerFailed, match=told):
+            holding(label, "STRICT_SPREAD")
+
+
+def test_workers_go_where_they_are_asked_to(nodes):
+    nodes.have(3)
+    labelled = nodes.left[-1]
+    label = {"node": str(nodes.there.nodes.index(labelled))}
+    elsewhere(place_pools, nodes.there.address, nodes.left, labelled, label)
 
 
 def test_a_run_outlives_its_driver_and_the_head(nodes, folder, whole):
