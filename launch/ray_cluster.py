@@ -217,6 +217,7 @@ class Pool:
     """`workers` actors of one role in one placement group, rank r in bundle r.
 
     Each is `role(rank, *arguments)`; its methods run in threads, so that one can be asked while another is at work.
+    `where` and `strategy` say which nodes they may be on, and how they share them (see `Wanted`).
     """
 
     def __init__(
@@ -269,7 +270,7 @@ class Pool:
                 raise WorkerFailed(f"{self._wanted}; they did not come free within {PLACEMENT_TIMEOUT_S} s: {told}")
 
     def await_started(self) -> None:
-        """Wait until all workers have started, at most PLACEMENT_TIMEOUT_S; whoever is slower is waited for by others.
+        """Wait until all workers have started, or have a place and PLACEMENT_TIMEOUT_S are over.
 
         A new worker may be placed on a node that is lost, as long as Ray does not know: once it does, Ray gives that
         bundle another node, and the worker is placed again.

@@ -25,7 +25,7 @@ from commands import TINY_RECIPE, expertmesh_json, start_expertmesh
 from serving import requests
 from tiny import prepare_tiny_data, tiny_model, write_random_checkpoint
 
-from expertmesh.launch import local_cluster
+from expertmesh.launch import local_cluster, ray_cluster
 from expertmesh.launch.client import Client
 from expertmesh.launch.event_log import read_events
 from expertmesh.launch.local_cluster import LocalCluster
@@ -239,6 +239,11 @@ def place_pools(address: str, nodes: list[int], labelled: int, label: dict[str, 
         told = r"2 workers of 0.5 CPU on nodes with node=\d, each on .* has room for 1: .*\(node=\d\) has 1 CPU, 0 GPU"
         with pytest.raises(WorkerFailed, match=told):
             holding(label, "STRICT_SPREAD")
+        ray_cluster.PLACEMENT_TIMEOUT_S = 2
+        others = Pool("ffn", FFNRole, len(nodes) - 1, 1, "", 0)
+        with pytest.raises(WorkerFailed, match=r"did not come free within 2 s: .* has 0 of 1 CPU free"):
+            holding({}, "STRICT_SPREAD")
+        others.stop()
 
 
 def test_workers_go_where_they_are_asked_to(nodes):
