@@ -114,7 +114,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-RUN = ("train", "tiny.yaml", "train.steps=60")
+RUN = ("train", "tiny.yaml", "train.steps=40")
 
 
 @pytest.fixture(scope="module")
@@ -174,7 +174,7 @@ def test_a_job_shrinks_to_the_nodes_that_are_left(nodes, folder):
     result, errors = command.communicate(timeout=COMES_S)
     assert command.returncode == 0, errors
     assert [event["parallel"]["dp"] for event in happened(folder / "runs" / "shrunk", "re-formed")] == [1]
-    assert len(json.loads(result)["losses"]) == 60
+    assert len(json.loads(result)["losses"]) == 40
 
 
 async def texts(client: Client, happens: Callable[[], None] | None) -> list[list[int]]:
