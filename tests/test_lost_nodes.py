@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import multiprocessing
+import shutil
 import signal
 import tempfile
 import time
@@ -106,6 +107,7 @@ def nodes() -> Iterator[Nodes]:
             family = [process for node in there.nodes for process in tree(node)]
             local_cluster._end(there.nodes)
             assert not psutil.wait_procs(family, ENDS_S)[1]
+            shutil.rmtree(short)
 
 
 @pytest.fixture(scope="module")
