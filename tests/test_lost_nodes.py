@@ -72,10 +72,14 @@ class Nodes:
         """Bring up as many as are missing."""
         if len(self.left) >= count:
             return
-        while len(self.left) < count:
-            self.left.append(local_cluster.start_node(len(self.there.nodes), 1, self.there.address))
-            self.there.nodes.append(self.left[-1])  # to be ended with the others
-        local_cluster._await_nodes(self.there._replace(nodes=self.left), 1, time.monotonic() + COMES_S)
+        number = len(self.there.nodes)
+        self.left += [
+            local_cluster.start_node(number + more, 1, self.there.address) for more in range(count - len(self.left))
+        ]
+        try:
+            local_cluster._await_nodes(self.there._replace(nodes=self.left), 1, time.monotonic() + COMES_S)
+        finally:  # they are to be ended, too
+            self.there.nodes.extend(node for node in self.left if node not in self.there.nodes)
 
     def lose_one(self, how: signal.Signals) -> None:
         """One that has a trainer and is not the head."""
@@ -117,7 +121,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-RUN = ("train", "tiny.yaml", "train.steps=40")
+RUN = ("train", "tiny.yaml", "train.steps=60")
 
 
 @pytest.fixture(scope="module")
@@ -147,6 +151,12 @@ def start(nodes: Nodes, folder: Path, name: str, *words: str) -> Popen[str]:
     return command
 
 
+def got_over(run_dir: Path, times: int) -> bool:
+    """Also past the step of the last failure: one that comes again at the same step is not survived twice."""
+    failed, saved = happened(run_dir, "failed"), happened(run_dir, "saved")
+    return len(happened(run_dir, "training again")) == times and saved[-1]["step"] > failed[-1]["step"]
+
+
 def last_words(command: Popen[str]) -> str:
     _, errors = command.communicate(timeout=COMES_S)
     return errors.strip().splitlines()[-1]
@@ -158,7 +168,7 @@ def test_a_job_outlives_nodes_as_long_as_there_is_room(nodes, folder, whole):
     command = start(nodes, folder, "lost")
     for times, how in enumerate((signal.SIGKILL, signal.SIGSTOP), 1):
         nodes.lose_one(how)
-        wait_until(lambda times=times: len(happened(run_dir, "training again")) == times, f"{how.name} is not survived")
+        wait_until(lambda times=times: got_over(run_dir, times), f"{how.name} is not survived")
         assert len(happened(run_dir, "failed")) == times, "a node that is lost is one failure"
     nodes.lose_one(signal.SIGKILL)
     told = last_words(command)
@@ -177,7 +187,7 @@ def test_a_job_shrinks_to_the_nodes_that_are_left(nodes, folder):
     result, errors = command.communicate(timeout=COMES_S)
     assert command.returncode == 0, errors
     assert [event["parallel"]["dp"] for event in happened(folder / "runs" / "shrunk", "re-formed")] == [1]
-    assert len(json.loads(result)["losses"]) == 40
+    assert len(json.loads(result)["losses"]) == 60
 
 
 async def texts(client: Client, happens: Callable[[], None] | None) -> list[list[int]]:
