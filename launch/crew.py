@@ -56,9 +56,21 @@ class RayCrew:
     The pool knows each process by its place. A rank moves to another place when a spare takes it; spares have none.
     """
 
-    def __init__(self, host: str, cpus: int, slots: int | None, spares: int = 0) -> None:
-        """`cpus` of each worker. `slots`: of an own Ray, which more workers than it was started for share."""
+    def __init__(
+        self,
+        host: str,
+        cpus: int,
+        slots: int | None,
+        spares: int = 0,
+        where: dict[str, str] | None = None,
+        strategy: str = "PACK",
+    ) -> None:
+        """`cpus` of each worker. `slots`: of an own Ray, which more workers than it was started for share.
+
+        `where`, `strategy`: how they are placed on the nodes of a cluster.
+        """
         self._store = Rendezvous(host)
+        self._where, self._strategy = where, strategy
         self._cpus, self._slots, self._spares = cpus, slots, spares
         self._pool: Pool | None = None
         self._epoch = 0
@@ -81,9 +93,11 @@ class RayCrew:
             every = world + self._spares
             cpus = min(self._cpus, self._slots / every) if self._slots else self._cpus
             place = (self._store.host, self._store.port)
-            self._pool = Pool("trainer", TrainerRole, world, cpus, *place, spares=self._spares)
+            nodes: dict[str, Any] = {"where": self._where, "strategy": self._strategy}
+            self._pool = Pool("trainer", TrainerRole, world, cpus, *place, spares=self._spares, **nodes)
             self._places, self._ready = list(range(world)), set()
             self._idle = {spare: self._pool.call(spare, "prepare") for spare in range(world, every)}
+        self._pool.await_started(self._places)
         self._epoch = epoch.number
         self._runs = {self._pool.call(self._places[rank], "run", epoch, rank): rank for rank in range(world)}
 

@@ -10,6 +10,7 @@ the worker, so one that is stopped or busy simply falls silent.
 from __future__ import annotations
 
 import json
+import os
 import threading
 from collections.abc import Iterator
 
@@ -27,6 +28,9 @@ def _key(epoch: int, rank: int) -> str:
 
 class Pulse:
     """A worker's heartbeat, from a thread of its own, until it is closed.
+
+    A coordinator that is gone is not waited for: its run may be somebody else's by now, who must be the only one to
+    write there. So the process ends at once.
 
     `store` must be a connection of its own: one that another thread waits on is held by it.
     """
@@ -52,8 +56,8 @@ class Pulse:
             self._number += 1
             try:
                 self._store.set(self._key, json.dumps([self._number, self._progress, self._step, HERE.place]))
-            except RuntimeError:  # the coordinator is gone, and this process will be ended
-                return
+            except RuntimeError:
+                os._exit(1)
             self._due.wait(EVERY_S)
             self._due.clear()
             if self._closed:

@@ -26,7 +26,8 @@ from typing import Any, NamedTuple
 
 UP_S = 120.0  # for all nodes to come; 12 to 24 s seen for three
 DOWN_S = 30.0
-# A node that hangs is noticed after about 10 s; Ray's own settings take 63 s. A busy laptop may miss some.
+# A node that is killed is noticed after about 10 s, one that hangs after 20; Ray's own settings take 63 s for that.
+# Closer ones would take a busy laptop's node for lost.
 HEALTH = {
     "RAY_health_check_period_ms": "2000",
     "RAY_health_check_timeout_ms": "2000",
@@ -85,12 +86,10 @@ def up(nodes: int, cpus: int) -> LocalCluster:
         )
         deadline = time.monotonic() + UP_S
         address = _address(started[0], here / "ray" / "ray_current_cluster", deadline)
-        for number in range(1, nodes):
-            label = {"labels": f"node={number}", "address": address}
-            started.append(_start(cpus, {"dashboard-agent-listen-port": 0}, label))
+        started += [start_node(number, cpus, address) for number in range(1, nodes)]
         found = LocalCluster(address, f"http://127.0.0.1:{dashboard}", token, started)
         _write_state(found)
-        _await_nodes(found, nodes, deadline)
+        _await_nodes(found, cpus, deadline)
         return found
     except BaseException:
         _end(started)
@@ -110,6 +109,11 @@ def down() -> bool:
 def environment(token: Path) -> dict[str, str]:
     """What a process needs to be let in."""
     return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
+
+
+def start_node(number: int, cpus: int, address: str) -> int:
+    """Start one more node, labelled `node=NUMBER`, of the cluster at `address`; returns its process id at once."""
+    return _start(cpus, {"dashboard-agent-listen-port": 0}, {"labels": f"node={number}", "address": address})
 
 
 def _start(cpus: int, ports: dict[str, Any], more: dict[str, Any], head: bool = False) -> int:
@@ -146,24 +150,36 @@ def _address(head: int, path: Path, deadline: float) -> str:
     return path.read_text().strip()
 
 
-def _await_nodes(found: LocalCluster, nodes: int, deadline: float) -> None:
-    """Ask the head until it has them all; in a process of its own, since a driver can be on one cluster only."""
+def _await_nodes(found: LocalCluster, cpus: int, deadline: float) -> None:
+    """Ask the head until it has them all; in a process of its own, since a driver can be on one cluster only.
+
+    Ray gives a node 30 s to come, which a busy machine may need longer; one that ended for that is started again.
+    """
+    nodes = len(found.nodes)
     program = (
         "import ray, sys, time\n"
         f"ray.init(address={found.address!r}, log_to_driver=False, logging_level='CRITICAL')\n"
         f"while sum(node['Alive'] for node in ray.nodes()) < {nodes}: time.sleep(0.2)\n"
     )
+    asking = subprocess.Popen(
+        [sys.executable, "-c", program],
+        env=os.environ | environment(found.token),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     try:
-        subprocess.run(
-            [sys.executable, "-c", program],
-            env=os.environ | environment(found.token),
-            capture_output=True,
-            check=True,
-            timeout=max(1.0, deadline - time.monotonic()),
-        )
-    except (subprocess.SubprocessError, OSError) as error:
+        while asking.poll() is None and time.monotonic() < deadline:
+            for number in range(1, nodes):
+                if not _is_ray(found.nodes[number]):
+                    found.nodes[number] = start_node(number, cpus, found.address)
+                    _write_state(found)
+            time.sleep(0.2)
+    finally:
+        asking.kill()
+    if asking.wait() != 0:
         logs = "; ".join(f"{log.stem}: {_last_line(log)}" for log in sorted(folder().glob("*.log")))
-        raise RuntimeError(f"{nodes} nodes did not come within {UP_S:g} s: {logs}") from error
+        raise RuntimeError(f"{nodes} nodes did not come within {UP_S:g} s: {logs}")
 
 
 def _last_line(log: Path) -> str:
@@ -190,13 +206,23 @@ def _is_ray(pid: int) -> bool:
 
 
 def _end(nodes: list[int]) -> None:
-    """Tell the nodes to end, the head last; who does not is killed with all its processes."""
-    for pid in reversed(nodes):
-        if _is_ray(pid):
-            os.kill(pid, signal.SIGTERM)
+    """Tell the nodes to end, the head last, and stopped ones too; who does not is killed with all its processes."""
+    ours = [pid for pid in reversed(nodes) if _is_ray(pid)]
+    for pid in ours:
+        os.kill(pid, signal.SIGTERM)
+        _send(pid, signal.SIGCONT)
     deadline = time.monotonic() + DOWN_S
-    while any(_is_ray(pid) for pid in nodes) and time.monotonic() < deadline:
+    while any(_is_ray(pid) for pid in ours) and time.monotonic() < deadline:
         time.sleep(0.1)
-    for pid in nodes:
+    for pid in ours:
         if _is_ray(pid):
-            os.killpg(pid, signal.SIGKILL)
+            _send(pid, signal.SIGKILL)
+
+
+def _send(node: int, number: signal.Signals) -> None:
+    """To all processes of a node. Its workers are in groups of their own, but in its session."""
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has just ended
+            session = int(stat.read_text().rsplit(")", 1)[1].split()[3])
+            if session == node:
+                os.kill(int(stat.parent.name), number)

@@ -11,11 +11,14 @@ import os
 import secrets
 import shutil
 import signal
+import socket
 import tempfile
-from collections.abc import AsyncIterator, Iterator
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 # Ray reads these while it is imported.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -42,6 +45,7 @@ def _to_our_log(data: dict[str, Any], ignore_prefix: bool) -> None:
 ray._private.worker.print_to_stdstream = _to_our_log
 
 PLACEMENT_TIMEOUT_S = 60
+LOOK_EVERY_S = 1  # at the head, and while workers are placed at the nodes that are left
 SPREAD_S = 2.0  # from one worker's death to its peers' errors: 0.05 s seen on one machine
 OBJECT_STORE_BYTES = 128 * 2**20  # of an own cluster: no tensor ever goes through it
 _FOLDER = "expertmesh-ray-"
@@ -120,6 +124,34 @@ def cluster(address: str | None, cpus: int) -> Iterator[str]:
 
 
 @contextmanager
+def watched_head(seconds: float, lost: Callable[[str], None]) -> Iterator[None]:
+    """Have `lost` called in a thread, with a line that says so, once the cluster's head has not answered for `seconds`.
+
+    Calls of Ray hang meanwhile, cannot be interrupted, and after 60 s end the process.
+    """
+    address = ray.get_runtime_context().gcs_address
+    host, port = address.rsplit(":", 1)
+    done = threading.Event()
+
+    def look() -> None:
+        seen = time.monotonic()
+        while not done.wait(LOOK_EVERY_S):
+            try:
+                socket.create_connection((host.strip("[]"), int(port)), timeout=LOOK_EVERY_S).close()
+                seen = time.monotonic()
+            except OSError:
+                if time.monotonic() - seen > seconds:
+                    return lost(f"the head of the Ray cluster, {address}, has not answered for {seconds:g} s")
+
+    thread = threading.Thread(target=look, name="watch the head", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+
+
+@contextmanager
 def _own_signals() -> Iterator[None]:
     """Keep the process's way to end: Ray would have SIGTERM exit at once, past whoever puts things away."""
     handler = signal.getsignal(signal.SIGTERM)
@@ -155,11 +187,51 @@ def gpus_for(workers: int) -> int:
     return int(ray.cluster_resources().get("GPU", 0) >= workers)
 
 
+class Wanted(NamedTuple):
+    """What a pool asks of a cluster."""
+
+    pool: str
+    workers: int
+    each: dict[str, float]  # resources of one worker
+    where: dict[str, str]  # labels that a node must have
+    strategy: str  # of Ray's placement groups
+    spares: int = 0  # more of them
+
+    def __str__(self) -> str:
+        each = ", ".join(f"{amount:g} {kind}" for kind, amount in self.each.items())
+        more = f" and {self.spares} spares" if self.spares else ""
+        nodes = f" on nodes with {_listed(self.where)}" if self.where else ""
+        together = {"STRICT_SPREAD": ", each on a node of its own", "STRICT_PACK": ", all on one node"}
+        asks = f"pool {self.pool} asks for {self.workers} workers{more} of {each}"
+        return f"{asks}{nodes}{together.get(self.strategy, '')}"
+
+    def places(self, nodes: list[dict[str, Any]]) -> int:
+        """For how many workers there is room on `nodes`, as `ray.nodes()` tells of them, however empty they are."""
+        rooms = [
+            min(int(node["Resources"].get(kind, 0) // amount) for kind, amount in self.each.items())
+            for node in nodes
+            if self.where.items() <= node["Labels"].items()
+        ]
+        if self.strategy == "STRICT_PACK":
+            return max(rooms, default=0)
+        return sum(min(room, 1) for room in rooms) if self.strategy == "STRICT_SPREAD" else sum(rooms)
+
+    def check_room(self) -> None:
+        """Raise WorkerFailed when the nodes that are there could not hold it, however empty they were.
+
+        Ray waits silently for what can never be placed.
+        """
+        if (places := self.places(nodes := _alive())) < self.workers + self.spares:
+            advice = "; fault.spares=0 does without" if self.spares else ""
+            raise WorkerFailed(f"{self}; the cluster has room for {places}: {told_of(nodes)}{advice}")
+
+
 class Pool:
     """`workers` actors of one role, and `spares` after them, in one placement group; later ones in groups of their own.
 
     Each is `role(rank, *arguments)`; its methods run in threads, so that one can be asked while another is at work.
-    `gpus`: of each worker; None: one where the cluster has enough for them.
+    `gpus`: of each worker; None: one where the cluster has enough for them. `where` and `strategy` say which nodes they
+    may be on, and how they share them (see `Wanted`).
     """
 
     def __init__(
@@ -171,11 +243,12 @@ class Pool:
         *arguments: Any,
         spares: int = 0,
         gpus: int | None = None,
+        where: dict[str, str] | None = None,
+        strategy: str = "PACK",
     ) -> None:
         self.name = name
         gpus = gpus_for(workers) if gpus is None else gpus
-        self._bundle = {"CPU": cpus} | ({"GPU": gpus} if gpus else {})
-        self._asked = workers
+        self._wanted = Wanted(name, workers, {"CPU": cpus} | ({"GPU": gpus} if gpus else {}), where or {}, strategy)
         self._actor, self._arguments = ray.remote(role), arguments
         self._resources = {"num_cpus": cpus, "num_gpus": gpus}
         self._places: list[tuple[PlacementGroup, int]] = []  # of each rank: the group and the bundle
@@ -185,15 +258,16 @@ class Pool:
 
     def grow(self, workers: int, spares: int = 0) -> list[int]:
         """The ranks of so many more workers. Raises WorkerFailed where there is no place for them."""
-        _check_capacity(self.name, workers, self._bundle, spares)
-        count = workers + spares
+        wanted, count = self._wanted._replace(workers=workers, spares=spares), workers + spares
+        wanted.check_room()
         name = f"{self.name}-{secrets.token_hex(4)}"  # Ray wants each group's to be its own
-        group = placement_group([self._bundle] * count, strategy="PACK", name=name)
-        if not group.wait(PLACEMENT_TIMEOUT_S):
+        selector = [wanted.where] * count if wanted.where else None
+        group = placement_group([wanted.each] * count, wanted.strategy, name, bundle_label_selector=selector)
+        try:
+            _await_group(group, wanted, time.monotonic() + PLACEMENT_TIMEOUT_S)
+        except WorkerFailed:
             remove_placement_group(group)
-            raise WorkerFailed(
-                f"pool {self.name}: no place for {count} workers of {self._bundle} within {PLACEMENT_TIMEOUT_S} s"
-            )
+            raise
         ranks = list(range(len(self.workers), len(self.workers) + count))
         self._places += [(group, bundle) for bundle in range(count)]
         self.workers += [self._place(rank) for rank in ranks]
@@ -214,8 +288,27 @@ class Pool:
         return self._actor.options(**options).remote(rank, *self._arguments)
 
     def check_room(self) -> None:
-        """Raise WorkerFailed when the nodes that are left could not hold the pool, however empty they were."""
-        _check_capacity(self.name, self._asked, self._bundle)
+        """Raise WorkerFailed when the nodes that are left could not hold the workers, however empty they were."""
+        self._wanted.check_room()
+
+    def await_started(self, ranks: Sequence[int]) -> None:
+        """Wait until these workers have started, or have a place and PLACEMENT_TIMEOUT_S are over.
+
+        A new worker may be placed on a node that is lost, as long as Ray does not know: once it does, Ray gives that
+        bundle another node, and the worker is placed again.
+        Raises WorkerFailed when the nodes that are left have no room, or none that came free in time.
+        """
+        deadline = time.monotonic() + PLACEMENT_TIMEOUT_S
+        starting = {self.call(rank, "__ray_ready__"): (rank, _names()) for rank in ranks}
+        while starting and time.monotonic() < deadline:
+            for call in self.wait(list(starting), LOOK_EVERY_S):
+                rank, nodes = starting.pop(call)
+                if self._failure(rank, call) and (left := _names()) != nodes:
+                    self.workers[rank] = self._place(rank)
+                    starting[self.call(rank, "__ray_ready__")] = rank, left
+            self.check_room()
+        for rank, _ in starting.values():
+            _await_group(self._places[rank][0], self._wanted, deadline)
 
     def replace(self, rank: int) -> None:
         """A new worker in the place of one that is dead, or will be."""
@@ -263,15 +356,15 @@ class Pool:
         and the worker that died is named before those that raised.
         """
         done, waiting = ray.wait(calls, num_returns=len(calls), timeout=seconds)
-        if any(self._failure(calls, call) for call in done):
+        if any(self._failure(calls.index(call), call) for call in done):
             done, _ = ray.wait(calls, num_returns=len(calls), timeout=SPREAD_S)
-            failures = [failure for call in done if (failure := self._failure(calls, call))]
+            failures = [failure for call in done if (failure := self._failure(calls.index(call), call))]
             raise max(failures, key=lambda failure: failure.died)
         return not waiting
 
-    def _failure(self, calls: list[ray.ObjectRef], call: ray.ObjectRef) -> WorkerFailed | None:
+    def _failure(self, rank: int, call: ray.ObjectRef) -> WorkerFailed | None:
         try:
-            self._result(calls.index(call), call)
+            self._result(rank, call)
         except WorkerFailed as failure:
             return failure
         return None
@@ -301,21 +394,38 @@ def _cause(error: RayTaskError) -> str:
     return f"{type(error.cause).__name__}: {' '.join(str(error.cause).split())}" if error.cause else str(error)
 
 
-def _check_capacity(name: str, workers: int, bundle: dict[str, float], spares: int = 0) -> None:
-    """Ray waits silently for what can never be placed; say at once what was asked for and what there is."""
-    nodes = [node for node in ray.nodes() if node["Alive"]]
-    places = sum(
-        min(int(node["Resources"].get(kind, 0) // amount) for kind, amount in bundle.items()) for node in nodes
-    )
-    if places < workers + spares:
-        have = "; ".join(
-            f"{node['NodeManagerHostname']} has {node['Resources'].get('CPU', 0):g} CPU, "
-            f"{node['Resources'].get('GPU', 0):g} GPU"
-            for node in nodes
-        )
-        asked = ", ".join(f"{amount:g} {kind}" for kind, amount in bundle.items())
-        more, advice = (f" and {spares} spares", "; fault.spares=0 does without") if spares else ("", "")
-        raise WorkerFailed(
-            f"pool {name} asks for {workers} workers{more} of {asked}; "
-            f"the cluster has room for {places}: {have}{advice}"
-        )
+def _await_group(group: PlacementGroup, wanted: Wanted, deadline: float) -> None:
+    """Wait until each bundle has its node. Raises WorkerFailed where there is no room, or none comes free in time."""
+    while not group.wait(LOOK_EVERY_S):
+        wanted.check_room()
+        if time.monotonic() > deadline:
+            free = ray._private.state.available_resources_per_node()
+            told = told_of(_alive(), free)
+            raise WorkerFailed(f"{wanted}; they did not come free within {PLACEMENT_TIMEOUT_S} s: {told}")
+
+
+def _alive() -> list[dict[str, Any]]:
+    return [node for node in ray.nodes() if node["Alive"]]
+
+
+def _names() -> set[str]:
+    return {node["NodeID"] for node in _alive()}
+
+
+def _listed(labels: dict[str, str]) -> str:
+    return ", ".join(f"{key}={value}" for key, value in labels.items())
+
+
+def told_of(nodes: list[dict[str, Any]], free: dict[str, dict[str, float]] | None = None) -> str:
+    """What each of `nodes` has. `free`: what of it nobody holds, by the node's id."""
+
+    def amount(node: dict[str, Any], kind: str) -> str:
+        whole = f"{node['Resources'].get(kind, 0):g} {kind}"
+        return whole if free is None else f"{free.get(node['NodeID'], {}).get(kind, 0):g} of {whole} free"
+
+    def told(node: dict[str, Any]) -> str:
+        labels = _listed({key: value for key, value in node["Labels"].items() if not key.startswith("ray.io/")})
+        name = f"{node['NodeManagerHostname']} ({labels})" if labels else node["NodeManagerHostname"]
+        return f"{name} has {amount(node, 'CPU')}, {amount(node, 'GPU')}"
+
+    return "; ".join(map(told, nodes))

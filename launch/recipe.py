@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
@@ -19,14 +19,23 @@ from expertmesh.system.model.tensor_parallel import check_split
 from expertmesh.system.serve.config import ServeConfig
 from expertmesh.system.train.config import DataConfig, TrainConfig
 
+Label = Annotated[str, Field(coerce_numbers_to_str=True)]  # node=1
+Strategy = Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"]
 SHIPPED = Path(__file__).parent / "recipes"
 
 
 class ClusterConfig(RecipeSection):
-    """Where workers run."""
+    """Where workers run. An own Ray is one node without labels: `where` and `strategy` say nothing there."""
 
     address: str | None = Field(None, description="null: an own Ray here; 'auto' or host:port: a running one")
     cpus_per_worker: int | None = Field(None, ge=1, description="null: all cores here, shared evenly; elsewhere 1")
+    where: dict[str, Label] = Field(
+        {}, description="Ray labels that a worker's node must have, such as {pool: trainer}"
+    )
+    strategy: Strategy = Field("PACK", description="how workers share nodes, in the words of Ray's placement groups")
+    head_s: float = Field(
+        45.0, gt=0, le=55, description="seconds without an answer of the cluster's head after which a job gives up"
+    )
 
 
 class Recipe(RecipeSection):

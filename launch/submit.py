@@ -46,13 +46,19 @@ class Job:
     def follow(self, show: Callable[[str], None]) -> dict[str, Any]:
         """Show the job's log until it ends; return its result. Raises RemoteJobFailed when it fails or was stopped.
 
-        Interrupting lets go of the log, not of the job.
+        Interrupting lets go of the log, not of the job. When the cluster no longer answers: RemoteJobFailed, too.
         """
-        log = self.show(show)
-        status = self._client.get_job_status(self.id)
-        while not status.is_terminal():
-            time.sleep(0.2)
+        try:
+            log = self.show(show)
             status = self._client.get_job_status(self.id)
+            while not status.is_terminal():
+                time.sleep(0.2)
+                status = self._client.get_job_status(self.id)
+        except (OSError, RuntimeError) as error:
+            told = f"the cluster's head no longer tells of job {self.id} ({' '.join(str(error).split())[:200]})"
+            raise RemoteJobFailed(
+                f"{told}; if it is lost, the same recipe sent anew goes on from the last checkpoint", None
+            ) from error
         if status != "SUCCEEDED":
             exit_code = self._client.get_job_info(self.id).driver_exit_code
             raise RemoteJobFailed(f"job {self.id} ended as {status}; its log is above", exit_code)

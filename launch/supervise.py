@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -18,7 +19,7 @@ from expertmesh.launch.chaos import ChaosConfig
 from expertmesh.launch.crew import Crew, RayCrew
 from expertmesh.launch.event_log import EventLog
 from expertmesh.launch.layouts import scaled, smaller_layouts
-from expertmesh.launch.ray_cluster import cluster
+from expertmesh.launch.ray_cluster import cluster, watched_head
 from expertmesh.launch.recipe import check_together
 from expertmesh.launch.recovery import (
     Action,
@@ -61,11 +62,22 @@ def supervise(first: Epoch, watch: Callable[[Record], None]) -> None:
     slots = cpus * recipe.processes
     watch({"kind": "waiting", "for": waiting})
     with asked_to_end() as ending, cluster(place.address, slots) as host:
-        crew = RayCrew(host, cpus, None if place.address else slots, spares)
-        try:
-            Job(first, crew, log, watch).run(ending)
-        finally:
-            crew.stop()
+        if place.address:
+            crew = RayCrew(host, cpus, None, spares, place.where, place.strategy)
+        else:  # one node, which has no labels
+            crew = RayCrew(host, cpus, slots, spares)
+        with watched_head(place.head_s, lambda why: _end_at_once(log, why)):
+            try:
+                Job(first, crew, log, watch).run(ending)
+            finally:
+                crew.stop()
+
+
+def _end_at_once(log: EventLog, why: str) -> None:
+    """End a process whose calls of Ray will not return; its workers see that it is gone (heartbeat.py)."""
+    log.write({"what": "gave up", "why": why})
+    print(f"expertmesh: {why}; the same command goes on from the last checkpoint", file=sys.stderr, flush=True)
+    os._exit(1)
 
 
 @contextmanager

@@ -173,7 +173,8 @@ def run_job(recipe: Recipe, start: Start, dataset: TokenDataset, watch: Callable
     if recipe.cluster.address is None and not is_built():
         watch({"kind": "waiting", "for": "a C++ compiler to build DeepSpeed's CPU operator (once, about a minute)"})
         prepare_build()
-    first = Epoch(0, recipe, model, settings, start.resume_from, start.begin_with, opening, frozenset())
+    there = recipe.model_copy(update={"run_dir": str(run_folder)})  # nodes have working folders of their own
+    first = Epoch(0, there, model, settings, start.resume_from, start.begin_with, opening, frozenset())
     supervise(first, watch)
 
     run = read_run(run_folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import time
 
 from expertmesh.launch import heartbeat
@@ -43,3 +44,22 @@ def test_beats_say_how_far_a_worker_is(monkeypatch):
     time.sleep(0.1)
     assert list(read_beats(meeting.store, 0, 2)) == [last], "it beats on"
     assert list(read_beats(meeting.store, 1, 2)) == [], "another epoch is another life"
+
+
+def beat_for_ever(port: int) -> None:
+    Pulse(join("127.0.0.1", port), 0, 0)
+    time.sleep(600)
+
+
+def test_a_worker_ends_with_its_coordinator(monkeypatch):
+    """Else it would write on in the folder of a run that somebody else has taken up."""
+    meeting = Rendezvous("127.0.0.1")
+    worker = multiprocessing.get_context("spawn").Process(target=beat_for_ever, args=(meeting.port,), daemon=True)
+    worker.start()
+    deadline = time.monotonic() + 60
+    while not list(read_beats(meeting.store, 0, 1)):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    del meeting
+    worker.join(20)
+    assert worker.exitcode == 1

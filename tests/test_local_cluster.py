@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from expertmesh.launch import local_cluster
@@ -45,6 +50,50 @@ def test_one_that_does_not_start_says_why_and_leaves_nothing(here, monkeypatch):
     with pytest.raises(RuntimeError, match="the head did not start: .*no.such.option"):
         local_cluster.up(2, 1)
     assert not here.exists() and not local_cluster._is_ray(started[0])
+
+
+def test_a_node_that_ended_before_it_came_is_started_again(here, monkeypatch):
+    """Ray gives it 30 s, which a busy machine may need longer."""
+
+    class Asking:
+        def __init__(self, *_: object, **__: object) -> None:
+            self.polls = iter((None, 0))
+
+        def poll(self) -> int | None:
+            return next(self.polls)
+
+        def kill(self) -> None: ...
+
+        def wait(self) -> int:
+            return 0
+
+    monkeypatch.setattr(local_cluster.subprocess, "Popen", Asking)
+    monkeypatch.setattr(local_cluster, "_is_ray", lambda pid: pid != 7)
+    monkeypatch.setattr(local_cluster, "start_node", lambda number, cpus, address: 10 * number + cpus)
+    found = local_cluster.LocalCluster("a", "d", here / "token", [5, 6, 7])
+    local_cluster._await_nodes(found, 1, time.monotonic() + 10)
+    assert found.nodes == [5, 6, 21] == json.loads((here / "state.json").read_text())["nodes"]
+
+
+NODE = """
+import signal, subprocess, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+print(subprocess.Popen(["sleep", "600"], process_group=0).pid, flush=True)
+time.sleep(600)
+"""
+
+
+def test_a_node_that_is_stopped_ends_with_its_workers(monkeypatch):
+    """Ray puts workers in groups of their own."""
+    node = subprocess.Popen([sys.executable, "-c", NODE], stdout=subprocess.PIPE, text=True, start_new_session=True)
+    worker = psutil.Process(int(node.stdout.readline()))
+    for pid in (node.pid, worker.pid):
+        os.kill(pid, signal.SIGSTOP)
+    monkeypatch.setattr(local_cluster, "DOWN_S", 0.5)
+    monkeypatch.setattr(local_cluster, "_is_ray", lambda pid: node.poll() is None)
+    local_cluster._end([node.pid])
+    assert node.wait(10) == -signal.SIGKILL
+    worker.wait(10)
 
 
 def test_only_its_owner_can_read_the_token(here, monkeypatch):

@@ -103,6 +103,9 @@ WRONG = [
         ["parallel.tp=2", "train.sequence_length=127"],
         "train.sequence_length=127 is not cut evenly by parallel.tp=2; take a multiple of 2",
     ),
+    ("an unknown strategy", ["cluster.strategy=LOOSE"], "cluster.strategy=LOOSE: Input should be 'PACK', 'SPREAD'"),
+    ("labels without keys", ["cluster.where=trainer"], "cluster.where=trainer: Input should be a valid dictionary"),
+    ("a head that Ray waits for less long for", ["cluster.head_s=61"], "cluster.head_s=61: Input should be less than"),
     ("a minimum above the peak", ["train.min_learning_rate=1"], "min_learning_rate=1.0 is above learning_rate"),
 ]
 
@@ -113,6 +116,11 @@ def test_wrong_input_is_one_line_that_names_the_key(overrides, line):
         load_recipe("quickstart", overrides)
     assert line in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_labels_of_nodes_are_words():
+    where = ["cluster.where.pool=trainer", "cluster.where.node=1"]
+    assert load_recipe("quickstart", where).cluster.where == {"pool": "trainer", "node": "1"}
 
 
 @pytest.mark.parametrize(

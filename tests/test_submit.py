@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
@@ -17,7 +17,7 @@ from expertmesh.launch.jobs import find_job, list_jobs, show_log, stop_job
 from expertmesh.launch.local_cluster import LocalCluster
 from expertmesh.launch.recipe import load_recipe
 from expertmesh.launch.status import status_of
-from expertmesh.launch.submit import as_sent, choose_id
+from expertmesh.launch.submit import Job, RemoteJobFailed, as_sent, choose_id
 
 
 @pytest.mark.parametrize("start_from", [[], ["start_from=theirs"]], ids=["a model of its own", "from a checkpoint"])
@@ -117,6 +117,29 @@ def test_the_same_job_has_the_same_id(run_id, there, expected, reason):
     assert choose_id(dict(reversed(content.items())), None, {})[0] == base != choose_id({"name": "tiny"}, None, {})[0]
     there = {job_id.replace("tiny-X", base): running for job_id, running in there.items()}
     assert choose_id(content, run_id, there) == (expected[0].replace("tiny-X", base), expected[1])
+
+
+class Gone:
+    """A cluster whose head ends while a log is followed, or just after."""
+
+    def __init__(self, tells: bool) -> None:
+        self._tells = tells
+
+    async def tail_job_logs(self, job_id: str) -> AsyncIterator[str]:
+        yield "step 1/4\n"
+        if not self._tells:
+            raise RuntimeError("WebSocket connection closed unexpectedly with close code 1006")
+
+    def get_job_status(self, job_id: str) -> None:
+        raise ConnectionError("Connection refused")
+
+
+@pytest.mark.parametrize("tells", [True, False])
+def test_a_followed_job_whose_cluster_is_gone(tells):
+    shown: list[str] = []
+    with pytest.raises(RemoteJobFailed, match="no longer tells of job mine .*goes on from the last checkpoint") as told:
+        Job(Gone(tells), "mine").follow(shown.append)
+    assert shown == ["step 1/4\n"] and told.value.exit_code == 1
 
 
 def test_a_job_that_fails_says_why_and_keeps_its_exit_code(dashboard, tmp_path):
