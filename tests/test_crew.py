@@ -9,7 +9,7 @@ from commands import TINY_RECIPE
 
 from expertmesh.launch import crew, ray_cluster
 from expertmesh.launch.crew import RayCrew
-from expertmesh.launch.ray_cluster import WorkerFailed
+from expertmesh.launch.ray_cluster import Wanted, WorkerFailed
 from expertmesh.launch.recipe import load_recipe
 from expertmesh.launch.recovery import How, Left, Spares
 from expertmesh.launch.roles import Epoch
@@ -18,7 +18,7 @@ from expertmesh.launch.roles import Epoch
 class StandIn:
     """A pool whose calls end when a test says so. A call is (place, life of the process there, method)."""
 
-    def __init__(self, name: str, role: type, workers: int, *arguments: Any, spares: int = 0) -> None:
+    def __init__(self, name: str, role: type, workers: int, *arguments: Any, spares: int = 0, **nodes: Any) -> None:
         self.lives = [0] * (workers + spares)
         self.calls: list[tuple[int, int, str]] = []
         self.arguments: dict[tuple[int, int, str], tuple[Any, ...]] = {}
@@ -26,6 +26,9 @@ class StandIn:
         self.dead = set[tuple[int, int]]()
 
     def check_room(self) -> None:
+        pass
+
+    def await_started(self, places: list[int]) -> None:
         pass
 
     def call(self, place: int, method: str, *arguments: Any) -> tuple[int, int, str]:
@@ -119,9 +122,10 @@ def test_after_no_place_was_found_there_is_nothing_to_be_told(epoch, monkeypatch
 
 
 def test_no_room_for_spares_is_told_with_a_way_out(monkeypatch):
-    node = {"Alive": True, "NodeManagerHostname": "a", "Resources": {"CPU": 2.0}}
+    node = {"Alive": True, "NodeManagerHostname": "a", "Resources": {"CPU": 2.0}, "Labels": {}}
     monkeypatch.setattr(ray_cluster.ray, "nodes", lambda: [node])
-    ray_cluster._check_capacity("trainer", 2, {"CPU": 1})
+    wanted = Wanted("trainer", 2, {"CPU": 1}, {}, "PACK")
+    wanted.check_room()
     told = "asks for 2 workers and 1 spares of 1 CPU; the cluster has room for 2: a has 2 CPU, 0 GPU; fault.spares=0"
     with pytest.raises(WorkerFailed, match=told):
-        ray_cluster._check_capacity("trainer", 2, {"CPU": 1}, 1)
+        wanted._replace(spares=1).check_room()
