@@ -55,6 +55,7 @@ SUPPORTS = [
     (Sampling(1, logit_bias={0: 100.0}), {0}, "a bias that nothing stands against"),
     (Sampling(1, logit_bias={1: -100.0}), {0, 2, 3, 4}, "a bias that forbids"),
     (Sampling(1, temperature=0, logit_bias={1: -1.0}), {3}, "greedy, after the bias: 8/e is less than 4"),
+    (Sampling(1, repetition_penalty=5e-324, logit_bias={0: 9.0}), {0}, "a reward beyond float64"),
 ]
 
 
@@ -124,6 +125,11 @@ def test_penalties_and_biases(sampling, added, reason):
     place = Place(sampling, 0, SEEN, 3, frozenset([4]))
     assert penalised(logits_V, place).tolist() == pytest.approx((logits_V + torch.tensor(added)).tolist())
     assert logits_V.tolist() == [1.0, -2.0, 3.0, -4.0, 0.0], "the logits are left alone"
+
+
+def test_an_answer_of_which_every_token_is_an_end_may_end():
+    place = Place(Sampling(1, min_tokens=5), 0, SEEN, 3, frozenset(ALL))
+    assert torch.equal(penalised(LOGITS, place), LOGITS) and draw(LOGITS, place) in ALL
 
 
 def test_repetition_penalty_counts_the_prompt_too():
