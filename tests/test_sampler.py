@@ -55,7 +55,6 @@ SUPPORTS = [
     (Sampling(1, logit_bias={0: 100.0}), {0}, "a bias that nothing stands against"),
     (Sampling(1, logit_bias={1: -100.0}), {0, 2, 3, 4}, "a bias that forbids"),
     (Sampling(1, temperature=0, logit_bias={1: -1.0}), {3}, "greedy, after the bias: 8/e is less than 4"),
-    (Sampling(1, repetition_penalty=5e-324, logit_bias={0: 9.0}), {0}, "a reward beyond float64"),
 ]
 
 
@@ -138,6 +137,11 @@ def test_repetition_penalty_counts_the_prompt_too():
     assert penalised(logits_V, place).tolist() == [0.5, -2.0, 1.5, -8.0, 0.0]
     bias_first = Place(Sampling(1, repetition_penalty=2.0, logit_bias={3: 6.0}, presence_penalty=1), 0, SEEN, 3)
     assert penalised(logits_V, bias_first).tolist() == [-0.5, -2.0, 0.5, 1.0, 0.0], "bias, repetition, presence"
+
+
+def test_a_reward_beyond_float64_is_only_a_reward():
+    likely = Sampling(1, repetition_penalty=5e-324, logit_bias={0: 9.0})
+    assert draw(LOGITS, Place(likely, 0, [0], 1)) == 0
 
 
 def test_a_batch_is_its_rows_one_by_one():
