@@ -17,7 +17,7 @@ from doors import MODEL, figures, open_door, tiny_checkpoint
 from fake_engine import FakeEngine, byte_tokenizer
 from hypothesis import HealthCheck, settings
 from schemathesis.checks import not_a_server_error
-from schemathesis.config import SchemathesisConfig
+from schemathesis.config import ProjectConfig, ProjectsConfig, SchemathesisConfig
 from schemathesis.specs.openapi import checks
 
 from expertmesh.launch.door import build_app
@@ -38,7 +38,8 @@ CHECKS = [
     checks.ignored_auth,
 ]
 TOLD = build_app(FakeEngine(lambda request: []), byte_tokenizer(), MODEL, KEY).openapi()
-API = schemathesis.openapi.from_dict(TOLD, config=SchemathesisConfig(seed=1))
+WHOLE_STREAMS = ProjectsConfig(default=ProjectConfig(max_stream_events=10_000))
+API = schemathesis.openapi.from_dict(TOLD, config=SchemathesisConfig(seed=1, projects=WHOLE_STREAMS))
 
 
 @pytest.fixture(scope="module")

@@ -48,6 +48,7 @@ REFUSED = [
     (COMPLETION, "min_tokens", -1),
     (COMPLETION, "stop_token_ids", ["1"]),
     (COMPLETION, "logit_bias", {"a": 1}),
+    (COMPLETION, "logit_bias", {"\u0663": 1}),  # a 3 to Python
     (COMPLETION, "logit_bias", {"1": 101}),
     (COMPLETION, "logit_bias", {"1": "5"}),
     (COMPLETION, "logit_bias", [1]),
@@ -60,6 +61,7 @@ REFUSED = [
     (CHAT, "response_format", {"type": "json_schema"}),
     (CHAT, "response_format", {"type": "json_object", "json_schema": {"name": "a", "schema": {}}}),
     (COMPLETION, "response_format", {"type": "json_schema", "json_schema": {"name": "a"}}),
+    (COMPLETION, "response_format", {"type": "json_schema", "json_schema": {"name": "a", "schema": True}}),
     (CHAT, "frequency_penalty", -2.1),
     (CHAT, "echo", True),
     (CHAT, "reasoning_effort", "low"),
