@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jsonschema_rs
 import pytest
 from pydantic import ValidationError
 
@@ -34,6 +35,13 @@ def test_fields_without_effect_pass(base: dict[str, Any], extra: dict[str, Any])
     body = kind.model_validate(base | extra)
     if "stream" not in extra and "response_format" not in extra:
         assert body == kind.model_validate(base)
+
+
+@pytest.mark.parametrize(("base", "extra"), NEUTRAL)
+def test_the_json_schema_tells_what_passes(base: dict[str, Any], extra: dict[str, Any]) -> None:
+    schema = (CompletionBody if base is COMPLETION else ChatBody).model_json_schema()
+    assert jsonschema_rs.is_valid(schema, base | extra)
+    assert not any(jsonschema_rs.is_valid(schema, base | wrong) for wrong in ({"max_token": 5}, {"tools": [{}]}))
 
 
 REFUSED = [
