@@ -56,10 +56,10 @@ def steps_to_the_end(engine: Engine, wanted: list[Request]) -> Iterator[list[Out
     assert engine.counts().pages_used == 0, "a page was lost"
 
 
-def split_in_threads(
-    checkpoint: Checkpoint, config: ServeConfig, attention: int, ffn: int, wanted: list[Request]
-) -> list[Answers]:
-    """What each attention worker says; all workers in threads of this process, everything on the links as ever."""
+def pools_in_threads(
+    checkpoint: Checkpoint, config: ServeConfig, attention: int, ffn: int
+) -> tuple[list[EngineLoop], list[Thread]]:
+    """The attention workers and the threads of the FFN workers, which end after them; on the links all is as ever."""
     store = dist.HashStore()
     store.set_timeout(timedelta(seconds=30))
     pool = [
@@ -68,7 +68,14 @@ def split_in_threads(
     ]
     for worker in pool:
         worker.start()
-    loops = [attention_engine(checkpoint, config, rank, ffn, store) for rank in range(attention)]
+    return [attention_engine(checkpoint, config, rank, ffn, store) for rank in range(attention)], pool
+
+
+def split_in_threads(
+    checkpoint: Checkpoint, config: ServeConfig, attention: int, ffn: int, wanted: list[Request]
+) -> list[Answers]:
+    """What each attention worker says; all workers in threads of this process."""
+    loops, pool = pools_in_threads(checkpoint, config, attention, ffn)
     said: list[Answers] = [{} for _ in loops]
 
     def ask(rank: int) -> None:
