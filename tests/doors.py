@@ -43,8 +43,8 @@ def open_door(checkpoint: Checkpoint, loops: Sequence[EngineLoop], api_key: str 
             app = build_app(client, Tokenizer.load(checkpoint.folder), MODEL, api_key)
             server = uvicorn.Server(uvicorn.Config(app, log_level="critical", lifespan="off"))
             await server.serve(sockets=[listener])
-            for loop in loops:
-                await asyncio.to_thread(loop.close)
+        for loop in loops:
+            await asyncio.to_thread(loop.close)
 
     serving = Thread(target=asyncio.run, args=(answer(),), daemon=True)
     serving.start()

@@ -20,7 +20,7 @@ from openai.types.chat import ChatCompletion
 from serving import pools_in_threads
 from tiny import context_of
 
-from expertmesh.system.model.checkpoint import OwnCheckpoint, load_weights
+from expertmesh.system.model.checkpoint import Checkpoint, load_weights
 from expertmesh.system.model.transformer import Transformer
 from expertmesh.system.serve.config import ServeConfig
 from expertmesh.system.serve.workers import joined_engine
@@ -33,12 +33,12 @@ BEYOND_OPENAI = {"top_k", "min_p", "min_tokens", "repetition_penalty", "stop_tok
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> OwnCheckpoint:
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     return tiny_checkpoint(tmp_path_factory.mktemp("door"))
 
 
 @pytest.fixture(scope="module", params=["joined", "split"])
-def client(checkpoint: OwnCheckpoint, request: pytest.FixtureRequest) -> Iterator[openai.OpenAI]:
+def client(checkpoint: Checkpoint, request: pytest.FixtureRequest) -> Iterator[openai.OpenAI]:
     if request.param == "joined":
         loops, pool = [joined_engine(checkpoint, ServeConfig())], []
     else:
@@ -51,7 +51,7 @@ def client(checkpoint: OwnCheckpoint, request: pytest.FixtureRequest) -> Iterato
 
 
 @pytest.fixture(scope="module")
-def logits_after(checkpoint: OwnCheckpoint) -> Callable[[list[int]], torch.Tensor]:
+def logits_after(checkpoint: Checkpoint) -> Callable[[list[int]], torch.Tensor]:
     """[T, V] float64, of a whole text computed at once."""
     model = Transformer(checkpoint.config).eval()
     load_weights(model, checkpoint.folder)
