@@ -14,7 +14,8 @@ from collections.abc import AsyncGenerator, Callable, Iterable
 from contextlib import aclosing
 from dataclasses import dataclass
 
-from expertmesh.launch.openai_api import MOST_ANSWERS, ApiError, GenerationBody, Said, Spelled
+from expertmesh.launch.openai_answer import Said, Spelled
+from expertmesh.launch.openai_api import MOST_ANSWERS, ApiError, GenerationBody
 from expertmesh.system.serve.constraint import Constraints
 from expertmesh.system.serve.request import EngineClient, FinishReason, Logprobs, Request
 from expertmesh.system.tokenizer import Tokenizer

@@ -6,9 +6,9 @@
 With an API key all of them but /health need it, as "Authorization: Bearer KEY", or in a browser as the password. A
 body has at most 32 MiB.
 
-What lies between prompt and text is in completion.py, the shape of the bodies in openai_api.py. Here are the routes,
-the errors (all in OpenAI's form), the event stream, and the watch on the caller's connection: a caller who leaves
-frees the engine at once, streamed or not.
+What lies between prompt and text is in completion.py, the shape of the bodies in openai_api.py and openai_answer.py.
+Here are the routes, the errors (all in OpenAI's form), the event stream, and the watch on the caller's connection: a
+caller who leaves frees the engine at once, streamed or not. /openapi.json tells programs every field and every status.
 """
 
 from __future__ import annotations
@@ -18,15 +18,16 @@ import hmac
 import json
 import time
 from base64 import b64decode
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import AsyncGenerator, Coroutine, Mapping
 from contextlib import aclosing, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fastapi import FastAPI, Request
+from fastapi import APIRouter, FastAPI, Request, Security
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from fastapi.security import HTTPBearer
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
@@ -34,66 +35,75 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from expertmesh.launch.completion import Completion
 from expertmesh.launch.metrics import Metrics, Observed
+from expertmesh.launch.openai_answer import (
+    ChatAnswer,
+    ChatCompletion,
+    CompletionAnswer,
+    Model,
+    ModelList,
+    Said,
+    TextCompletion,
+)
 from expertmesh.launch.openai_api import (
     ApiError,
-    ChatAnswer,
     ChatBody,
-    CompletionAnswer,
     CompletionBody,
+    ErrorAnswer,
     GenerationBody,
-    Said,
 )
 from expertmesh.system.serve.request import EngineClient
 from expertmesh.system.tokenizer import Tokenizer
 
 DASHBOARD = Path(__file__).with_name("dashboard.html")
 MOST_BODY_BYTES = 32 * 2**20  # a prompt of a million tokens as ids, and more
+BEARER = Security(HTTPBearer(auto_error=False))  # for /openapi.json alone: _Guard looks at the key, before the routes
 
 
 def build_app(engine: EngineClient, tokenizer: Tokenizer, model_name: str, api_key: str | None = None) -> FastAPI:
     """Build the server's app for one model, known to callers as `model_name`; with `api_key` they must have it."""
     app = FastAPI(title="expertmesh")
     app.add_middleware(_Guard, api_key=api_key)
+    keyed = APIRouter() if api_key is None else APIRouter(dependencies=[BEARER], responses=_errors(401))
     metrics = Metrics(model_name)
     engine = Observed(engine, metrics)
     for kind in (ApiError, RequestValidationError, HTTPException, Exception):
         app.add_exception_handler(kind, _answer_error)
-    card = {"id": model_name, "object": "model", "created": int(time.time()), "owned_by": "expertmesh"}
+    card: Model = {"id": model_name, "object": "model", "created": int(time.time()), "owned_by": "expertmesh"}
 
     def check_model(name: str) -> None:
         if name != model_name:
             message = f"no model {name!r} here; this server has {model_name!r}"
             raise ApiError(404, message, param="model", code="model_not_found")
 
-    @app.get("/health")
+    @app.get("/health", responses=_errors(503))
     async def health() -> dict[str, str]:
         """Say whether the engine behind this process answers: 503 where it does not."""
         if engine.down is not None:
             raise ApiError(503, f"the engine is gone: {engine.down}")
         return {"status": "ok"}
 
-    @app.get("/metrics")
+    @keyed.get("/metrics", response_class=Response, responses=_text("text/plain"))
     async def figures() -> Response:
         """Tell Prometheus what was counted so far."""
         return Response(await metrics.text(engine), media_type=CONTENT_TYPE_LATEST)
 
-    @app.get("/dashboard")
+    @keyed.get("/dashboard", response_class=Response, responses=_text("text/html"))
     async def dashboard() -> Response:
         """Show the figures to people, as they change."""
         return HTMLResponse(DASHBOARD.read_text())
 
-    @app.get("/v1/models")
-    async def models() -> dict[str, Any]:
+    @keyed.get("/v1/models")
+    async def models() -> ModelList:
         """List the one model."""
         return {"object": "list", "data": [card]}
 
-    @app.get("/v1/models/{name:path}")
-    async def model(name: str) -> dict[str, Any]:
+    @keyed.get("/v1/models/{name:path}", responses=_errors(404, "default"))
+    async def model(name: str) -> Model:
         """Describe the model."""
         check_model(name)
         return card
 
-    @app.post("/v1/completions")
+    @keyed.post("/v1/completions", responses=_generated(TextCompletion))
     async def completions(body: CompletionBody, request: Request) -> Response:
         """Continue one or more prompts, each a text or token ids."""
         check_model(body.model)
@@ -109,7 +119,7 @@ def build_app(engine: EngineClient, tokenizer: Tokenizer, model_name: str, api_k
         completion = await asyncio.to_thread(of_prompts)
         return await _respond(completion, answer, body, request)
 
-    @app.post("/v1/chat/completions")
+    @keyed.post("/v1/chat/completions", responses=_generated(ChatCompletion))
     async def chat_completions(body: ChatBody, request: Request) -> Response:
         """Write the assistant's next turn."""
         check_model(body.model)
@@ -123,7 +133,24 @@ def build_app(engine: EngineClient, tokenizer: Tokenizer, model_name: str, api_k
         completion = await asyncio.to_thread(of_chat)
         return await _respond(completion, answer, body, request)
 
+    app.include_router(keyed)
     return app
+
+
+def _errors(*statuses: int | str) -> dict[int | str, dict[str, Any]]:
+    """Naming "default" keeps FastAPI from promising a 422, which _answer_error makes a 400."""
+    return {status: {"model": ErrorAnswer} for status in statuses}
+
+
+def _text(media_type: str) -> dict[int | str, dict[str, Any]]:
+    return {200: {"content": {media_type: {"schema": {"type": "string"}}}}}
+
+
+def _generated(whole: Any) -> dict[int | str, dict[str, Any]]:
+    data = {"type": "string", "description": "JSON of a piece of the answer, or of an error; at the end [DONE]"}
+    event = {"type": "object", "properties": {"data": data}, "required": ["data"]}
+    streamed = {"text/event-stream": {"itemSchema": event}}
+    return {200: {"model": whole, "content": streamed}, **_errors(400, 404, 413, 503, "default")}
 
 
 async def _respond(
@@ -171,7 +198,7 @@ async def _events(completion: Completion, answer: CompletionAnswer, body: Genera
         yield _event(error.body())
 
 
-def _event(content: dict[str, Any]) -> str:
+def _event(content: Mapping[str, Any]) -> str:
     # ASCII only: many clients take U+2028 or U+0085 inside a text for the end of the line.
     return f"data: {json.dumps(content, separators=(',', ':'))}\n\n"
 
@@ -253,13 +280,15 @@ async def _while_connected(receive: Receive, work: Coroutine[Any, Any, Any]) -> 
 
 async def _answer_error(request: Request, error: Exception) -> Response:
     """Put any exception into OpenAI's form, with the status that clients decide by."""
+    headers = None
     if isinstance(error, RequestValidationError):
         error = _first_complaint(error)
     elif isinstance(error, HTTPException):
+        headers = error.headers  # Allow, where another method is
         error = ApiError(error.status_code, str(error.detail))
     elif not isinstance(error, ApiError):
         error = ApiError(500, f"the server failed: {type(error).__name__}")
-    return JSONResponse(error.body(), status_code=error.status)
+    return JSONResponse(error.body(), error.status, headers)
 
 
 def _first_complaint(error: RequestValidationError) -> ApiError:

@@ -1,19 +1,29 @@
-"""The OpenAI request and answer bodies this server understands, and nothing it does not.
+"""The OpenAI request bodies this server understands, and nothing it does not; and its errors.
 
 A field that would change the text and is not supported here is refused by name. A field that asks for nothing (null,
-or a value that means "as if absent") passes, and so do the few that are bookkeeping for OpenAI alone.
+or a value that means "as if absent") passes, and so do the few that are bookkeeping for OpenAI alone. The JSON schema
+of a body, which the server's OpenAPI tells, says all of this.
 """
 
 from __future__ import annotations
 
 import json
-import time
-import uuid
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple
+import re
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    model_validator,
+    with_config,
+)
+from typing_extensions import TypedDict  # pydantic takes no other before Python 3.12
 
-from expertmesh.system.serve.request import FinishReason, Sampling
+from expertmesh.system.serve.request import Sampling
 
 # These steer OpenAI's accounts, storage and caches, or tools that no request here can have; the text is the same.
 IGNORED = {
@@ -29,9 +39,23 @@ IGNORED = {
 }
 
 INT64 = 2**63
+DIGITS = "^[0-9]+$"
 MOST_LOGPROBS = 20  # alternatives told for each token
 MOST_ANSWERS = 256  # of one request: prompts times n
 MOST_SCHEMA = 2**18  # characters: an engine reads a schema while others wait
+
+
+class Error(TypedDict):
+    message: str
+    type: Literal["invalid_request_error", "server_error"]
+    param: str | None
+    code: str | None
+
+
+class ErrorAnswer(TypedDict):
+    """Every answer other than 200."""
+
+    error: Error
 
 
 class ApiError(Exception):
@@ -41,8 +65,9 @@ class ApiError(Exception):
         super().__init__(message)
         self.status, self.message, self.param, self.code = status, message, param, code
 
-    def body(self) -> dict[str, Any]:
+    def body(self) -> ErrorAnswer:
         """Build the JSON body, the same whether it is the whole answer or the last event of a stream."""
+        kind: Literal["invalid_request_error", "server_error"]
         kind = "invalid_request_error" if self.status < 500 else "server_error"
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
@@ -67,7 +92,7 @@ def _as_biases(value: Any) -> Any:
     """JSON has no numbers as keys: token ids come as texts."""
     if not isinstance(value, dict):
         return value
-    if not all(isinstance(key, int) or (isinstance(key, str) and key.isdecimal()) for key in value):
+    if not all(isinstance(key, int) or (isinstance(key, str) and re.fullmatch(DIGITS, key)) for key in value):
         raise ValueError("keys must be token ids")
     return {int(key): bias for key, bias in value.items()}
 
@@ -91,12 +116,23 @@ def _as_text(value: Any) -> Any:
     return "\n".join(part["text"] for part in value)
 
 
+def _tell_what_passes(schema: dict[str, Any], body: type[_Body]) -> None:
+    """Add to a body's JSON schema what it drops: null where a field may be absent, fields that change nothing."""
+    fields, null = schema["properties"], {"type": "null"}
+    for name in fields.keys() - set(schema.get("required", ())):
+        if null not in fields[name].get("anyOf", ()):
+            fields[name] = {"anyOf": [fields[name], null]}
+    fields |= {name: {"enum": [*values, None]} for name, values in body.without_effect.items()}
+    fields |= {name: {"description": "not looked at"} for name in sorted(body.ignored)}
+
+
 class _Body(BaseModel):
     """A JSON object that refuses fields it does not know; null means absent."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
-    # Values with which a field, otherwise unsupported, changes nothing.
+    model_config = ConfigDict(extra="forbid", strict=True, json_schema_extra=_tell_what_passes)
+    # Values with which a field, otherwise unsupported, changes nothing; and fields that never do.
     without_effect: ClassVar[dict[str, tuple[Any, ...]]] = {}
+    ignored: ClassVar[set[str]] = set()
 
     @model_validator(mode="before")
     @classmethod
@@ -106,7 +142,7 @@ class _Body(BaseModel):
         return {
             name: value
             for name, value in data.items()
-            if value is not None and value not in cls.without_effect.get(name, ())
+            if value is not None and value not in cls.without_effect.get(name, ()) and name not in cls.ignored
         }
 
 
@@ -122,7 +158,7 @@ class Schema(_Body):
 
     name: str = "answer"
     description: str = ""
-    schema_: dict[str, Any] | bool = Field(alias="schema")
+    schema_: dict[str, Any] = Field(alias="schema")
     strict: bool = True
 
 
@@ -148,15 +184,24 @@ class ResponseFormat(_Body):
         return json.dumps({"type": "object"} if self.json_schema is None else self.json_schema.schema_)
 
 
+_Stop = Annotated[str, Field(min_length=1)]
+_Stops = Annotated[list[_Stop], Field(max_length=4)]
+_Bias = Annotated[float, Field(ge=-100, le=100)]
+_Biases = Annotated[
+    dict[Annotated[str, Field(pattern=DIGITS)], _Bias], Field(json_schema_extra={"additionalProperties": False})
+]
+
+
 class GenerationBody(_Body):
     """What completions and chat have in common. `stop` is always a list here."""
 
+    ignored: ClassVar = IGNORED
     model: str
     temperature: float = Field(1.0, ge=0, le=2)
     top_p: float = Field(1.0, gt=0, le=1)
     top_k: int = Field(0, ge=0)
     n: int = Field(1, ge=1, le=16)
-    stop: Annotated[list[Annotated[str, Field(min_length=1)]], BeforeValidator(_as_list), Field(max_length=4)] = []
+    stop: Annotated[_Stops, BeforeValidator(_as_list, json_schema_input_type=_Stop | _Stops)] = []
     seed: int | None = Field(None, ge=-INT64, lt=INT64)
     stream: bool = False
     stream_options: StreamOptions | None = None
@@ -167,14 +212,9 @@ class GenerationBody(_Body):
     presence_penalty: float = Field(0.0, ge=-2, le=2)
     frequency_penalty: float = Field(0.0, ge=-2, le=2)
     repetition_penalty: float = Field(1.0, gt=0, le=10)
-    logit_bias: Annotated[dict[int, Annotated[float, Field(ge=-100, le=100)]], BeforeValidator(_as_biases)] = {}
+    logit_bias: Annotated[dict[int, _Bias], BeforeValidator(_as_biases, json_schema_input_type=_Biases)] = {}
     stop_token_ids: list[int] = []
     response_format: ResponseFormat | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _drop_ignored(cls, data: Any) -> Any:
-        return {name: data[name] for name in data if name not in IGNORED} if isinstance(data, dict) else data
 
     @model_validator(mode="after")
     def _options_need_stream(self) -> GenerationBody:
@@ -228,10 +268,14 @@ class GenerationBody(_Body):
         ]
 
 
+_Several = Field(min_length=1)
+_Prompt = str | Annotated[list[str], _Several] | Annotated[list[int], _Several] | Annotated[list[list[int]], _Several]
+
+
 class CompletionBody(GenerationBody):
     """POST /v1/completions. `prompt` is always a list here, of texts and of token id lists."""
 
-    prompt: Annotated[list[str | list[int]], PlainValidator(_as_prompts)]
+    prompt: Annotated[list[str | list[int]], PlainValidator(_as_prompts, json_schema_input_type=_Prompt)]
     max_tokens: int | None = Field(None, ge=0)  # 0: with echo, the prompt alone
     echo: bool = False
     logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
@@ -250,11 +294,19 @@ class CompletionBody(GenerationBody):
         return min(16, room) if self.max_tokens is None else self.max_tokens
 
 
+@with_config(extra="ignore")
+class TextPart(TypedDict):
+    type: Literal["text"]
+    text: str
+
+
 class Message(_Body):
     """One turn of a chat; `developer` is OpenAI's newer name for `system`."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[str, BeforeValidator(_as_text), AfterValidator(_encodable)]
+    content: Annotated[
+        str, BeforeValidator(_as_text, json_schema_input_type=str | list[TextPart]), AfterValidator(_encodable)
+    ]
 
     def for_template(self) -> dict[str, str]:
         """Give the form chat templates are written for."""
@@ -289,105 +341,3 @@ class ChatBody(GenerationBody):
     def max_tokens_for(self, room: int) -> int:
         """max_completion_tokens, or its older name, or all the room."""
         return self.max_completion_tokens or self.max_tokens or room
-
-
-class Spelled(NamedTuple):
-    """A token as it is written; half a character is U+FFFD in the text, and itself in the bytes."""
-
-    text: str
-    bytes: bytes
-
-
-class Said(NamedTuple):
-    """A token of a text, and how likely it was."""
-
-    token: Spelled
-    offset: int  # characters of the choice's text before it
-    logprob: float | None  # None: the first token of a prompt, which nothing comes before
-    top: list[tuple[Spelled, float]]  # the likeliest tokens there
-
-
-class CompletionAnswer:
-    """The answer bodies of one completion request; `chunk` is one event of a stream, `whole` all of it at once."""
-
-    id_prefix, whole_object, chunk_object = "cmpl", "text_completion", "text_completion"
-
-    def __init__(self, model: str) -> None:
-        self.id = f"{self.id_prefix}-{uuid.uuid4().hex}"
-        self._head = {"id": self.id, "created": int(time.time()), "model": model}
-
-    def whole(self, choices: list[dict[str, Any]], usage: dict[str, int]) -> dict[str, Any]:
-        """Build the one JSON body of an answer that is not streamed."""
-        return {**self._head, "object": self.whole_object, "choices": choices, "usage": usage}
-
-    def chunk(self, choices: list[dict[str, Any]], **usage: dict[str, int] | None) -> dict[str, Any]:
-        """Build one event; `usage` appears only if the caller asked for it, null in all events but the last."""
-        return {**self._head, "object": self.chunk_object, "choices": choices, **usage}
-
-    def opening(self, index: int) -> list[dict[str, Any]]:
-        """Choices of the event that opens choice `index`; empty if none does."""
-        return []
-
-    def choice(
-        self, index: int, text: str, finish_reason: FinishReason | None, said: list[Said] | None
-    ) -> dict[str, Any]:
-        """Build a finished choice. `said`: its tokens, where log-probabilities were asked for."""
-        return {"index": index, "text": text, "logprobs": _of_completion(said), "finish_reason": finish_reason}
-
-    def delta(
-        self, index: int, text: str, finish_reason: FinishReason | None, said: list[Said] | None
-    ) -> dict[str, Any]:
-        """Build the next piece of a choice."""
-        return self.choice(index, text, finish_reason, said)
-
-
-class ChatAnswer(CompletionAnswer):
-    """The same for a chat."""
-
-    id_prefix, whole_object, chunk_object = "chatcmpl", "chat.completion", "chat.completion.chunk"
-
-    def opening(self, index: int) -> list[dict[str, Any]]:
-        """Say whose turn it is before the first text."""
-        delta = {"role": "assistant", "content": "", "refusal": None}
-        return [{"index": index, "delta": delta, "logprobs": None, "finish_reason": None}]
-
-    def choice(
-        self, index: int, text: str, finish_reason: FinishReason | None, said: list[Said] | None
-    ) -> dict[str, Any]:
-        """Build a finished choice."""
-        message = {"role": "assistant", "content": text, "refusal": None}
-        return {"index": index, "message": message, "logprobs": _of_chat(said), "finish_reason": finish_reason}
-
-    def delta(
-        self, index: int, text: str, finish_reason: FinishReason | None, said: list[Said] | None
-    ) -> dict[str, Any]:
-        """Build the next piece of a choice; the last one has a finish reason and no content."""
-        delta = {"content": text} if text else {}
-        return {"index": index, "delta": delta, "logprobs": _of_chat(said), "finish_reason": finish_reason}
-
-
-def _of_completion(said: list[Said] | None) -> dict[str, Any] | None:
-    if said is None:
-        return None
-    return {
-        "tokens": [one.token.text for one in said],
-        "token_logprobs": [one.logprob for one in said],
-        "top_logprobs": [
-            None
-            if one.logprob is None
-            else {spelled.text: logprob for spelled, logprob in [(one.token, one.logprob), *one.top]}
-            for one in said
-        ],
-        "text_offset": [one.offset for one in said],
-    }
-
-
-def _of_chat(said: list[Said] | None) -> dict[str, Any] | None:
-    if said is None:
-        return None
-
-    def entry(token: Spelled, logprob: float | None) -> dict[str, Any]:
-        return {"token": token.text, "logprob": logprob, "bytes": list(token.bytes)}
-
-    content = [entry(one.token, one.logprob) | {"top_logprobs": [entry(*top) for top in one.top]} for one in said]
-    return {"content": content, "refusal": None}

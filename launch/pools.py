@@ -19,6 +19,7 @@ class Pools(NamedTuple):
 def check_pools(model: ModelConfig, config: ServeConfig, attention: int | None, ffn: int | None) -> Pools | None:
     """The pools that were asked for; None: joined. Raises ValueError for what the model cannot be served with."""
     build_drafter(config, model)
+    config.skipping(model)
     if attention is None and ffn is None:
         return None
     pools = Pools(1 if attention is None else attention, 1 if ffn is None else ffn)

@@ -66,19 +66,25 @@ def steps_to_the_end(engine: Engine, wanted: list[Request]) -> Iterator[list[Out
     assert engine.counts().pages_used == 0, "a page was lost"
 
 
-def split_in_threads(
-    checkpoint: Checkpoint, config: ServeConfig, attention: int, ffn: int, wanted: list[Request]
-) -> list[Answers]:
-    """What each attention worker says; all workers in threads of this process, everything on the links as ever.
+def pools_in_threads(
+    checkpoint: Checkpoint, config: ServeConfig, attention: int, ffn: int
+) -> tuple[list[EngineLoop], list[Thread]]:
+    """The attention workers and the threads of the FFN workers, which end after them; on the links all is as ever.
 
     Micro-batches of a single token are in flight, too.
     """
     config = config.model_copy(update={"micro_batch_tokens": 1})
-    store = dist.HashStore()
+    pool, store = FFNPool(ffn), dist.HashStore()
     store.set_timeout(timedelta(seconds=30))
-    pool = FFNPool(ffn)
     answering = answer_in_threads(checkpoint, config, pool, attention, store)
-    loops = [AttentionWorker(checkpoint, config, rank, pool, store).loop for rank in range(attention)]
+    return [AttentionWorker(checkpoint, config, rank, pool, store).loop for rank in range(attention)], answering
+
+
+def split_in_threads(
+    checkpoint: Checkpoint, config: ServeConfig, attention: int, ffn: int, wanted: list[Request]
+) -> list[Answers]:
+    """What each attention worker says; all workers in threads of this process."""
+    loops, answering = pools_in_threads(checkpoint, config, attention, ffn)
     said: list[Answers] = [{} for _ in loops]
 
     def ask(rank: int) -> None:

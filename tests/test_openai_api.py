@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jsonschema_rs
 import pytest
 from pydantic import ValidationError
 
@@ -36,6 +37,13 @@ def test_fields_without_effect_pass(base: dict[str, Any], extra: dict[str, Any])
         assert body == kind.model_validate(base)
 
 
+@pytest.mark.parametrize(("base", "extra"), NEUTRAL)
+def test_the_json_schema_tells_what_passes(base: dict[str, Any], extra: dict[str, Any]) -> None:
+    schema = (CompletionBody if base is COMPLETION else ChatBody).model_json_schema()
+    assert jsonschema_rs.is_valid(schema, base | extra)
+    assert not any(jsonschema_rs.is_valid(schema, base | wrong) for wrong in ({"max_token": 5}, {"tools": [{}]}))
+
+
 REFUSED = [
     (COMPLETION, "logprobs", 21),
     (COMPLETION, "logprobs", -1),
@@ -48,6 +56,7 @@ REFUSED = [
     (COMPLETION, "min_tokens", -1),
     (COMPLETION, "stop_token_ids", ["1"]),
     (COMPLETION, "logit_bias", {"a": 1}),
+    (COMPLETION, "logit_bias", {"\u0663": 1}),  # a 3 to Python
     (COMPLETION, "logit_bias", {"1": 101}),
     (COMPLETION, "logit_bias", {"1": "5"}),
     (COMPLETION, "logit_bias", [1]),
@@ -60,6 +69,7 @@ REFUSED = [
     (CHAT, "response_format", {"type": "json_schema"}),
     (CHAT, "response_format", {"type": "json_object", "json_schema": {"name": "a", "schema": {}}}),
     (COMPLETION, "response_format", {"type": "json_schema", "json_schema": {"name": "a"}}),
+    (COMPLETION, "response_format", {"type": "json_schema", "json_schema": {"name": "a", "schema": True}}),
     (CHAT, "frequency_penalty", -2.1),
     (CHAT, "echo", True),
     (CHAT, "reasoning_effort", "low"),

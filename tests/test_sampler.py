@@ -126,12 +126,22 @@ def test_penalties_and_biases(sampling, added, reason):
     assert logits_V.tolist() == [1.0, -2.0, 3.0, -4.0, 0.0], "the logits are left alone"
 
 
+def test_an_answer_of_which_every_token_is_an_end_may_end():
+    place = Place(Sampling(1, min_tokens=5), 0, SEEN, 3, frozenset(ALL))
+    assert torch.equal(penalised(LOGITS, place), LOGITS) and draw(LOGITS, place) in ALL
+
+
 def test_repetition_penalty_counts_the_prompt_too():
     logits_V = torch.tensor([1.0, -2.0, 3.0, -4.0, 0.0], dtype=torch.float64)
     place = Place(Sampling(1, repetition_penalty=2.0), 0, SEEN, 3)
     assert penalised(logits_V, place).tolist() == [0.5, -2.0, 1.5, -8.0, 0.0]
     bias_first = Place(Sampling(1, repetition_penalty=2.0, logit_bias={3: 6.0}, presence_penalty=1), 0, SEEN, 3)
     assert penalised(logits_V, bias_first).tolist() == [-0.5, -2.0, 0.5, 1.0, 0.0], "bias, repetition, presence"
+
+
+def test_a_reward_beyond_float64_is_only_a_reward():
+    likely = Sampling(1, repetition_penalty=5e-324, logit_bias={0: 9.0})
+    assert draw(LOGITS, Place(likely, 0, [0], 1)) == 0
 
 
 def test_a_batch_is_its_rows_one_by_one():

@@ -39,7 +39,10 @@ class Block(nn.Module):
         """`previous`: what the MoE layer before decided."""
         y_TD, attentions = self.self_attn(self.input_layernorm(x_TD), context)
         x_TD = x_TD + y_TD
-        x_TD, experts = self.second_half(x_TD, previous, context)
+        if context.skip is None:
+            x_TD, experts = self.second_half(x_TD, previous, context)
+        else:
+            x_TD, experts = context.skip(self.second_half, x_TD, previous, context)
         return x_TD, Decisions(experts, attentions)
 
     def second_half(

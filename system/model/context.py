@@ -14,6 +14,7 @@ from expertmesh.parallel.dispatchers import Dispatcher
 from expertmesh.parallel.sequence_split import SequenceSplit
 from expertmesh.parallel.token_split import TokenSplit
 from expertmesh.system.model.attend import Attend
+from expertmesh.system.model.skip_ffn import FFNSkip
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,7 @@ class Context(NamedTuple):
     layer: int = 0  # the one that is being computed
     spread: Spread | None = None  # the tokens are a part of all tokens of the sequences; None: they are all of them
     replay: Mapping[int, torch.Tensor] | None = None  # by layer, the experts that its tokens use; None: routers choose
+    skip: FFNSkip | None = None  # which tokens go past the FFN half of a layer; None: no token does
 
 
 class ExpertContext(NamedTuple):

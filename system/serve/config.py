@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from expertmesh.parallel.recipe_section import RecipeSection
 from expertmesh.parallel.wire import WireName
+from expertmesh.system.model.config import ModelConfig
+from expertmesh.system.model.skip_ffn import SkipRule
+
+
+class Skipping(NamedTuple):
+    """FFN skipping of a model: the rule, and from which token of an answer on."""
+
+    rule: SkipRule
+    after: int
 
 
 class ServeConfig(RecipeSection):
@@ -41,10 +50,34 @@ class ServeConfig(RecipeSection):
     rebalance_s: float | None = Field(
         None, gt=0, description="seconds after which experts are placed anew by their load, if it pays; null: never"
     )
+    skip_ffn_above: float | None = Field(
+        None, description="cosine of a token before and after an FFN from which on it goes past some; null: past none"
+    )
+    skip_ffn_layers: int = Field(2, ge=1, description="FFNs that it goes past before the cosine is measured again")
+    skip_ffn_cold: int = Field(4, ge=0, description="first and last layers whose FFN no token goes past")
+    skip_ffn_after: int = Field(2, ge=0, description="first tokens of an answer that go past no FFN")
     exchange_timeout_s: float = Field(60.0, gt=0, description="longest wait for an FFN worker's answer")
 
     recover_s: float = Field(60.0, ge=0, description="longest wait for a new FFN worker where one died")
     restarts: int = Field(8, ge=0, description="workers started again before those that are left go on alone")
+
+    @model_validator(mode="after")
+    def _pages_are_of_one_kind(self) -> ServeConfig:
+        if self.skip_ffn_above is not None and self.prefix_cache:
+            raise ValueError("skip_ffn_above goes with prefix_cache=false: a prompt's pages are not those of an answer")
+        return self
+
+    def skipping(self, model: ModelConfig) -> Skipping | None:
+        """Which tokens of this model go past FFNs. Raises ValueError for one that has none to go past."""
+        if self.skip_ffn_above is None:
+            return None
+        if model.block == "parallel" or model.depth is not None:
+            raise ValueError("serve.skip_ffn_above: it goes with block=sequential and without depth")
+        warm = range(self.skip_ffn_cold, model.layers - self.skip_ffn_cold)
+        if len(warm) < 2:
+            ends = f"serve.skip_ffn_cold={self.skip_ffn_cold} at both ends"
+            raise ValueError(f"{ends}: of {model.layers} layers that leaves no FFN to go past")
+        return Skipping(SkipRule(self.skip_ffn_above, self.skip_ffn_layers, warm), self.skip_ffn_after)
 
     def room(self, context_length: int) -> int:
         """Tokens of the longest request, answer included."""

@@ -123,7 +123,9 @@ class Engine:
         )
         self._room = min(self.context_length, pages * size)
         self._done: queue.SimpleQueue[tuple[_Lane, Result | BaseException] | None] = queue.SimpleQueue()
-        self.runner = runner = Runner(model, self.cache, eos_ids, device, turns, drafter, constraints)
+        self.runner = runner = Runner(
+            *(model, self.cache, eos_ids, device, turns, drafter, constraints, config.skipping(model.config))
+        )
         self._constraints = constraints
         self.timeline = turns.timeline
         self._lanes = [_Lane(runner, dispatcher, self._done, i) for i, dispatcher in enumerate(dispatchers)]

@@ -13,7 +13,9 @@ import torch
 from expertmesh.parallel.dispatchers import Dispatcher
 from expertmesh.parallel.timeline import Turns
 from expertmesh.system.model.context import Context, Decisions
+from expertmesh.system.model.skip_ffn import FFNSkip
 from expertmesh.system.model.transformer import ModelOutput, Transformer
+from expertmesh.system.serve.config import Skipping
 from expertmesh.system.serve.constraint import Constraints
 from expertmesh.system.serve.draft import NO_DRAFTS, Drafter
 from expertmesh.system.serve.kv_cache import KVCache, PagedAttend, Span, plan
@@ -41,13 +43,16 @@ class Runner:
         turns: Turns,
         drafter: Drafter = NO_DRAFTS,
         constraints: Constraints | None = None,
+        skipping: Skipping | None = None,
     ) -> None:
         self.model, self.cache, self.eos_ids = model, cache, frozenset(eos_ids)
+        self.skipping = skipping
         self.drafter, self.constraints = drafter, constraints
         self.device, self.turns = device, turns
         config = model.config
-        self._loads = {
-            i: torch.zeros(config.moe_of(i).num_experts, dtype=torch.float64, device=device) for i in config.moe_layers
+        self._loads = {  # the last of each: choices of tokens that went past its FFN half
+            i: torch.zeros(config.moe_of(i).num_experts + 1, dtype=torch.float64, device=device)
+            for i in config.moe_layers
         }
 
     @torch.inference_mode()
@@ -63,20 +68,38 @@ class Runner:
                 for token in [*s.token_ids[start : start + length], *draft]
             ]
             spans = [Span(piece.sequence.pages, piece.start, piece.rows) for piece in pieces]
-            hidden_TD, decisions = self._forward(tokens, spans, dispatcher)
+            hidden_TD, decisions = self._forward(tokens, spans, dispatcher, skip=self._skip(pieces))
             self._count(decisions)
             hidden = list(hidden_TD.split([piece.rows for piece in pieces]))
             return Result(self._drawn(pieces, hidden, drafts), self._told(pieces, hidden))
 
     def loads(self) -> dict[int, list[int]]:
         """For each layer with experts, how many choices each of them served so far; FFN experts come first."""
-        return {layer: load_N.long().tolist() for layer, load_N in self._loads.items()}
+        return {layer: load_N[:-1].long().tolist() for layer, load_N in self._loads.items()}
 
-    def _forward(self, tokens: list[int], spans: list[Span], dispatcher: Dispatcher, width: float = 1.0) -> ModelOutput:
+    def _skip(self, pieces: list[Piece]) -> FFNSkip | None:
+        """Which tokens may go past FFN halves: decided by their place in the text, however it comes to be computed."""
+        if self.skipping is None:
+            return None
+        may = [
+            piece.start + row >= len(piece.sequence.request.prompt_token_ids) + self.skipping.after
+            for piece in pieces
+            for row in range(piece.rows)
+        ]
+        return FFNSkip(self.skipping.rule, torch.tensor(may, device=self.device))
+
+    def _forward(
+        self,
+        tokens: list[int],
+        spans: list[Span],
+        dispatcher: Dispatcher,
+        width: float = 1.0,
+        skip: FFNSkip | None = None,
+    ) -> ModelOutput:
         """The model over the new tokens of some sequences, in order."""
         positions = [span.start + i for span in spans for i in range(span.length)]
         attend = PagedAttend(self.cache, plan(self.cache, spans))
-        context = Context(torch.tensor(positions, device=self.device), attend, dispatcher, width=width)
+        context = Context(torch.tensor(positions, device=self.device), attend, dispatcher, width=width, skip=skip)
         return self.model(torch.tensor(tokens, device=self.device), context)
 
     def _draft(self, pieces: list[Piece], dispatcher: Dispatcher) -> list[list[int]]:

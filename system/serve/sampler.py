@@ -25,6 +25,8 @@ import torch
 
 from expertmesh.system.serve.request import Logprobs, Sampling, TokenLogprob
 
+LARGEST = torch.finfo(torch.float64).max / 2  # of a logit: what is taken from it leaves it finite
+
 
 class Place(NamedTuple):
     """Where a token is drawn: after `token_ids`, the first `prompt` of which are the prompt."""
@@ -84,23 +86,24 @@ def draw(logits_V: torch.Tensor, place: Place) -> int:
 def penalised(logits_V: torch.Tensor, place: Place) -> torch.Tensor:
     """A copy of the logits with steps 0 to 3 done."""
     sampling, logits_V = place.sampling, logits_V.clone()
-    may_go_on = True
     if place.allowed_V is not None:  # a model may have more logits than its tokenizer has tokens
         allowed_V = torch.zeros(len(logits_V), dtype=torch.bool).masked_scatter(
             torch.arange(len(logits_V)) < len(place.allowed_V), place.allowed_V
         )
         logits_V.masked_fill_(~allowed_V, -torch.inf)
-        may_go_on = bool(allowed_V.sum() > allowed_V[list(place.ends)].sum())
     answer = place.token_ids[place.prompt :]
     for token_id, bias in sampling.logit_bias.items():
         logits_V[token_id] += bias
-    if place.ends and may_go_on and len(answer) < sampling.min_tokens:
-        logits_V[list(place.ends)] = -torch.inf
+    if place.ends and len(answer) < sampling.min_tokens:
+        going_on_V = logits_V.index_fill(0, torch.tensor(list(place.ends)), -torch.inf)
+        if going_on_V.max() > -torch.inf:  # else nothing but an end may come
+            logits_V = going_on_V
     if sampling.repetition_penalty != 1:
         seen = torch.tensor(sorted(set(place.token_ids)))
         seen_logits = logits_V[seen]
         factor = torch.where(seen_logits > 0, 1 / sampling.repetition_penalty, sampling.repetition_penalty)
-        logits_V[seen] = seen_logits * factor
+        # A penalty near 0 passes float64: without a largest finite logit, no difference to it is a number.
+        logits_V[seen] = (seen_logits * factor).clamp(max=LARGEST)
     if answer and (sampling.frequency_penalty or sampling.presence_penalty):
         times = Counter(answer)
         counts = torch.tensor(list(times.values()), dtype=logits_V.dtype)
