@@ -252,8 +252,8 @@ def place_pools(address: str, nodes: list[int], labelled: int, label: dict[str, 
         told = r"2 workers of 0.5 CPU on nodes with node=\d, each on .* has room for 1: .*\(node=\d\) has 1 CPU, 0 GPU"
         with pytest.raises(WorkerFailed, match=told):
             holding(label, "STRICT_SPREAD")
+        others = Pool("others", FFNRole, len(nodes) - 1, 1, "", 0)
         ray_cluster.PLACEMENT_TIMEOUT_S = 2
-        others = Pool("ffn", FFNRole, len(nodes) - 1, 1, "", 0)
         with pytest.raises(WorkerFailed, match=r"did not come free within 2 s: .* has 0 of 1 CPU free"):
             holding({}, "STRICT_SPREAD")
         others.stop()
