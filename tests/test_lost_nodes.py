@@ -23,16 +23,16 @@ from typing import Any
 import psutil
 import pytest
 from commands import TINY_RECIPE, expertmesh_json, start_expertmesh
-from serving import requests
+from serving import requests, streamed
 from tiny import prepare_tiny_data, tiny_model, write_random_checkpoint
 
 from expertmesh.launch import local_cluster, ray_cluster
-from expertmesh.launch.client import Client
 from expertmesh.launch.event_log import read_events
 from expertmesh.launch.local_cluster import LocalCluster
+from expertmesh.launch.pools import Pools
 from expertmesh.launch.ray_cluster import Pool, WorkerFailed, cluster
 from expertmesh.launch.roles import FFNRole
-from expertmesh.launch.serving import Pools, bring_up, look_at
+from expertmesh.launch.serving import bring_up, look_at
 from expertmesh.launch.status import status_of
 from expertmesh.system.serve.config import ServeConfig
 
@@ -190,31 +190,17 @@ def test_a_job_shrinks_to_the_nodes_that_are_left(nodes, folder):
     assert len(json.loads(result)["losses"]) == 60
 
 
-async def texts(client: Client, happens: Callable[[], None] | None) -> list[list[int]]:
-    """What is said; it happens when every request has three tokens."""
-    said: list[list[int]] = [[] for _ in requests()]
-    reached = asyncio.Event()
-
-    async def ask(place: int) -> None:
-        async for output in client.generate(requests()[place]):
-            said[place].append(output.token_id)
-            if all(len(text) >= 3 for text in said):
-                reached.set()
-
-    asking = [asyncio.create_task(ask(place)) for place in range(len(said))]
-    await reached.wait()
-    if happens is not None:
-        happens()
-    await asyncio.gather(*asking)
-    return said
-
-
 async def outlive(checkpoint: Path, address: str, nodes: list[int]) -> int:
     """Returns the node that was killed."""
-    async with bring_up(look_at(checkpoint), Pools(1, 2), ServeConfig(exchange_timeout_s=2.0), address) as client:
-        whole = await texts(client, None)
+    async with bring_up(look_at(checkpoint), Pools(1, 2), ServeConfig(exchange_timeout_s=2.0), address) as service:
+        client = service.client
+        whole = await streamed(client, requests())
         lost = next(node for node in nodes[1:] if works(node, "FFNRole"))
-        assert await texts(client, lambda: strike(lost, signal.SIGKILL)) == whole
+
+        async def meanwhile() -> None:
+            strike(lost, signal.SIGKILL)
+
+        assert await streamed(client, requests(), meanwhile) == whole
         assert not any(one.pages_used for one in await client.counts()), "a page was lost"
         assert sum(works(node, "FFNRole") for node in nodes) == 2
     return lost
@@ -240,7 +226,7 @@ def test_texts_outlive_a_node(nodes, tmp_path):
 def place_pools(address: str, nodes: list[int], labelled: int, label: dict[str, str]) -> None:
     def holding(where: dict[str, str], strategy: str) -> list[int]:
         pool = Pool("ffn", FFNRole, 2, 0.5, "", 0, where=where, strategy=strategy)
-        pool.await_started()
+        pool.await_started(range(2))
         found = [node for node in nodes if works(node, "FFNRole")]
         pool.stop()
         wait_until(lambda: not any(works(node, "FFNRole") for node in nodes), "they do not end", ENDS_S)
