@@ -153,7 +153,7 @@ def test_a_worker_that_comes_again_is_found_at_its_new_place(store):
 
 def test_nobody_there():
     store = dist.HashStore()
-    store.set("ffn-4", f"127.0.0.1 1 {bytes(16).hex()}")
+    store.set(Seat(4).key, f"127.0.0.1 1 {bytes(16).hex()}")
     with pytest.raises(LinkBroken, match="FFN worker 4 is gone"):
         connect(store, 0, Seat(4), 0, WAIT)
 
