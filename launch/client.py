@@ -134,6 +134,11 @@ class Client:
         return [number for number, member in self._members.items() if member.failed is None]
 
     @property
+    def gone(self) -> list[int]:
+        """Those that failed and do not come back."""
+        return [n for n, member in self._members.items() if member.failed is not None and member.coming is None]
+
+    @property
     def down(self) -> str | None:
         """Why no worker answers any more; None where one does, or will soon."""
         if self._coming or self.alive:

@@ -113,9 +113,14 @@ class SplitService:
                 return Scaled(*self.pools, round(pauses.longest, 3))
 
     async def _shrink_attention(self, count: int) -> None:
+        for rank in self.client.gone:
+            await self._end_attention(rank)
         for rank in self.client.workers[count:]:
-            await self.client.remove(rank)
-            self._attention.end(rank)
+            await self._end_attention(rank)
+
+    async def _end_attention(self, rank: int) -> None:
+        await self.client.remove(rank)
+        self._attention.end(rank)
 
     async def _grow_attention(self, count: int) -> None:
         more = count - len(self.client.workers)

@@ -125,9 +125,20 @@ class LastingLink:
         `patience`: seconds within which somebody must be reached.
         """
         self._dial, self._report, self._patience = dial, report, patience
-        self._link, self._address = dial("")
+        self._link, self._address = self._first()
         self._asked: list[Buffer] = []
         self._unsent: OSError | None = None
+
+    def _first(self) -> tuple[Link, str]:
+        """Whoever said where it is may be gone by now, and the next one be on its way."""
+        until = time.monotonic() + self._patience
+        while True:
+            try:
+                return self._dial("")
+            except OSError:
+                if time.monotonic() >= until:
+                    raise
+                time.sleep(RETRY_S)
 
     def send(self, buffers: Sequence[Buffer]) -> None:
         self._asked = list(buffers)

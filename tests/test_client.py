@@ -208,7 +208,9 @@ def test_a_request_moves_on_from_a_worker_that_is_asked_no_more():
                     assert client.alive == [added]
             assert texts == WHOLE
             assert len(await client.counts()) == 5 and await client.loads() == {0: [5, 10]}
-            assert client.down is None
+            assert client.down is None and client.gone == []
+            client.lose(4, RuntimeError("killed"))
+            assert client.gone == [4]
             await client.remove(4)
             assert client.down == "it has no worker"
 

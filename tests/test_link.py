@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 from contextlib import suppress
 from datetime import timedelta
-from threading import Thread
+from threading import Thread, Timer
 from time import sleep
 
 import pytest
@@ -156,6 +156,18 @@ def test_nobody_there():
     store.set(Seat(4).key, f"127.0.0.1 1 {bytes(16).hex()}")
     with pytest.raises(LinkBroken, match="FFN worker 4 is gone"):
         connect(store, 0, Seat(4), 0, WAIT)
+
+
+def test_who_comes_is_waited_for_from_the_beginning(store):
+    """The address that is there is of one that has gone; the next comes a moment later."""
+    store.set(Seat(0).key, f"127.0.0.1 1 {bytes(16).hex()}")
+    coming: list[Listener] = []
+    late = Timer(0.2, lambda: coming.append(Listener(store, Seat(0))))
+    late.start()
+    attention = connect(store, 0, Seat(0), 0, WAIT, patience=20)
+    late.join()
+    coming[0].accept()
+    attention.close()
 
 
 def come_when_another_is_silent(store: dist.Store, asked: memoryview) -> None:
