@@ -86,7 +86,7 @@ def test_an_idle_worker_changes_over_at_once(checkpoint, joined, store):
 def test_a_pool_that_is_not_reached_changes_nothing(checkpoint, joined, store):
     present, absent = FFNPool(1), FFNPool(2, 1)
     answering = answer_in_threads(checkpoint, CONFIG, present, 1, store)
-    worker = AttentionWorker(checkpoint, CONFIG, 0, present, store)
+    worker = AttentionWorker(checkpoint, CONFIG.model_copy(update={"recover_s": 0.1}), 0, present, store)
     for ffn in range(2):
         assert not has_come(store, Seat(ffn, 1))
         Listener(store, Seat(ffn, 1)).close()
