@@ -108,9 +108,9 @@ class AttentionWorker:
         device = choose_device().name
         self._config, self._rank, self._store = config, rank, store
         self._shared = Shared(wire_layout(checkpoint, config, device), Turns(Timeline(trace)), Traffic())
+        model = held(Transformer(checkpoint.config, expert_size=0), checkpoint, device)  # while the pool loads, too
         self._present = _Linked(pool, self._link_up(pool))
         self._prepared: _Linked | None = None
-        model = held(Transformer(checkpoint.config, expert_size=0), checkpoint, device)
         tokenizer = Tokenizer.load(checkpoint.folder)
         drafter = build_drafter(config, checkpoint.config)
         dispatchers, shared = self._dispatchers(self._present), self._shared
