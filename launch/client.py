@@ -17,7 +17,7 @@ from typing import Any, Protocol
 from expertmesh.parallel.timeline import Busy, stages
 from expertmesh.system.serve.engine import EngineCounts
 from expertmesh.system.serve.loop import EngineLoop
-from expertmesh.system.serve.request import Output, Request
+from expertmesh.system.serve.request import Failure, Output, Request, RequestFailed
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ class EngineWorker(Protocol):
         """For each layer with experts, how many choices each of them served so far; FFN experts come first."""
         ...
 
-    def outputs(self) -> AsyncIterator[list[Output]]:
+    def outputs(self) -> AsyncIterator[list[Output | Failure]]:
         """One list for each step of the engine."""
         ...
 
@@ -77,7 +77,7 @@ class LocalWorker:
     async def loads(self) -> dict[int, list[int]]:
         return self._loop.loads()
 
-    async def outputs(self) -> AsyncIterator[list[Output]]:
+    async def outputs(self) -> AsyncIterator[list[Output | Failure]]:
         batches = self._loop.outputs()
         while (batch := await asyncio.to_thread(next, batches, None)) is not None:
             yield batch
@@ -88,7 +88,7 @@ class _Member:
 
     def __init__(self, worker: EngineWorker) -> None:
         self.worker = worker
-        self.open: dict[str, asyncio.Queue[Output | Exception]] = {}
+        self.open: dict[str, asyncio.Queue[Output | Failure | Exception]] = {}
         self.reader: asyncio.Task[None] | None = None
         self.failed: Exception | None = None
         self.coming: asyncio.Task[None] | None = None  # while it is started again
@@ -186,7 +186,8 @@ class Client:
         """Yield the tokens of `request`; closing early cancels it.
 
         When its worker fails, another goes on where it was: it computes the text so far again, and then says what the
-        first would have said. Raises RuntimeError where none is left, or where MOVES of them failed with it.
+        first would have said. Raises RuntimeError where none is left, or where MOVES of them failed with it, and
+        RequestFailed where its worker says so.
         """
         if request.sampling.seed is None:  # drawn here, so that all workers draw alike
             request = replace(request, sampling=replace(request.sampling, seed=secrets.randbits(62)))
@@ -215,7 +216,7 @@ class Client:
 
     async def _on(self, number: int, request: Request) -> AsyncGenerator[Output, None]:
         """What one worker says. Raises _WorkerLost, or _Moved where it is asked no more."""
-        queue: asyncio.Queue[Output | Exception] = asyncio.Queue()
+        queue: asyncio.Queue[Output | Failure | Exception] = asyncio.Queue()
         member = self._members[number]
         member.open[request.id] = queue
         finished = False
@@ -233,7 +234,9 @@ class Client:
                     raise output
                 if isinstance(output, Exception):
                     raise _WorkerLost(str(output)) from output
-                finished = output.finish_reason is not None
+                finished = output.is_last
+                if isinstance(output, Failure):
+                    raise RequestFailed(output.why)
                 yield output
         finally:
             del member.open[request.id]

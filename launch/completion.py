@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from expertmesh.launch.openai_answer import Said, Spelled
 from expertmesh.launch.openai_api import MOST_ANSWERS, ApiError, GenerationBody
 from expertmesh.system.serve.constraint import Constraints
-from expertmesh.system.serve.request import EngineClient, FinishReason, Logprobs, Request
+from expertmesh.system.serve.request import EngineClient, FinishReason, Logprobs, Request, RequestFailed
 from expertmesh.system.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -126,7 +126,10 @@ class Completion:
         }
 
     async def pieces(self) -> AsyncGenerator[Piece, None]:
-        """Run all choices and yield their pieces. ApiError 503 if the engine fails; the other choices end with it."""
+        """Run all choices and yield their pieces. The other choices end with one that fails.
+
+        ApiError 500 if this request alone cannot be answered, 503 if the engine fails.
+        """
         queue: asyncio.Queue[Piece | BaseException] = asyncio.Queue()
 
         def report(task: asyncio.Task[None]) -> None:
@@ -143,6 +146,8 @@ class Completion:
                 item = await queue.get()
                 if isinstance(item, BaseException):
                     logger.error("request %s failed", self.requests[0].id, exc_info=item)
+                    if isinstance(item, RequestFailed):
+                        raise ApiError(500, f"the request failed: {item}") from item
                     raise ApiError(503, f"the engine failed: {type(item).__name__}: {item}") from item
                 running -= item.finish_reason is not None
                 yield item

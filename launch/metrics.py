@@ -120,15 +120,19 @@ class Observed:
     async def generate(self, request: Request) -> AsyncGenerator[Output, None]:
         metrics, began = self._metrics, time.perf_counter()
         before = began
-        async with aclosing(self._engine.generate(request)) as outputs:
-            async for output in outputs:
-                now = time.perf_counter()
-                (metrics.first if before == began else metrics.between).observe(now - before)
-                before = now
-                if output.finish_reason is not None:
-                    metrics.whole.observe(now - began)
-                    metrics.done.labels(metrics.model_name, output.finish_reason).inc()
-                yield output
+        try:
+            async with aclosing(self._engine.generate(request)) as outputs:
+                async for output in outputs:
+                    now = time.perf_counter()
+                    (metrics.first if before == began else metrics.between).observe(now - before)
+                    before = now
+                    if output.finish_reason is not None:
+                        metrics.whole.observe(now - began)
+                        metrics.done.labels(metrics.model_name, output.finish_reason).inc()
+                    yield output
+        except RuntimeError:  # this request's, or of all
+            metrics.done.labels(metrics.model_name, "error").inc()
+            raise
 
     async def counts(self) -> list[EngineCounts]:
         return await self._engine.counts()

@@ -29,7 +29,7 @@ from expertmesh.system.model.checkpoint import Checkpoint
 from expertmesh.system.model.config import ModelConfig
 from expertmesh.system.serve.config import ServeConfig
 from expertmesh.system.serve.engine import EngineCounts
-from expertmesh.system.serve.request import Output, Request
+from expertmesh.system.serve.request import Failure, Output, Request
 from expertmesh.system.serve.workers import AttentionWorker, FFNPool, FFNWorker
 from expertmesh.system.train.run_log import RunLog
 from expertmesh.system.train.trainer import Record, Trainer, Watch
@@ -199,7 +199,7 @@ class AttentionRole:
     def spans(self) -> list[Span]:
         return self._started.loop.spans()
 
-    def outputs(self) -> Iterator[list[Output]]:
+    def outputs(self) -> Iterator[list[Output | Failure]]:
         """One list a step."""
         yield from self._started.loop.outputs()
 

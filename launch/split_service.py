@@ -37,7 +37,7 @@ from expertmesh.system.model.checkpoint import Checkpoint
 from expertmesh.system.serve.config import ServeConfig
 from expertmesh.system.serve.engine import EngineCounts
 from expertmesh.system.serve.placing import PAYS, Loads, Placements, busiest, place
-from expertmesh.system.serve.request import Output, Request
+from expertmesh.system.serve.request import Failure, Output, Request
 from expertmesh.system.serve.workers import FFNPool
 
 logger = logging.getLogger(__name__)
@@ -267,7 +267,7 @@ class _Worker:
     async def loads(self) -> dict[int, list[int]]:
         return await self._pool.ask(self._rank, "loads")
 
-    def outputs(self) -> AsyncIterator[list[Output]]:
+    def outputs(self) -> AsyncIterator[list[Output | Failure]]:
         return self._pool.stream(self._rank, "outputs")
 
     async def _order(self, what: str, argument: object) -> None:

@@ -12,7 +12,7 @@ import pytest
 from expertmesh.launch.client import Client, Pauses
 from expertmesh.parallel.timeline import Busy
 from expertmesh.system.serve.engine import EngineCounts
-from expertmesh.system.serve.request import Output, Request, Sampling
+from expertmesh.system.serve.request import Failure, Output, Request, RequestFailed, Sampling
 
 
 class Worker:
@@ -250,3 +250,15 @@ def test_the_longest_pause_is_of_those_who_speak_and_of_those_who_wait():
         time.sleep(0.05)
         spoke()
     assert pauses.longest >= 0.05
+
+
+def test_a_request_that_fails_alone_is_tried_nowhere_else():
+    class Refusing(Worker):
+        async def outputs(self) -> AsyncIterator[list[Output | Failure]]:
+            yield [Output("x", 2), Failure("x", "of its own making")]
+            await asyncio.sleep(60)
+
+    workers = [Refusing(), Worker()]
+    with pytest.raises(RequestFailed, match="^of its own making$"):
+        said(workers)
+    assert not workers[0].cancelled and not workers[1].asked

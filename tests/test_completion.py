@@ -12,7 +12,7 @@ from fake_engine import END, FakeEngine, byte_tokenizer
 from expertmesh.launch import completion as completion_module
 from expertmesh.launch.completion import Completion, Piece, StopStrings
 from expertmesh.launch.openai_api import ApiError, CompletionBody
-from expertmesh.system.serve.request import Output, Request
+from expertmesh.system.serve.request import Output, Request, RequestFailed
 
 TOKENIZER = byte_tokenizer()
 
@@ -138,6 +138,14 @@ def test_an_engine_that_fails_never_hangs_the_caller(failure: BaseException | No
     with pytest.raises(ApiError, match=message) as caught:
         gather(engine, n=2, max_tokens=60)
     assert caught.value.status == 503 and not engine.running
+
+
+def test_a_request_that_fails_alone_says_so() -> None:
+    engine = FakeEngine(lambda r: [66] if r.id == "id-0" else [66] * 50)
+    engine.pause, engine.failure = 0.2, RequestFailed("of its own making")
+    with pytest.raises(ApiError, match="the request failed: of its own making") as caught:
+        gather(engine, n=2, max_tokens=60)
+    assert caught.value.status == 500 and not engine.running
 
 
 def test_an_engine_that_does_not_let_go_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:

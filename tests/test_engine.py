@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections import defaultdict
 from collections.abc import Collection
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import pytest
@@ -15,11 +16,12 @@ from expertmesh.parallel.dispatchers import LocalDispatcher
 from expertmesh.parallel.timeline import Turns
 from expertmesh.system.model.transformer import Transformer
 from expertmesh.system.model.weights import initialise
+from expertmesh.system.serve import sampler
 from expertmesh.system.serve.config import ServeConfig
-from expertmesh.system.serve.draft import NO_DRAFTS, Drafter
+from expertmesh.system.serve.draft import NO_DRAFTS, Drafter, Nested
 from expertmesh.system.serve.engine import Engine
-from expertmesh.system.serve.request import Output, Request, Sampling
-from expertmesh.system.serve.sampler import Place, sample
+from expertmesh.system.serve.request import Failure, Output, Request, Sampling
+from expertmesh.system.serve.sampler import Place, draw, sample
 
 CONFIG = tiny_model(vocab_size=64, context_length=24)
 
@@ -311,6 +313,34 @@ def test_a_cancelled_place_is_free_at_once(model):
     assert [output.request_id for output in engine.step()] == ["a"]
     engine.cancel("a")
     assert engine.step() == [Output("b", alone(model, next_one).token_ids[0])]
+
+
+@pytest.mark.parametrize(("micro_batches", "drafter"), [(1, NO_DRAFTS), (2, NO_DRAFTS), (1, Nested(3, 1.0))])
+def test_a_request_that_cannot_be_drawn_ends_alone(model, monkeypatch, micro_batches, drafter):
+    """Its answer is told up to there; all others are as without it, and its pages are free."""
+
+    def raising(logits_V: torch.Tensor, place: Place) -> int:
+        if place.seed == 13 and len(place.token_ids) >= 8:
+            raise ZeroDivisionError("of its own\nmaking")
+        return draw(logits_V, place)
+
+    drawn = Sampling(max_tokens=9, temperature=1.0, seed=13)
+    others = [
+        Request("a", prompt(3, 1), Sampling(9, temperature=0)),
+        Request("c", prompt(5, 2), replace(drawn, seed=5)),
+    ]
+    bad = Request("b", prompt(5, 2), drawn)
+    want = {request.id: alone(model, request) for request in [*others, bad]}
+    monkeypatch.setattr(sampler, "draw", raising)
+    engine = engine_of(model, micro_batches=micro_batches, drafter=drafter)
+    said = drive_outputs(engine, [others[0], bad, others[1]])
+    for request in others:
+        mine = [output for output in said if output.request_id == request.id]
+        assert Answer([output.token_id for output in mine], mine[-1].finish_reason) == want[request.id]
+    *told, last = [output for output in said if output.request_id == "b"]
+    assert [output.token_id for output in told] == want["b"].token_ids[:3]
+    assert last == Failure("b", "ZeroDivisionError: of its own making")
+    assert engine.counts().pages_used == 0
 
 
 def test_seeds(model):

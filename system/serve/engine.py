@@ -19,6 +19,7 @@ pool.
 
 from __future__ import annotations
 
+import logging
 import queue
 import secrets
 from collections.abc import Callable, Collection, Sequence
@@ -35,11 +36,13 @@ from expertmesh.system.serve.constraint import Constraints
 from expertmesh.system.serve.draft import NO_DRAFTS, Drafter
 from expertmesh.system.serve.kv_cache import KVCache, pages_for
 from expertmesh.system.serve.placing import ROWS_WORTH_READING
-from expertmesh.system.serve.request import FinishReason, Logprobs, Output, Request
+from expertmesh.system.serve.request import Failure, FinishReason, Logprobs, Output, Request
 from expertmesh.system.serve.runner import Result, Runner, ends_of
 from expertmesh.system.serve.sampler import Drawn
 from expertmesh.system.serve.scheduler import Batch, Scheduler
 from expertmesh.system.serve.scheduler import Sequence as Running
+
+logger = logging.getLogger(__name__)
 
 
 class EngineCounts(NamedTuple):
@@ -160,7 +163,7 @@ class Engine:
         self.scheduler.cancel(request_id)
         self._forget(request_id)
 
-    def step(self) -> list[Output]:
+    def step(self) -> list[Output | Failure]:
         """Have every lane at work, wait until one is done, and return what it said: possibly nothing.
 
         Returns at once where nobody has anything to do, and early when `wake` was called.
@@ -226,7 +229,7 @@ class Engine:
             self._redirected = None
             then()
 
-    def _advance(self, batch: Batch, result: Result) -> list[Output]:
+    def _advance(self, batch: Batch, result: Result) -> list[Output | Failure]:
         for (running, start, _, _), told in zip(batch.pieces, result.told, strict=True):
             if told and not running.cancelled:
                 self._told.setdefault(running.request.id, [])[start : start + len(told)] = told
@@ -239,7 +242,7 @@ class Engine:
         self._accepted += sum(accepted)
         self.scheduler.complete(batch, accepted)
         for piece, outputs in zip(batch.pieces, said, strict=True):
-            if outputs and outputs[-1].finish_reason is not None:
+            if outputs and outputs[-1].is_last:
                 self.scheduler.release(piece.sequence)
                 self._forget(piece.sequence.request.id)
             elif piece.sequence.cancelled:
@@ -251,14 +254,18 @@ class Engine:
         if self._constraints is not None:
             self._constraints.forget(request_id)
 
-    def _say(self, running: Running, drawn: list[Drawn]) -> list[Output]:
+    def _say(self, running: Running, drawn: list[Drawn | Exception]) -> list[Output | Failure]:
         """Append what was drawn, up to where the text ends."""
-        outputs: list[Output] = []
+        outputs: list[Output | Failure] = []
         for one in drawn:
-            outputs.append(self._say_one(running, one))
-            if outputs[-1].finish_reason is not None:
+            outputs.append(self._fail(running, one) if isinstance(one, Exception) else self._say_one(running, one))
+            if outputs[-1].is_last:
                 break
         return outputs
+
+    def _fail(self, running: Running, error: Exception) -> Failure:
+        logger.error("request %s fails, all others go on", running.request.id, exc_info=error)
+        return Failure(running.request.id, f"{type(error).__name__}: {' '.join(str(error).split())}")
 
     def _say_one(self, running: Running, drawn: Drawn) -> Output:
         request = running.request

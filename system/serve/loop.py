@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from expertmesh.parallel.dispatchers import Dispatcher
 from expertmesh.parallel.timeline import Busy, Span
 from expertmesh.system.serve.engine import Engine, EngineCounts
-from expertmesh.system.serve.request import Output, Request
+from expertmesh.system.serve.request import Failure, Output, Request
 
 
 class EngineLoop:
@@ -21,7 +21,7 @@ class EngineLoop:
     def __init__(self, engine: Engine, at_end: Callable[[], None] = lambda: None) -> None:
         self._engine, self._at_end = engine, at_end
         self._inbox: queue.Queue[Callable[[], None] | None] = queue.Queue()
-        self._outbox: queue.Queue[list[Output] | BaseException | None] = queue.Queue()
+        self._outbox: queue.Queue[list[Output | Failure] | BaseException | None] = queue.Queue()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -60,7 +60,7 @@ class EngineLoop:
         """How long each stage was at work."""
         return self._engine.timeline.busy()
 
-    def outputs(self) -> Iterator[list[Output]]:
+    def outputs(self) -> Iterator[list[Output | Failure]]:
         """The outputs of each step as one list, until `close`. One caller at a time."""
         while (batch := self._outbox.get()) is not None:
             if isinstance(batch, BaseException):

@@ -86,6 +86,26 @@ class Output:
     prompt_logprobs: tuple[Logprobs, ...] | None = None  # with the first token, where they were asked for
     reused_tokens: int = 0  # with the first token: how many of the prompt's were in the cache already
 
+    @property
+    def is_last(self) -> bool:
+        return self.finish_reason is not None
+
+
+class RequestFailed(RuntimeError):
+    """A request cannot be answered, and no other engine could: all others go on."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """The end of a request that could not be answered."""
+
+    request_id: str
+    why: str
+
+    @property
+    def is_last(self) -> bool:
+        return True
+
 
 class EngineClient(Protocol):
     """The engine as the door sees it, whether it runs in this process or in pools of workers."""
@@ -98,7 +118,10 @@ class EngineClient(Protocol):
         ...
 
     def generate(self, request: Request) -> AsyncGenerator[Output, None]:
-        """Yield the tokens of `request` as they come; closing the iterator early cancels the request."""
+        """Yield the tokens of `request` as they come; closing the iterator early cancels the request.
+
+        Raises RequestFailed where it alone cannot be answered, another RuntimeError where nothing answers any more.
+        """
         ...
 
     async def counts(self) -> list[EngineCounts]:

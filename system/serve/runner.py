@@ -6,6 +6,7 @@ Who computes and in which pages was decided (scheduler.py); nothing here outlive
 from __future__ import annotations
 
 from collections.abc import Collection
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -27,7 +28,8 @@ from expertmesh.system.serve.scheduler import Batch, Piece, Sequence
 class Result(NamedTuple):
     """What came of a micro-batch."""
 
-    drawn: list[list[Drawn]]  # of every piece: the tokens that come next, none where it does not speak
+    drawn: list[list[Drawn | Exception]]
+    """Of every piece: the tokens that come next, none where it does not speak; at their end, why none can be drawn."""
     told: list[list[Logprobs]]  # of every piece: of the prompt's tokens after each of its own, where asked for
 
 
@@ -111,12 +113,16 @@ class Runner:
             spans = [Span(s.pages, len(s.token_ids) - 1 + len(draft), 1) for s, draft in guessed]
             hidden_SD, _ = self._forward(lasts, spans, dispatcher, width)
             places = [self._place(s, draft) for s, draft in guessed]
-            return [drawn.token_id for drawn in sample(self.model.lm_head(hidden_SD), places)]
+            drawn = sample(self.model.lm_head(hidden_SD), places)
+            # Where none can be drawn, any guess will do: the draw that it is compared with fails, too.
+            return [0 if isinstance(one, Exception) else one.token_id for one in drawn]
 
         texts = [piece.sequence.token_ids for piece in pieces]
         return self.drafter.draft(texts, [piece.drafts for piece in pieces], step)
 
-    def _drawn(self, pieces: list[Piece], hidden: list[torch.Tensor], drafts: list[list[int]]) -> list[list[Drawn]]:
+    def _drawn(
+        self, pieces: list[Piece], hidden: list[torch.Tensor], drafts: list[list[int]]
+    ) -> list[list[Drawn | Exception]]:
         """What comes next of each piece: a draw after its last token, and after each draft that was drawn itself."""
         speaking = [
             (piece.sequence, rows_TD[piece.length - 1 :], draft)
@@ -145,11 +151,12 @@ class Runner:
         request = sequence.request
         ends = ends_of(request.sampling.stop_token_ids, self.eos_ids, request.sampling.ignore_eos)
         text, prompt = [*sequence.token_ids, *draft] if draft else sequence.token_ids, len(request.prompt_token_ids)
-        allowed_V = None
+        allowed = None
         if (schema := request.sampling.json_schema) is not None:
             assert self.constraints is not None
-            allowed_V = self.constraints.allowed(request.id, schema, sequence.token_ids[prompt:], draft)
-        return Place(request.sampling, sequence.seed, text, prompt, ends, allowed_V)
+            answer = sequence.token_ids[prompt:]
+            allowed = partial(self.constraints.allowed, request.id, schema, answer, draft)
+        return Place(request.sampling, sequence.seed, text, prompt, ends, allowed)
 
     def _told(self, pieces: list[Piece], hidden: list[torch.Tensor]) -> list[list[Logprobs]]:
         """Logprobs of prompts that asked for them; a whole row of logits for each of their tokens."""
@@ -162,10 +169,10 @@ class Runner:
         return told
 
 
-def accept(drawn: list[Drawn], draft: list[int]) -> list[Drawn]:
+def accept(drawn: list[Drawn | Exception], draft: list[int]) -> list[Drawn | Exception]:
     """What was drawn after the text, and after each draft as long as those before it were drawn, too."""
     right = 0
-    while right < len(draft) and drawn[right].token_id == draft[right]:
+    while right < len(draft) and isinstance(one := drawn[right], Drawn) and one.token_id == draft[right]:
         right += 1
     return drawn[: right + 1]
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -36,7 +36,7 @@ class Place(NamedTuple):
     token_ids: Sequence[int]
     prompt: int
     ends: frozenset[int] = frozenset()  # tokens that would end the answer
-    allowed_V: torch.Tensor | None = None  # bool: those that may come; None: all
+    allowed: Callable[[], torch.Tensor | None] | None = None  # bool [V]: those that may come; None: all
 
 
 class Drawn(NamedTuple):
@@ -44,21 +44,23 @@ class Drawn(NamedTuple):
     logprobs: Logprobs | None = None
 
 
-def sample(logits_SV: torch.Tensor, places: Sequence[Place]) -> list[Drawn]:
-    """The next token of each of S requests. logits_SV: [S, V] after its last token, any float dtype."""
+def sample(logits_SV: torch.Tensor, places: Sequence[Place]) -> list[Drawn | Exception]:
+    """The next token of each of S requests, or why it cannot be drawn, which is no other's concern.
+
+    logits_SV: [S, V] after its last token, any float dtype.
+    """
     if not places:
         return []
     likeliest = logits_SV.argmax(-1).tolist()  # one wait for the device, and all there is to do in most batches
-    drawn = []
-    for logits_V, place, best in zip(logits_SV, places, likeliest, strict=True):
-        sampling = place.sampling
-        changed = _changes(place)
-        if changed or sampling.temperature > 0:
-            token_id = draw(logits_V, place)
-        else:
-            token_id = best
-        drawn.append(Drawn(token_id, _told(logits_V, token_id, sampling.logprobs)))
-    return drawn
+    return [_sample_one(*one) for one in zip(logits_SV, places, likeliest, strict=True)]
+
+
+def _sample_one(logits_V: torch.Tensor, place: Place, likeliest: int) -> Drawn | Exception:
+    try:
+        token_id = draw(logits_V, place) if _changes(place) or place.sampling.temperature > 0 else likeliest
+        return Drawn(token_id, _told(logits_V, token_id, place.sampling.logprobs))
+    except Exception as error:
+        return error
 
 
 def draw(logits_V: torch.Tensor, place: Place) -> int:
@@ -86,9 +88,11 @@ def draw(logits_V: torch.Tensor, place: Place) -> int:
 def penalised(logits_V: torch.Tensor, place: Place) -> torch.Tensor:
     """A copy of the logits with steps 0 to 3 done."""
     sampling, logits_V = place.sampling, logits_V.clone()
-    if place.allowed_V is not None:  # a model may have more logits than its tokenizer has tokens
+    if (
+        place.allowed is not None and (known_V := place.allowed()) is not None
+    ):  # a model may have more logits than its tokenizer has tokens
         allowed_V = torch.zeros(len(logits_V), dtype=torch.bool).masked_scatter(
-            torch.arange(len(logits_V)) < len(place.allowed_V), place.allowed_V
+            torch.arange(len(logits_V)) < len(known_V), known_V
         )
         logits_V.masked_fill_(~allowed_V, -torch.inf)
     answer = place.token_ids[place.prompt :]
@@ -121,7 +125,7 @@ def told_prompt(logits_TV: torch.Tensor, token_ids: Sequence[int], top: int) -> 
 def _changes(place: Place) -> bool:
     """Whether steps 0 to 3 do anything."""
     sampling = place.sampling
-    if place.allowed_V is not None:
+    if place.allowed is not None:
         return True
     penalties = sampling.presence_penalty or sampling.frequency_penalty or sampling.repetition_penalty != 1
     return bool(penalties or sampling.logit_bias or sampling.min_tokens)
