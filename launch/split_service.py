@@ -30,7 +30,7 @@ from expertmesh.launch.pools import Pools
 from expertmesh.launch.ray_cluster import Pool, WorkerFailed, gpus_for
 from expertmesh.launch.rendezvous import Rendezvous
 from expertmesh.launch.roles import AttentionRole, FFNRole
-from expertmesh.launch.survival import WATCH_S, Duty, Restarts, give_up_silent, keep_up, tell_end
+from expertmesh.launch.survival import WATCH_S, Duty, Restarts, give_up_silent, keep_up, placed, tell_end
 from expertmesh.parallel.link import Seat, has_come
 from expertmesh.parallel.timeline import Busy, write_trace
 from expertmesh.system.model.checkpoint import Checkpoint
@@ -235,6 +235,7 @@ class SplitService:
     async def _revive(self, rank: int, error: Exception) -> None:
         self._restarts.spend(str(error))
         self._attention.replace(rank)
+        await placed(self._attention, [rank])
         await self._start_attention(rank)
 
     async def _start_attention(self, rank: int) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,7 +90,10 @@ async def keep_up(pool: Pool, duties: list[Duty], restarts: Restarts, store: dis
 
     while True:
         await asyncio.sleep(WATCH_S)
+        replaced = set[int]()
         for duty in list(duties):
+            if duty.rank in replaced:
+                continue
             if why := lost(duty):
                 try:
                     restarts.spend(why)
@@ -98,8 +101,19 @@ async def keep_up(pool: Pool, duties: list[Duty], restarts: Restarts, store: dis
                     logger.error("%s", spent)
                     return
                 pool.replace(duty.rank)
-                for its in duties:
-                    if its.rank == duty.rank:
-                        its.call = its.begin()
+                replaced.add(duty.rank)
             elif pool.wait([duty.call], 0):
                 duty.call = duty.begin()  # it is there, but all attention workers were gone for a moment
+        if replaced:
+            await placed(pool, replaced)
+        for duty in duties:
+            if duty.rank in replaced:
+                duty.call = duty.begin()
+
+
+async def placed(pool: Pool, ranks: Collection[int]) -> None:
+    """Wait until new workers have started, on other nodes than those that are lost; what has no room waits for some."""
+    try:
+        await asyncio.to_thread(pool.await_started, sorted(ranks))
+    except WorkerFailed as failure:
+        logger.error("%s", failure)

@@ -20,6 +20,8 @@ from pathlib import Path
 from subprocess import Popen
 from typing import Any
 
+import httpx
+import openai
 import psutil
 import pytest
 from commands import TINY_RECIPE, expertmesh_json, start_expertmesh
@@ -59,6 +61,10 @@ def works(node: int, role: str = "TrainerRole") -> bool:
             if f"ray::{role}" in " ".join(process.cmdline()):
                 return True
     return False
+
+
+def serves(node: int) -> bool:
+    return works(node, "AttentionRole") or works(node, "FFNRole")
 
 
 class Nodes:
@@ -203,6 +209,8 @@ async def outlive(checkpoint: Path, address: str, nodes: list[int]) -> int:
         assert await streamed(client, requests(), meanwhile) == whole
         assert not any(one.pages_used for one in await client.counts()), "a page was lost"
         assert sum(works(node, "FFNRole") for node in nodes) == 2
+        assert service.split is not None
+        assert service.split._restarts._left == ServeConfig().restarts - 1, "one worker was lost, and placed once"
     return lost
 
 
@@ -221,6 +229,25 @@ def test_texts_outlive_a_node(nodes, tmp_path):
     prepare_tiny_data(tmp_path)
     checkpoint = write_random_checkpoint(tmp_path, tiny_model())
     nodes.left.remove(elsewhere(serve_and_strike, checkpoint, nodes.there.address, nodes.left))
+
+
+def test_a_door_that_is_killed_leaves_nobody_behind(nodes, tmp_path):
+    """Whoever listens is told by the end of the connection, and the same command brings the service up again."""
+    nodes.have(4)
+    prepare_tiny_data(tmp_path)
+    checkpoint = write_random_checkpoint(tmp_path, tiny_model(context_length=4096))
+    pools = ("--attention", "1", "--ffn", "2", "--port", "0", "--json", "--address", nodes.there.address)
+    for _ in range(2):
+        door = start_expertmesh("serve", str(checkpoint), *pools, folder=tmp_path)
+        assert door.stdout is not None
+        up = json.loads(door.stdout.readline())
+        client = openai.OpenAI(base_url=up["base_url"], api_key="none", max_retries=0, timeout=COMES_S)
+        asked = {"max_tokens": 4000, "extra_body": {"ignore_eos": True}}
+        with pytest.raises((openai.APIConnectionError, httpx.RemoteProtocolError, httpx.ReadError)):
+            for _ in client.completions.create(model=up["model"], prompt="a", stream=True, **asked):
+                door.kill()
+        door.communicate()
+        wait_until(lambda: not any(map(serves, nodes.left)), "workers outlive the door", ENDS_S)
 
 
 def place_pools(address: str, nodes: list[int], labelled: int, label: dict[str, str]) -> None:
