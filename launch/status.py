@@ -30,6 +30,7 @@ def status_of(run_dir: Path) -> dict[str, Any]:
 
     "state": the phase of a job that goes on (see recovery.py), else finished, interrupted, failed, or what is left
     when nobody said why it ended: killed, or silent where another host trains, whose lock may not be seen from here.
+    What an earlier version did not write is left empty.
     """
     told = json.loads((run_dir / STATUS).read_text())
     events = read_events(run_dir)
@@ -55,8 +56,8 @@ def status_of(run_dir: Path) -> dict[str, Any]:
         "parallel": told["parallel"],
         "failures": sum(event["what"] == "failed" for event in events),
         "skipped": told["skipped"],
-        "workers": told["workers"],
-        "spares": told["spares"],
+        "workers": [{"place": ""} | worker for worker in told["workers"]],
+        "spares": told.get("spares", {}),
         "host": told["host"],
         "pid": told["pid"],
         "seconds_since_update": round(silence, 1),

@@ -1,21 +1,14 @@
-"""Whole nodes of a real cluster are killed and stopped, and those who drive work on it: it ends as it does without.
-
-A node is a `ray start --block` on this host and all that came of it. Each has a place for one worker, so that two
-workers are on two nodes.
-"""
+"""Whole nodes of a real cluster are killed and stopped, and those who drive work on it: it ends as it does without."""
 
 from __future__ import annotations
 
 import asyncio
 import json
 import multiprocessing
-import shutil
 import signal
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import suppress
 from pathlib import Path
 from subprocess import Popen
 from typing import Any
@@ -25,12 +18,12 @@ import openai
 import psutil
 import pytest
 from commands import TINY_RECIPE, expertmesh_json, start_expertmesh
+from nodes import COMES_S, ENDS_S, Nodes, assert_same_run, real_nodes, serves, strike, wait_until, works
 from serving import requests, streamed
 from tiny import prepare_tiny_data, tiny_model, write_random_checkpoint
 
-from expertmesh.launch import local_cluster, ray_cluster
+from expertmesh.launch import ray_cluster
 from expertmesh.launch.event_log import read_events
-from expertmesh.launch.local_cluster import LocalCluster
 from expertmesh.launch.pools import Pools
 from expertmesh.launch.ray_cluster import Pool, WorkerFailed, cluster
 from expertmesh.launch.roles import FFNRole
@@ -38,86 +31,11 @@ from expertmesh.launch.serving import bring_up, look_at
 from expertmesh.launch.status import status_of
 from expertmesh.system.serve.config import ServeConfig
 
-COMES_S = 240.0  # for what is waited for, on a busy machine
-ENDS_S = 30.0  # for what is seen to be over
-
-
-def tree(node: int) -> list[psutil.Process]:
-    try:
-        return [psutil.Process(node), *psutil.Process(node).children(recursive=True)]
-    except psutil.NoSuchProcess:
-        return []
-
-
-def strike(node: int, how: signal.Signals) -> None:
-    """Do it to all processes of a node."""
-    for process in tree(node):
-        process.send_signal(how)
-
-
-def works(node: int, role: str = "TrainerRole") -> bool:
-    for process in tree(node):
-        with suppress(psutil.Error):  # it has just ended
-            if f"ray::{role}" in " ".join(process.cmdline()):
-                return True
-    return False
-
-
-def serves(node: int) -> bool:
-    return works(node, "AttentionRole") or works(node, "FFNRole")
-
-
-class Nodes:
-    """The nodes of a cluster that is up; the head is the first."""
-
-    def __init__(self, there: LocalCluster) -> None:
-        self.there = there
-        self.left = list(there.nodes)
-
-    def have(self, count: int) -> None:
-        """Bring up as many as are missing."""
-        if len(self.left) >= count:
-            return
-        number = len(self.there.nodes)
-        self.left += [
-            local_cluster.start_node(number + more, 1, self.there.address) for more in range(count - len(self.left))
-        ]
-        try:
-            local_cluster._await_nodes(self.there._replace(nodes=self.left), 1, time.monotonic() + COMES_S)
-        finally:  # they are to be ended, too
-            self.there.nodes.extend(node for node in self.left if node not in self.there.nodes)
-
-    def lose_one(self, how: signal.Signals) -> None:
-        """One that has a trainer and is not the head."""
-        node = next(node for node in self.left[1:] if works(node))
-        strike(node, how)
-        self.left.remove(node)
-
-
-def wait_until(condition: Callable[[], Any], what: str, seconds: float = COMES_S) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.1)
-
 
 @pytest.fixture(scope="module")
 def nodes() -> Iterator[Nodes]:
-    short = Path(tempfile.mkdtemp(prefix="c-", dir="/tmp"))  # unix sockets allow about 107 bytes
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(local_cluster, "folder", lambda: short / "c")
-        patch.setattr(local_cluster, "UP_S", COMES_S)
-        there = local_cluster.up(4, cpus=1)
-        for key, value in local_cluster.environment(there.token).items():
-            patch.setenv(key, value)
-        nodes = Nodes(there)
-        try:
-            yield nodes
-        finally:
-            family = [process for node in there.nodes for process in tree(node)]
-            local_cluster._end(there.nodes)
-            assert not psutil.wait_procs(family, ENDS_S)[1]
-            shutil.rmtree(short)
+    with real_nodes() as nodes:
+        yield nodes
 
 
 @pytest.fixture(scope="module")
@@ -134,13 +52,6 @@ RUN = ("train", "tiny.yaml", "train.steps=60")
 def whole(nodes: Nodes, folder: Path) -> dict[str, Any]:
     """A run of which nothing was lost."""
     return expertmesh_json(*RUN, "name=whole", "--address", nodes.there.address, folder=folder)
-
-
-def assert_same_run(run: dict[str, Any], other: dict[str, Any]) -> None:
-    """Losses, and a file of weights, bit for bit."""
-    assert run["losses"] == other["losses"] and run["validation_loss"] == other["validation_loss"]
-    mine, theirs = (Path(each["checkpoint"]) / "model-00002-of-00002.safetensors" for each in (run, other))
-    assert mine.read_bytes() == theirs.read_bytes()
 
 
 def happened(run_dir: Path, what: str) -> list[dict[str, Any]]:

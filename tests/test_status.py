@@ -94,6 +94,16 @@ def test_where_each_worker_is(run_dir):
     assert [worker["place"] for worker in status_of(run_dir)["workers"]] == ["in layer 1 dispatch", "", ""]
 
 
+def test_of_a_folder_that_an_earlier_version_wrote(run_dir):
+    told = json.loads((run_dir / STATUS).read_text())
+    del told["spares"]
+    for worker in told["workers"]:
+        del worker["place"]
+    (run_dir / STATUS).write_text(json.dumps(told))
+    found = status_of(run_dir)
+    assert "spares" not in summary(found) and worker_table(found).row_count == len(told["workers"]) > 0
+
+
 def test_for_a_person(run_dir):
     found = status_of(run_dir)
     console = Console(width=120, record=True, file=open("/dev/null", "w"))
