@@ -72,8 +72,9 @@ def _cpus(recipe: Recipe) -> int:
 
 
 def _label(name: str) -> str:
-    """A name as Kubernetes has them (RFC 1123)."""
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:40].strip("-") or "job"
+    """A name as Kubernetes has those of services, which KubeRay makes of it (RFC 1035): a letter comes first."""
+    label = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    return (label if label[:1].isalpha() else f"run-{label}")[:40].strip("-")
 
 
 # Kubernetes.
