@@ -111,6 +111,7 @@ class Job:
         smaller = smaller_layouts(recipe.parallel, lambda sizes: self._allowed(sizes) is None)
         self._state = begin(recipe.fault, recipe.train.steps, recipe.parallel, smaller, time.monotonic())
         self._told: list[Record] = []  # what happened since an epoch was formed; the next one's log opens with it
+        self._opened = False  # the present epoch's log, with what it is to open with
         self._stopped_at: float | None = None  # when the last failure was noticed, until a step is made again
         self._outcome: Finish | GiveUp | None = None
 
@@ -178,6 +179,7 @@ class Job:
         self._watch(event)
 
     def _show(self, records: list[Record]) -> None:
+        self._opened |= bool(records)
         for record in records:
             if record["kind"] == "event" and "epoch" not in record:  # else it is one that an epoch's log opened with
                 self._log.write({"epoch": self._state.epoch, **{k: v for k, v in record.items() if k != "kind"}})
@@ -207,11 +209,11 @@ class Job:
         self._last = self._last._replace(
             number=form.epoch,
             resume_from=whole or self._last.resume_from,
-            opening=self._told,
+            opening=self._told if self._opened else [*self._last.opening, *self._told],
             skip=form.skip,
         )
         self._form(self._last, form.keep, form.spares)
-        self._told = []
+        self._told, self._opened = [], False
 
     def _change_recipe(self, **sections: Any) -> None:
         self._last = self._last._replace(recipe=self._last.recipe.model_copy(update=sections))

@@ -97,6 +97,16 @@ def test_a_job_outlives_nodes_as_long_as_there_is_room(nodes, folder, whole):
     assert_same_run(again, whole)
 
 
+def test_a_job_restarts_on_the_nodes_that_are_left(nodes, folder, whole):
+    nodes.have(3)
+    command = start(nodes, folder, "restarted", "fault.policy=restart", "--json")
+    nodes.lose_one(signal.SIGKILL)
+    result, errors = command.communicate(timeout=COMES_S)
+    assert command.returncode == 0, errors
+    assert [event["kept"] for event in happened(folder / "runs" / "restarted", "re-formed")] == [[]]
+    assert_same_run(json.loads(result), whole)
+
+
 def test_a_job_shrinks_to_the_nodes_that_are_left(nodes, folder):
     nodes.have(2)
     command = start(nodes, folder, "shrunk", "fault.policy=shrink", "--json")
@@ -191,16 +201,11 @@ def test_workers_go_where_they_are_asked_to(nodes):
     elsewhere(place_pools, nodes.there.address, nodes.left, labelled, label)
 
 
-def test_a_run_outlives_its_driver_and_the_head(nodes, folder, whole):
-    """Last: no cluster is left."""
-    nodes.have(2)
-    command = start(nodes, folder, "driven")
-    command.kill()
-    command.communicate()
-    wait_until(lambda: not any(map(works, nodes.left)), "workers outlive the driver", ENDS_S)
+def lose_the_head(nodes: Nodes, folder: Path, how: signal.Signals) -> None:
+    """Whoever drives the run says so and ends, and so do its workers."""
     command = start(nodes, folder, "driven", "cluster.head_s=5")
     head, *others = nodes.left
-    strike(head, signal.SIGKILL)
+    strike(head, how)
     begun = time.monotonic()
     told = last_words(command)
     assert time.monotonic() - begun < ENDS_S and command.returncode == 1
@@ -208,4 +213,17 @@ def test_a_run_outlives_its_driver_and_the_head(nodes, folder, whole):
     # Those at work end at once; one that has just lost its peer ends with its node, which waits a minute for the head.
     wait_until(lambda: not any(map(works, others)), "workers outlive the driver, without a head too", 60 + ENDS_S)
     assert status_of(folder / "runs" / "driven")["state"] == "failed"
+
+
+def test_a_run_outlives_its_driver_and_the_head(nodes, folder, whole):
+    """Last: no cluster is left."""
+    nodes.have(3)
+    command = start(nodes, folder, "driven")
+    command.kill()
+    command.communicate()
+    wait_until(lambda: not any(map(works, nodes.left)), "workers outlive the driver", ENDS_S)
+    lose_the_head(nodes, folder, signal.SIGSTOP)
+    strike(nodes.left[0], signal.SIGCONT)
+    nodes.have(3)
+    lose_the_head(nodes, folder, signal.SIGKILL)
     assert_same_run(expertmesh_json(*RUN, "name=driven", folder=folder), whole)

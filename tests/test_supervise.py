@@ -55,7 +55,8 @@ class Script:
         yield from self._now[1]
 
     def records(self, last: bool = False) -> list[Record]:
-        return []
+        """Of whoever works: that the epoch's log was opened."""
+        return [{"kind": "opened"}] if self._now[1] else []
 
     def ask_to_leave(self) -> None:
         self.done.append("leave")
@@ -110,6 +111,14 @@ def test_before_the_first_checkpoint_a_job_begins_again_where_it_began(first):
     assert happened(first) == ["started", "failed", "re-formed", "finished"]
     status = json.loads((first.recipe.run_folder / "status.json").read_text())
     assert (status["phase"], status["epoch"], status["failures"]) == ("over", 1, 1)
+
+
+def test_what_the_log_was_to_open_with_is_not_lost_with_an_epoch_that_never_opened_it(first):
+    crew = Script([LOSS], [([Left(0, How.DIED, "died"), Left(1, How.RAISED, "failed: cut")], [])], [WORK, LOSS], [END])
+    run(first, crew)
+    openings = [[record.get("what", record["kind"]) for record in epoch.opening] for epoch, _ in crew.formed]
+    again = ["failed", "re-formed"]
+    assert openings == [["start"], ["start", *again], ["start", *again, *again], again]
 
 
 def test_a_spare_takes_the_rank_of_a_lost_worker(first):
