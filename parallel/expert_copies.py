@@ -17,9 +17,8 @@ Legend: H experts held here, C copies, X the other dimensions of a parameter.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import chain, repeat
 from typing import Any, NamedTuple
 
 import torch
@@ -39,7 +38,7 @@ class Home(NamedTuple):
     """Where an expert is held."""
 
     rank: int
-    index: int  # among the experts of that rank
+    place: int  # among the experts of that rank
 
 
 def homes_of(experts: tuple[int, ...], placement: Placement) -> list[Home]:
@@ -63,7 +62,7 @@ class _Broadcast:
         works = []
         for home, copy_X in zip(self.homes, copies_CX, strict=True):
             if home.rank == group.rank():
-                copy_X.copy_(held_HX[home.index])
+                copy_X.copy_(held_HX[home.place])
                 self.lane.sends([1] * group.size(), copy_X.nbytes)
             works.append(dist.broadcast(copy_X, group=group, group_src=home.rank, async_op=True))
         self._on_the_way = works, copies_CX
@@ -98,7 +97,7 @@ class _Reduce:
         sums_HX = grads_CX.new_zeros(self.held, *grads_CX.shape[1:])
         for home, grad_X in zip(self.homes, grads_CX, strict=True):
             if home.rank == self.lane.group.rank():
-                sums_HX[home.index] = grad_X
+                sums_HX[home.place] = grad_X
         return sums_HX
 
 
@@ -111,11 +110,10 @@ class ExpertCopies:
     placement: Placement
     lane: Lane
 
-    def set_out(self, held: nn.Module) -> Iterator[Answer]:
-        """Send the weights of `held`, the experts here: each parameter has them in its first dimension.
+    def set_out(self, held: nn.Module) -> Answer:
+        """Begin to send the weights of `held`, the experts here: each parameter has them in its first dimension.
 
-        Returns who answers each part of the rows: copies the first, `held` all others. A collective, and so is the
-        call of the first.
+        Returns what answers rows of the copies; it waits for their weights. Every rank calls both.
         """
         homes, here = homes_of(self.experts, self.placement), len(self.placement.held(self.lane.group.rank()))
         name = f"layer {self.layer} copies of experts"
@@ -130,4 +128,4 @@ class ExpertCopies:
             answers_RD: torch.Tensor = functional_call(held, weights, (rows, context))
             return answers_RD
 
-        return chain((copies,), repeat(held))
+        return copies

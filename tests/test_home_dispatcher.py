@@ -75,7 +75,7 @@ class Experts(nn.Module):
 def layer(
     dispatcher: Dispatcher, x_TD: torch.Tensor, routing: Routing, held: Experts, case: Case, copies
 ) -> torch.Tensor:
-    holders = copies.set_out(held) if copies else [held] * 9
+    holders = [*([copies.set_out(held)] if copies else []), *[held] * 3]
     asked = ExpertLayer(LAYER, case.experts, copied=copies.experts if copies else ())
     arriving, handle = dispatcher.dispatch(x_TD, routing, asked)
     return dispatcher.combine((experts(rows, None) for experts, rows in zip(holders, arriving, strict=False)), handle)

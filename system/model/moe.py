@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from itertools import repeat
+from itertools import chain, repeat
 
 import torch
 from torch import nn
 
 from expertmesh.kernels.routing import Routing
 from expertmesh.parallel.dispatchers import ExpertLayer
-from expertmesh.parallel.expert_copies import ExpertCopies
+from expertmesh.parallel.expert_copies import Answer, ExpertCopies
 from expertmesh.system.model.build_experts import build_experts, build_frame
 from expertmesh.system.model.context import Context
 from expertmesh.system.model.experts import ZeroComputationExperts
@@ -58,13 +58,14 @@ class MoE(nn.Module):
         self.experts_of_layer = self.experts_of_layer._replace(copied=copies.experts if copies else ())
 
     def forward(self, x_TD: torch.Tensor, previous: Routing | None, context: Context) -> tuple[torch.Tensor, Routing]:
-        holders = self.copies.set_out(self.experts) if self.copies else repeat(self.experts)
+        copies = [self.copies.set_out(self.experts)] if self.copies else []
         routing = self.gate(x_TD, previous, context)
         x_TD = x_TD * self.input_scale
         inner_TD = self.frame.enter(x_TD)
         asked = self.experts_of_layer._replace(width=context.width)
         arriving, handle = context.dispatcher.dispatch(inner_TD, routing, asked)
         shared_TD = self.shared_expert(x_TD) if self.shared_expert else None
+        holders = chain[Answer](copies, repeat(self.experts))
         answers = (experts(rows, context) for experts, rows in zip(holders, arriving, strict=False))
         zero = self.zero_computation(inner_TD, routing)
         y_TD = self.frame.leave(context.dispatcher.combine(answers, handle, zero))

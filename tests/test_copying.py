@@ -1,0 +1,166 @@
+"""Copies of hot experts while training: losses and weights are what they are without, and fewer bytes travel."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.distributed as dist
+from numerics import assert_close
+from ranks import run_ranks
+from safetensors.torch import load_file
+from tiny import losses, prepare_tiny_data, tiny_model, tiny_training
+
+from expertmesh.kernels.device import Device
+from expertmesh.parallel.dispatch_config import DispatchConfig
+from expertmesh.parallel.groups import Groups, build_groups
+from expertmesh.parallel.sizes import ParallelSizes
+from expertmesh.system.train.snapshot import checkpoints_of, read_state
+from expertmesh.system.train.trainer import Record, Trainer
+
+# Small experts beside long batches, and a loss that lets routers be as uneven as they like: copies pay at once.
+MODEL = tiny_model(layers=2, moe={"expert": {"hidden_size": 8}, "balance_loss_weight": 0.0, "ffn_experts": 8})
+STEPS, SAVED = 10, 8
+OFTEN = {"steps": STEPS, "sequence_length": 64, "learning_rate": 3e-3, "checkpoint_every": SAVED, "validate_every": 5}
+SAME_LOSS = 5e-6  # float32 sums in another order, growing with the steps
+
+
+class Run(NamedTuple):
+    name: str
+    sizes: dict[str, int]
+    changes: dict[str, Any] = {}
+    dispatch: dict[str, Any] = {}
+    resume: str | None = None  # the run whose checkpoint of step `SAVED` it goes on from
+
+
+COPIED = {"expert_copies": 2}
+SPREAD = {"dp": 4, "ep": 2}
+RUNS = [
+    Run("without", SPREAD, {"zero_stage": 2}),
+    Run("ZeRO 0", SPREAD, COPIED | {"zero_stage": 0}),
+    Run("ZeRO 1", SPREAD, COPIED),
+    Run("ZeRO 2", SPREAD, COPIED | {"zero_stage": 2}),
+    Run("resumed", SPREAD, COPIED | {"zero_stage": 2}, resume="ZeRO 2"),
+    Run("four ranks, by nodes", {"dp": 4, "ep": 4}, COPIED, {"kind": "hierarchical", "ranks_per_node": 2, "chunks": 2}),
+    Run("to all ranks", {"dp": 4, "ep": 4}, COPIED, {"kind": "all_gather"}),
+    Run("micro-batches, computed twice", SPREAD, COPIED | {"micro_batch_size": 4, "recompute": "block"}),
+    Run("experts that move", SPREAD, COPIED | {"rebalance_every": 3}),
+    Run("a pipeline", {"pp": 2, "dp": 2, "ep": 2}, COPIED | {"micro_batch_size": 2}),
+    Run("experts cut both ways", {"dp": 4, "ep": 2, "etp": 2}, COPIED | {"recompute": "moe"}),
+    Run("tensors and sequences split", {"tp": 2, "cp": 2, "ep": 4}, COPIED),
+]
+
+
+def trained(data: Path, folder: Path, run: Run, groups: Groups) -> list[Record]:
+    run_dir = folder / run.name
+    if groups.rank == 0:
+        shutil.copytree(data, run_dir / "data")
+    if dist.get_world_size() > 1:
+        dist.barrier()
+    config = tiny_training(**{**OFTEN, **run.changes})
+    start = None if run.resume is None else checkpoints_of(folder / run.resume)[0]
+    dispatch = DispatchConfig(**run.dispatch)
+    records: list[Record] = []
+    Trainer(MODEL, config, run_dir, groups, Device("cpu", "gloo"), {}, start, dispatch=dispatch).run(records.append)
+    return records
+
+
+def train_all(data: Path, folder: Path, runs: list[Run]) -> list[list[Record]]:
+    """All on the same ranks: starting those takes longer than training."""
+    from megatron.core import parallel_state
+
+    found = []
+    for run in runs:
+        found.append(trained(data, folder, run, build_groups(ParallelSizes(**run.sizes))))
+        parallel_state.destroy_model_parallel()
+    return found
+
+
+class Trained(NamedTuple):
+    folder: Path
+    alone: list[Record]
+    ranks: list[dict[str, list[Record]]]  # by name of the run
+
+    @property
+    def first(self) -> dict[str, list[Record]]:
+        return self.ranks[0]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    folder = tmp_path_factory.mktemp("copies")
+    prepare_tiny_data(folder)
+    ((alone,),) = run_ranks(train_all, 1, folder / "data", folder, [Run("alone", {})])
+    ranks = run_ranks(train_all, 4, folder / "data", folder, RUNS, timeout=600)
+    return Trained(folder, alone, [dict(zip((run.name for run in RUNS), each, strict=True)) for each in ranks])
+
+
+def steps_of(records: list[Record]) -> list[Record]:
+    return [record for record in records if record["kind"] == "step"]
+
+
+def copied_events(records: list[Record]) -> list[Record]:
+    return [record for record in records if record.get("what") == "copied"]
+
+
+@pytest.mark.parametrize("run", [run for run in RUNS if run.resume is None], ids=lambda run: run.name)
+def test_losses_and_norms_are_those_of_one_rank(runs, run):
+    expected, got = steps_of(runs.alone), steps_of(runs.first[run.name])
+    if run.changes.get("micro_batch_size"):
+        assert MODEL.moe.balance_loss_weight == 0, "balance losses are of a micro-batch"
+    assert [step["loss"] for step in got] == pytest.approx([step["loss"] for step in expected], rel=SAME_LOSS)
+    assert [step["grad_norm"] for step in got] == pytest.approx([step["grad_norm"] for step in expected], rel=1e-4)
+    held_out = [
+        [r["loss"] for r in records if r["kind"] == "validation"] for records in (runs.alone, runs.first[run.name])
+    ]
+    assert held_out[1] == pytest.approx(held_out[0], rel=SAME_LOSS)
+    for records in runs.ranks[1:]:
+        assert copied_events(records[run.name]) == copied_events(runs.first[run.name]), "all ranks agree"
+    assert bool(copied_events(runs.first[run.name])) == bool(run.changes.get("expert_copies"))
+
+
+def test_the_set_changes_between_steps_and_says_why(runs):
+    events = copied_events(runs.first["ZeRO 2"])
+    assert events[0]["step"] == 1 and len(events) > 1, [event["step"] for event in events]
+    for line in [line for event in events for line in event["why"]]:
+        assert line.startswith("layer ") and ("; copies of expert" in line or line.endswith("; no copy pays")), line
+
+
+def test_bytes_fall(runs):
+    """By more than a tenth, weights and gradients counted, in each step that has copies."""
+    without, copied = (steps_of(runs.first[name]) for name in ("without", "ZeRO 2"))
+    assert copied[0]["dispatch_bytes"] == without[0]["dispatch_bytes"], "none before the first step"
+    for before, after in zip(without[1:], copied[1:], strict=True):
+        assert after["dispatch_bytes"] < 0.9 * before["dispatch_bytes"], after["step"]
+
+
+def tensors_of(checkpoint: Path) -> dict[str, torch.Tensor]:
+    files = sorted(checkpoint.rglob("*.safetensors"))
+    return {f"{path.parent.name}/{name}" if path.parent.name == "training" else name: tensor
+            for path in files for name, tensor in load_file(path).items()}  # fmt: skip
+
+
+def test_a_resumed_run_goes_on_bit_for_bit(runs):
+    whole, resumed = runs.first["ZeRO 2"], runs.first["resumed"]
+    assert losses(resumed) == losses(whole)[SAVED:]
+    same = [[step["dispatch_bytes"] for step in steps_of(records)][-2:] for records in (whole, resumed)]
+    assert same[0] == same[1]
+    expected = tensors_of(checkpoints_of(runs.folder / "ZeRO 2")[-1])
+    got = tensors_of(checkpoints_of(runs.folder / "resumed")[-1])
+    assert got.keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in got.items())
+
+
+@pytest.mark.parametrize("name", ["ZeRO 1", "experts that move", "experts cut both ways", "a pipeline"])
+def test_a_checkpoint_is_that_of_a_run_without(runs, name):
+    """But for the choice of copies, which is saved with it."""
+    without, copied = (checkpoints_of(runs.folder / run)[0] for run in ("without", name))
+    expected = tensors_of(without)
+    for key, tensor in tensors_of(copied).items():
+        assert_close(tensor, expected.pop(key), max_error=1e-3, rms_error=1e-4, what=key)
+    assert not expected
+    assert read_state(without).copied == {}
+    assert set(read_state(copied).copied) <= {"0", "1"} and read_state(copied).copied
