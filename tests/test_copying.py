@@ -40,17 +40,20 @@ COPIED = {"expert_copies": 2}
 SPREAD = {"dp": 4, "ep": 2}
 RUNS = [
     Run("without", SPREAD, {"zero_stage": 2}),
-    Run("ZeRO 0", SPREAD, COPIED | {"zero_stage": 0}),
-    Run("ZeRO 1", SPREAD, COPIED),
     Run("ZeRO 2", SPREAD, COPIED | {"zero_stage": 2}),
     Run("resumed", SPREAD, COPIED | {"zero_stage": 2}, resume="ZeRO 2"),
-    Run("four ranks, by nodes", {"dp": 4, "ep": 4}, COPIED, {"kind": "hierarchical", "ranks_per_node": 2, "chunks": 2}),
-    Run("to all ranks", {"dp": 4, "ep": 4}, COPIED, {"kind": "all_gather"}),
-    Run("micro-batches, computed twice", SPREAD, COPIED | {"micro_batch_size": 4, "recompute": "block"}),
-    Run("experts that move", SPREAD, COPIED | {"rebalance_every": 3}),
-    Run("a pipeline", {"pp": 2, "dp": 2, "ep": 2}, COPIED | {"micro_batch_size": 2}),
-    Run("experts cut both ways", {"dp": 4, "ep": 2, "etp": 2}, COPIED | {"recompute": "moe"}),
-    Run("tensors and sequences split", {"tp": 2, "cp": 2, "ep": 4}, COPIED),
+    Run("experts that move, ZeRO 1", SPREAD, COPIED | {"rebalance_every": 3}),
+    Run(
+        "four ranks, by nodes, ZeRO 0",
+        {"dp": 4, "ep": 4},
+        COPIED | {"zero_stage": 0},
+        {"kind": "hierarchical", "ranks_per_node": 2, "chunks": 2},
+    ),
+    Run(
+        "a pipeline, computed twice",
+        {"pp": 2, "dp": 2, "ep": 2},
+        COPIED | {"micro_batch_size": 4, "recompute": "block"},
+    ),
 ]
 
 
@@ -124,7 +127,7 @@ def test_losses_and_norms_are_those_of_one_rank(runs, run):
 
 def test_the_set_changes_between_steps_and_says_why(runs):
     events = copied_events(runs.first["ZeRO 2"])
-    assert events[0]["step"] == 1 and len(events) > 1, [event["step"] for event in events]
+    assert len(events) > 1 and events[0]["step"] < STEPS - 3
     for line in [line for event in events for line in event["why"]]:
         assert line.startswith("layer ") and ("; copies of expert" in line or line.endswith("; no copy pays")), line
 
@@ -132,9 +135,12 @@ def test_the_set_changes_between_steps_and_says_why(runs):
 def test_bytes_fall(runs):
     """By more than a tenth, weights and gradients counted, in each step that has copies."""
     without, copied = (steps_of(runs.first[name]) for name in ("without", "ZeRO 2"))
-    assert copied[0]["dispatch_bytes"] == without[0]["dispatch_bytes"], "none before the first step"
-    for before, after in zip(without[1:], copied[1:], strict=True):
-        assert after["dispatch_bytes"] < 0.9 * before["dispatch_bytes"], after["step"]
+    first = copied_events(runs.first["ZeRO 2"])[0]["step"]
+    for before, after in zip(without, copied, strict=True):
+        if after["step"] <= first:
+            assert after["dispatch_bytes"] == before["dispatch_bytes"], "none yet"
+        else:
+            assert after["dispatch_bytes"] < 0.9 * before["dispatch_bytes"], after["step"]
 
 
 def tensors_of(checkpoint: Path) -> dict[str, torch.Tensor]:
@@ -154,7 +160,7 @@ def test_a_resumed_run_goes_on_bit_for_bit(runs):
     assert all(torch.equal(tensor, expected[name]) for name, tensor in got.items())
 
 
-@pytest.mark.parametrize("name", ["ZeRO 1", "experts that move", "experts cut both ways", "a pipeline"])
+@pytest.mark.parametrize("name", [run.name for run in RUNS[3:]])
 def test_a_checkpoint_is_that_of_a_run_without(runs, name):
     """But for the choice of copies, which is saved with it."""
     without, copied = (checkpoints_of(runs.folder / run)[0] for run in ("without", name))
