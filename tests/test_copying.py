@@ -17,7 +17,12 @@ from tiny import losses, prepare_tiny_data, tiny_model, tiny_training
 from expertmesh.kernels.device import Device
 from expertmesh.parallel.dispatch_config import DispatchConfig
 from expertmesh.parallel.groups import Groups, build_groups
+from expertmesh.parallel.hot_experts import choose_copies
+from expertmesh.parallel.placement import Placement
 from expertmesh.parallel.sizes import ParallelSizes
+from expertmesh.system.model.transformer import Transformer
+from expertmesh.system.train import copying
+from expertmesh.system.train.copying import Copying
 from expertmesh.system.train.snapshot import checkpoints_of, read_state
 from expertmesh.system.train.trainer import Record, Trainer
 
@@ -90,6 +95,69 @@ class Trained(NamedTuple):
     @property
     def first(self) -> dict[str, list[Record]]:
         return self.ranks[0]
+
+
+class Ranks:
+    """Stands for a process group where nothing is sent."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+
+    def size(self) -> int:
+        return self._size
+
+    def rank(self) -> int:
+        return 0
+
+
+@pytest.mark.parametrize(
+    "sizes, changes, dispatch, model, share, row_bytes, passes, reason",
+    [
+        ((2, 2, 1), {}, {}, {}, 1, 4 * 32 * 4, 1, "one group that has all tokens"),
+        ((4, 2, 1), {"micro_batch_size": 4}, {}, {}, 1 / 2, 4 * 32 * 4, 2, "two groups, two micro-batches"),
+        (
+            (2, 2, 1),
+            {},
+            {"kind": "all_gather", "wire": "fp8"},
+            {},
+            1,
+            3 * 36,
+            1,
+            "rows that go to all, of a byte a number",
+        ),
+        ((4, 2, 2), {}, {}, {}, 1 / 2, 4 * 32 * 4, 1 / 2, "experts that are cut in two"),
+        (
+            (2, 2, 1),
+            {},
+            {},
+            {"share_layers": True, "moe": {"gating_residual": False}},
+            1,
+            512,
+            2,
+            "layers that are one",
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_a_choice_is_told(monkeypatch, sizes, changes, dispatch, model, share, row_bytes, passes, reason):
+    """Load of one expert-parallel group, and prices of its links: 4 experts on 2 ranks, of 3 x 32 x 32 numbers each."""
+    told = []
+    monkeypatch.setattr(copying, "choose_copies", lambda *given: told.append(given) or choose_copies(*given))
+    config, (token, expert, cut) = tiny_model(layers=2, **model), sizes
+    groups = Groups(token=Ranks(token), expert=Ranks(expert), expert_tensor=Ranks(cut) if cut > 1 else None)
+    train = tiny_training(expert_copies=1, **changes)
+    chooser = Copying(Transformer(config, 0, 2), groups, train, DispatchConfig(**dispatch), None, None)
+    load_N = torch.tensor([600, 100, 100, 100, 0, 0, 50, 50][: config.moe.num_experts])
+    chooser.count([load_N, load_N])
+    changed = chooser.choose()
+    uses = 2 if config.share_layers else 1
+    assert len(told) == 2 // uses
+    for layer, load_E, tokens, placement, before, most, prices in told:
+        assert load_E == [uses * share * load for load in (600, 100, 100, 100)]
+        assert tokens == uses * share * int(load_N.sum()) / config.moe.top_k
+        assert (placement, before, most) == (Placement.contiguous(4, 2), (), 1)
+        assert prices == (row_bytes, 2 * passes * 3 * 32 * 32 * 4), layer
+    assert chooser.state() == {str(decision.layer): [0] for decision in changed}
 
 
 @pytest.fixture(scope="module")
