@@ -74,6 +74,7 @@ class Recipe(RecipeSection):
             "checkpoint_every",
             "keep_checkpoints",
             "rebalance_every",
+            "expert_copies",
             "recompute",
             "zero_stage",
             "dtype",
@@ -279,6 +280,12 @@ def check_together(recipe: Recipe, model: ModelConfig) -> None:
         for key in ("tp", "pp", "cp", "etp"):
             if (degree := getattr(sizes, key)) > 1:
                 raise ValueError(f"{what}: with parallel.{key}={degree} experts cannot move yet; take {key}=1")
+    if train.expert_copies:
+        what = f"train.expert_copies={train.expert_copies}"
+        if ep == 1:
+            raise ValueError(f"{what}: with parallel.ep=1 every rank has all experts already")
+        if train.zero_stage == 3:
+            raise ValueError(f"{what}: with train.zero_stage=3 there are no copies yet; take zero_stage of 0, 1 or 2")
     if recipe.train.sequence_length > model.context_length:
         raise ValueError(
             f"train.sequence_length={recipe.train.sequence_length} is longer than "

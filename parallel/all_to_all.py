@@ -39,7 +39,8 @@ class Taken(NamedTuple):
 class Traffic:
     """Bytes of expert rows since the last `take()`: those handed to other ranks, and those that had no need to be.
 
-    `sent`: with what belongs to the rows, such as the router's choices. `far`: of these, what went to another node.
+    `sent`: with what belongs to the rows, such as the router's choices, and with weights and gradients of experts whose
+    copies keep rows at home (expert_copies.py). `far`: of these, what went to another node.
 
     `saved` counts the slots of zero-computation experts. Such a slot stays where its token is; had it gone to an FFN
     expert it would have travelled as often as the slots of this batch that did go to one.

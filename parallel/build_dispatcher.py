@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from expertmesh.parallel.all_to_all import Traffic
+import torch.distributed as dist
+
+from expertmesh.parallel.all_to_all import Lane, Traffic
 from expertmesh.parallel.dispatch_config import DispatchConfig
 from expertmesh.parallel.dispatchers import (
     AllGatherDispatcher,
@@ -13,8 +15,9 @@ from expertmesh.parallel.dispatchers import (
 )
 from expertmesh.parallel.expert_tensor import ExpertTensorDispatcher
 from expertmesh.parallel.groups import Groups
-from expertmesh.parallel.nodes import find_ranks_per_node, split_by_node
-from expertmesh.parallel.wire import WIRES
+from expertmesh.parallel.home_dispatcher import HomeDispatcher
+from expertmesh.parallel.nodes import far_ranks, find_ranks_per_node, split_by_node
+from expertmesh.parallel.wire import NATIVE, WIRES
 
 
 def build_dispatcher(groups: Groups, config: DispatchConfig, traffic: Traffic, device: str) -> Dispatcher:
@@ -32,13 +35,23 @@ def build_dispatcher(groups: Groups, config: DispatchConfig, traffic: Traffic, d
 def _between_shards(groups: Groups, config: DispatchConfig, traffic: Traffic, device: str) -> Dispatcher:
     if groups.expert is None:
         return LocalDispatcher()
-    group, per_node = groups.expert, config.ranks_per_node or find_ranks_per_node(groups.expert, device)
+    group, per_node = groups.expert, _ranks_per_node(groups.expert, config, device)
     if group.size() % per_node:
         raise ValueError(
             f"parallel.dispatch.ranks_per_node={per_node} does not divide the {group.size()} expert-parallel ranks"
         )
     wire = WIRES[config.wire]
     if config.kind == "hierarchical":
-        return HierarchicalDispatcher(group, split_by_node(group, per_node), traffic, wire, config.chunks)
+        nodes = split_by_node(group, per_node)
+        return HomeDispatcher(HierarchicalDispatcher(group, nodes, traffic, wire, config.chunks))
     flat = AllGatherDispatcher if config.kind == "all_gather" else AllToAllDispatcher
-    return flat(group, traffic, wire, config.chunks, per_node)
+    return HomeDispatcher(flat(group, traffic, wire, config.chunks, per_node))
+
+
+def build_weights_lane(group: dist.ProcessGroup, config: DispatchConfig, traffic: Traffic, device: str) -> Lane:
+    """What weights of experts travel on between the ranks of `group`; all of them call it together."""
+    return Lane(group, NATIVE, traffic, far_ranks(group, _ranks_per_node(group, config, device)))
+
+
+def _ranks_per_node(group: dist.ProcessGroup, config: DispatchConfig, device: str) -> int:
+    return config.ranks_per_node or find_ranks_per_node(group, device)

@@ -31,7 +31,7 @@ from expertmesh.kernels.rows import Rows
 from expertmesh.kernels.zero_computation import ZeroComputation
 from expertmesh.parallel.all_to_all import Lane, Traffic
 from expertmesh.parallel.hops import AllGatherHop, AllToAllHop, Choices, Destinations, Hop, Passage, Planned
-from expertmesh.parallel.nodes import Nodes
+from expertmesh.parallel.nodes import Nodes, far_ranks
 from expertmesh.parallel.placement import expert_shard
 from expertmesh.parallel.wire import NATIVE, Wire
 
@@ -43,6 +43,8 @@ class ExpertLayer(NamedTuple):
     num_experts: int
     width: float = 1.0
     """Share of their hidden units that is to answer, where they are nested."""
+    copied: tuple[int, ...] = ()
+    """Experts that every rank has a copy of (expert_copies.py). Their rows are the first part, in this order."""
 
 
 class Dispatched(NamedTuple):
@@ -80,7 +82,7 @@ class LocalDispatcher:
     """Every expert is here."""
 
     def dispatch(self, x_TD: torch.Tensor, routing: Routing, layer: ExpertLayer) -> Dispatched:
-        rows, handle = _rows_here(x_TD, sort_slots(routing.experts_TK, layer.num_experts), routing.weights_TK)
+        rows, handle = rows_here(x_TD, sort_slots(routing.experts_TK, layer.num_experts), routing.weights_TK)
         return Dispatched((rows,), handle)
 
     def combine(
@@ -90,7 +92,8 @@ class LocalDispatcher:
         return combine_rows(answers_RD, handle.order.slots_R, handle.weights_TK, handle.weigh, zero)
 
 
-def _rows_here(x_TD: torch.Tensor, order: SlotOrder, weights_TK: torch.Tensor) -> tuple[Rows, LocalHandle]:
+def rows_here(x_TD: torch.Tensor, order: SlotOrder, weights_TK: torch.Tensor) -> tuple[Rows, LocalHandle]:
+    """Of tokens that are where their experts are."""
     # Weighed by the experts, answers need not be kept for the weights' gradient. Without gradients they are weighed
     # afterwards, as where they come from afar: so in bfloat16 too a served model says the same joined and split.
     by_experts = torch.is_grad_enabled()
@@ -147,7 +150,7 @@ class HopDispatcher:
                 onward.depart(x_VD, choices.weights_TK)
                 x_VD, choices = onward.arrive()
                 journey.later[-1].append(onward)
-            rows, handle = _rows_here(x_VD, self._order(choices, layer.num_experts), choices.weights_TK)
+            rows, handle = rows_here(x_VD, self._order(choices, layer.num_experts), choices.weights_TK)
             journey.here.append(handle)
             yield rows
 
@@ -201,8 +204,8 @@ class _StraightDispatcher(HopDispatcher):
     ) -> None:
         """`ranks_per_node`: None where all ranks of `group` are on one."""
         ranks, per_node = group.size(), ranks_per_node or group.size()
-        far = tuple(rank // per_node != group.rank() // per_node for rank in range(ranks))
-        hop = self.hop(Lane(group, wire, traffic, far), Destinations(tuple(range(ranks + 1)), ranks, per_node))
+        lane = Lane(group, wire, traffic, far_ranks(group, per_node))
+        hop = self.hop(lane, Destinations(tuple(range(ranks + 1)), ranks, per_node))
         super().__init__([hop], group.rank(), ranks, chunks, wire, traffic)
 
 

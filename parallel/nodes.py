@@ -39,6 +39,11 @@ def equal_runs(hosts: list[int]) -> int:
     return length if whole and len({run[0] for run in runs}) == len(runs) else 1
 
 
+def far_ranks(group: dist.ProcessGroup, ranks_per_node: int) -> tuple[bool, ...]:
+    """Of each rank of `group`, whether it is on another node than this one."""
+    return tuple(rank // ranks_per_node != group.rank() // ranks_per_node for rank in range(group.size()))
+
+
 def split_by_node(group: dist.ProcessGroup, ranks_per_node: int) -> Nodes:
     """Make the groups inside nodes and between them. All ranks of `group` call it, and only they."""
     assert group.size() % ranks_per_node == 0, f"{group.size()} ranks, {ranks_per_node} a node"

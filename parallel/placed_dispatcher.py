@@ -41,7 +41,8 @@ class PlacedDispatcher:
             return self.inner.dispatch(x_TD, routing, layer)
         assert placement.num_experts == layer.num_experts, f"{layer} is not placed by {placement}"
         placed = place_routing(routing, placement, self.source, self.choice)
-        return self.inner.dispatch(x_TD, placed, layer._replace(num_experts=placement.slots))
+        copied = tuple(placement.slots_of_expert[expert][0] for expert in layer.copied)
+        return self.inner.dispatch(x_TD, placed, layer._replace(num_experts=placement.slots, copied=copied))
 
     def combine(
         self, answers: Iterable[torch.Tensor], handle: Any, zero: ZeroComputation | None = None

@@ -58,19 +58,20 @@ class Decision(NamedTuple):
         return self.after is not self.before
 
     def __str__(self) -> str:
-        busiest = f"layer {self.layer}: the busiest rank has {self._excess(self.rows_before)}"
+        busiest = f"layer {self.layer}: the busiest rank has {beside_mean(self.rows_before, self.mean_rows)}"
         if not self.moves:
             return f"{busiest}; no move pays"
         return (
-            f"{busiest}; moving {self.moved} experts makes it {self._excess(self.rows_after)}, "
-            f"saving {_megabytes(self.bytes_saved)} on its link for {_megabytes(self.bytes_moved)} of moving"
+            f"{busiest}; moving {self.moved} experts makes it {beside_mean(self.rows_after, self.mean_rows)}, "
+            f"saving {megabytes(self.bytes_saved)} on its link for {megabytes(self.bytes_moved)} of moving"
         )
 
-    def _excess(self, rows: float) -> str:
-        return f"{rows:.0f} rows a step, {rows / max(self.mean_rows, 1e-9):.2f} times the mean"
+
+def beside_mean(rows: float, mean_rows: float) -> str:
+    return f"{rows:.0f} rows a step, {rows / max(mean_rows, 1e-9):.2f} times the mean"
 
 
-def _megabytes(count: int) -> str:
+def megabytes(count: int) -> str:
     return f"{count / 1e6:.3g} MB"
 
 

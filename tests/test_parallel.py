@@ -19,13 +19,16 @@ from ranks import run_ranks
 from tiny import losses, prepare_tiny_data, tiny_model, tiny_training, train
 
 from expertmesh.parallel.all_to_all import Traffic
-from expertmesh.parallel.build_dispatcher import build_dispatcher
+from expertmesh.parallel.build_dispatcher import build_dispatcher, build_weights_lane
 from expertmesh.parallel.dispatch_config import DispatchConfig
+from expertmesh.parallel.expert_copies import ExpertCopies
 from expertmesh.parallel.groups import Groups, build_groups
+from expertmesh.parallel.placement import Placement
 from expertmesh.parallel.shard import WHOLE, gather_parts
 from expertmesh.parallel.sizes import ParallelSizes
 from expertmesh.system.model.config import ModelConfig
 from expertmesh.system.model.context import TrainingStep
+from expertmesh.system.model.moe import MoE
 from expertmesh.system.model.tensor_parallel import parallel_transformer
 from expertmesh.system.model.transformer import Transformer
 from expertmesh.system.model.weights import Weight, initialise, weights
@@ -72,6 +75,11 @@ ONE = {"moe": {"gate_mode": "sigmoid", "selection_bias": True, "top_k": 1}}
 
 
 PYRAMID = {"moe": {"ffn_experts": [2, 3, 6], "gating_residual": False, "shared": {"hidden_size": 16}}}
+FACTORS = {
+    "moe": {"expert": {"kind": "structured", "hidden_size": 32, "form": "block_shuffle", "blocks": 2, "guided": True}}
+}
+NESTED = {"moe": {"expert": {"hidden_size": 32, "nested": (0.25, 0.5, 1.0)}}}
+MODULATED = {"moe": {"expert": {"kind": "modulated", "adaptor_size": 16}}}
 DEEP = {"layers": 5, "dense_layers": [2], "dense": {"hidden_size": 32}}
 TIED = {"tie_embeddings": True, "moe": {"z_loss_weight": 0.01, "balance_loss_weight": 0.1}}
 SKIPPED = {
@@ -86,6 +94,7 @@ class Row(NamedTuple):
     model: dict[str, Any] = {}
     favourite: int | None = None  # an FFN expert that every token chooses
     micro_batches: int = 1
+    copied: tuple[int, ...] = ()  # experts of each layer that every rank has a copy of, on the layout
 
     @property
     def world(self) -> int:
@@ -123,6 +132,23 @@ ROWS = [
     Row({"tp": 2, "dp": 4, "ep": 4}, "latent attention on eight", LATENT),
     Row({"dp": 4, "ep": 4}, "layers of fewer experts than ranks, and of a number that is cut unevenly", PYRAMID),
     Row({"dp": 2, "ep": 2}, "gradients of two micro-batches are added up", MIXTURE, micro_batches=2),
+    Row(
+        {"dp": 2, "ep": 2},
+        "copies of an expert, of which gradients are added up",
+        MIXTURE,
+        micro_batches=2,
+        copied=(2,),
+    ),
+    Row({"dp": 2, "ep": 2}, "all tokens on one expert, and that has copies", ONE, 3, copied=(3, 0)),
+    Row({"dp": 2, "ep": 2}, "copies of an expert that nobody chose", ONE, 3, copied=(1,)),
+    Row({"dp": 2, "ep": 2}, "copies of an expert of all layers, which have the same", WIDE, copied=(1, 2)),
+    Row({"dp": 2, "ep": 2}, "copies of experts in factors, one of them whole at first", FACTORS, copied=(0, 3)),
+    Row({"dp": 2, "ep": 2}, "copies of nested experts", NESTED, copied=(1,)),
+    Row({"dp": 2, "ep": 2}, "copies of scales and shifts with biases", MODULATED, copied=(3,)),
+    Row({"tp": 2, "dp": 2, "ep": 2, "etp": 2}, "copies of experts that are cut", MLPS, copied=(2, 1)),
+    Row({"tp": 2, "cp": 2, "ep": 4}, "copies of all experts but one", MIXTURE, copied=(3, 1, 2)),
+    Row({"dp": 4, "ep": 4}, "copies of experts of ranks of which some have none", PYRAMID, copied=(1, 0)),
+    Row({"pp": 2, "dp": 2, "ep": 2}, "copies on each stage", DEEP | TIED, micro_batches=2, copied=(3,)),
     Row({"pp": 2}, "three layers on two stages: a gating residual crosses", micro_batches=4),
     Row({"pp": 2}, "one micro-batch; the embedding is the head on the other stage", TIED),
     Row({"pp": 2}, "mixtures of depths; a loss of means over all tokens of a micro-batch", SKIPPED, micro_batches=2),
@@ -153,6 +179,12 @@ def made(row: Row, groups: Groups) -> LanguageModelLoss:
     if row.favourite is not None:
         for layer in model.config.moe_layers:
             model.layers[layer].mlp.gate.e_score_correction_bias.data[row.favourite] = 100.0
+    if groups.expert is not None:
+        for moe in (module for module in model.modules() if isinstance(module, MoE)):
+            layer, experts = moe.experts_of_layer.layer, moe.experts_of_layer.num_experts
+            lane = build_weights_lane(groups.expert, DispatchConfig(), Traffic(), "cpu")
+            copies = ExpertCopies(layer, row.copied, Placement.contiguous(experts, groups.expert_size), lane)
+            moe.copy_experts(copies if row.copied else None)
     return LanguageModelLoss(model, build_dispatcher(groups, DispatchConfig(), Traffic(), "cpu"), groups)
 
 

@@ -18,6 +18,16 @@ WRONG = [
     ("an unknown section", ["banana.x=1"], "unknown key banana; known keys: name, about, run_dir, start_from"),
     ("experts that ep does not divide", ["model.moe.ffn_experts=7"], "model.moe.ffn_experts=7: parallel.ep=2 does not"),
     ("nowhere to move", ["parallel.ep=1", "train.rebalance_every=5"], "train.rebalance_every=5: with parallel.ep=1"),
+    (
+        "copies of experts that are everywhere",
+        ["parallel.ep=1", "train.expert_copies=1"],
+        "train.expert_copies=1: with parallel.ep=1 every rank has all experts already",
+    ),
+    (
+        "copies of experts that are shards",
+        ["train.zero_stage=3", "train.expert_copies=2"],
+        "train.expert_copies=2: with train.zero_stage=3 there are no copies yet; take zero_stage of 0, 1 or 2",
+    ),
     ("ep that does not divide dp", ["parallel.ep=3"], "ep=3 does not divide dp=2; with dp=2, ep may be one of [1, 2]"),
     ("a batch that dp does not divide", ["train.batch_size=7"], "train.batch_size=7: parallel.dp=2 does not divide it"),
     ("a sequence beyond the context", ["train.sequence_length=9999"], "longer than model.context_length=256"),

@@ -307,6 +307,14 @@ def halve(pattern: str) -> Callable[[Path], None]:
     return damage
 
 
+def test_copies_of_experts_are_read_back_and_older_checkpoints_have_none(tmp_path, tokenizer):
+    state = RunState(2, {}, copied={"1": [3, 0]})
+    folder = save(tmp_path, state, model_of(), Groups(), tokenizer, keep=1)
+    assert read_state(folder) == state
+    change_state(without("copied"))(folder)
+    assert read_state(folder) == RunState(2, {})
+
+
 DAMAGES: list[tuple[Callable[[Path], None], str, str]] = [
     (change_state(without("step")), "state.json: no key 'step'", "no step"),
     (change_state(without("settings")), "state.json: no key 'settings'", "no settings"),

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import chain, repeat
+
 import torch
 from torch import nn
 
 from expertmesh.kernels.routing import Routing
 from expertmesh.parallel.dispatchers import ExpertLayer
+from expertmesh.parallel.expert_copies import Answer, ExpertCopies
 from expertmesh.system.model.build_experts import build_experts, build_frame
 from expertmesh.system.model.context import Context
 from expertmesh.system.model.experts import ZeroComputationExperts
@@ -25,6 +28,9 @@ class MoE(nn.Module):
        combine asks for the answers, which leave while the next part is computed
     5. combine: answers come back and are summed by weight, and zero-computation experts answer here in the same pass
 
+    In training, copies of hot experts may set out for all ranks before that. They answer the first part of the rows,
+    which stays where its tokens are (expert_copies.py).
+
     `frame` may change what the routed experts see, and the sum of their answers; most kinds of experts have none.
 
     `shard` is the range of FFN experts held here: all of them, a part (expert parallel), or none (an attention worker,
@@ -40,19 +46,27 @@ class MoE(nn.Module):
         self.zero_computation = ZeroComputationExperts(config, hidden_size)
         self.frame = build_frame(config, hidden_size)
         self.experts = build_experts(config, hidden_size, shard)
+        self.copies: ExpertCopies | None = None
         self.shared_expert: nn.Module | None = None
         if config.shared:
             self.shared_expert = build_shared_expert(config.shared, hidden_size)
             self.shared_expert_gate = build_mixing(config.shared.mixing, hidden_size)
 
+    def copy_experts(self, copies: ExpertCopies | None) -> None:
+        """From the next pass on every rank answers its own tokens of the experts of `copies`."""
+        self.copies = copies
+        self.experts_of_layer = self.experts_of_layer._replace(copied=copies.experts if copies else ())
+
     def forward(self, x_TD: torch.Tensor, previous: Routing | None, context: Context) -> tuple[torch.Tensor, Routing]:
+        copies = [self.copies.set_out(self.experts)] if self.copies else []
         routing = self.gate(x_TD, previous, context)
         x_TD = x_TD * self.input_scale
         inner_TD = self.frame.enter(x_TD)
         asked = self.experts_of_layer._replace(width=context.width)
         arriving, handle = context.dispatcher.dispatch(inner_TD, routing, asked)
         shared_TD = self.shared_expert(x_TD) if self.shared_expert else None
-        answers = (self.experts(rows, context) for rows in arriving)
+        holders = chain[Answer](copies, repeat(self.experts))
+        answers = (experts(rows, context) for experts, rows in zip(holders, arriving, strict=False))
         zero = self.zero_computation(inner_TD, routing)
         y_TD = self.frame.leave(context.dispatcher.combine(answers, handle, zero))
         return self.shared_expert_gate(x_TD, y_TD, shared_TD) if self.shared_expert else y_TD, routing

@@ -98,11 +98,12 @@ class StructuredExperts(RoutedExperts):
         y_RM = self._factored(matrix, rows_RN, counts_E)
         if guide == 0:
             return y_RM
-        guide_RM = grouped_gemm(rows_RN, self.get_parameter(f"{matrix}_guide"), counts_E)
+        guide_RM = grouped_gemm(rows_RN, getattr(self, f"{matrix}_guide"), counts_E)
         return guide * guide_RM + (1 - guide) * y_RM
 
     def _factored(self, matrix: str, rows_RN: torch.Tensor, counts_E: torch.Tensor) -> torch.Tensor:
-        inner, outer = (self.get_parameter(f"{matrix}_{part}") for part in ("inner", "outer"))
+        # Not by `get_parameter`: those of copies of experts are no parameters.
+        inner, outer = (getattr(self, f"{matrix}_{part}") for part in ("inner", "outer"))
         between_Rr = blocked_gemm(rows_RN, inner, counts_E, self.config.inner_blocks)
         return blocked_gemm(shuffle(between_Rr, self.config.outer_blocks), outer, counts_E, self.config.outer_blocks)
 

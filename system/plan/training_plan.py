@@ -29,7 +29,7 @@ and a step sends from a rank, M micro-batches of T tokens a data-parallel and co
 Dispatch is an expectation: K of all N experts chosen evenly, zero-computation ones too, of which E/ep are on a rank.
 The ranks that a token goes to are then (ep - 1) (1 - C(N - E/ep, K) / C(N, K)). There is no count for an exchange by
 nodes, nor for the keys and values of other attentions than grouped ones. What train.recompute computes
-again crosses again, which is not counted.
+again crosses again, which is not counted; nor are copies of experts (train.expert_copies), which go by the load.
 
 Activations are not in here: activations.py counts them.
 

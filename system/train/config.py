@@ -53,6 +53,9 @@ class TrainConfig(RecipeSection):
     rebalance_every: int | None = Field(
         None, ge=1, description="steps after which experts may change ranks, where load says that it pays; null: never"
     )
+    expert_copies: int = Field(
+        0, ge=0, description="hot experts of a layer that all ranks may have copies of at once, where load says it pays"
+    )
     keep_checkpoints: int = Field(2, ge=1, description="how many of the newest checkpoints stay")
 
     @property

@@ -44,7 +44,7 @@ class Rebalancing:
         """Take note of a step: the load of each layer with experts, over all ranks."""
         self._steps += 1
         for owner, load_N in zip(self._owners, loads_N, strict=True):
-            layer, experts, _ = owner.experts_of_layer
+            layer, experts = owner.experts_of_layer.layer, owner.experts_of_layer.num_experts
             self._rows[layer] = [sum(pair) for pair in zip(self._rows[layer], load_N[:experts].tolist(), strict=True)]
 
     def rebalance(self, zero: TrainingOptimizer, steps: int) -> list[Decision]:

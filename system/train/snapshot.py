@@ -17,7 +17,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,7 @@ class RunState:
 
     step: int
     settings: dict[str, Any]  # what a resumed run must have in common: model, data, batches, optimizer
+    copied: dict[str, list[int]] = field(default_factory=dict)  # by layer, experts with copies in the next step
 
 
 class SaveFailed(RuntimeError):
@@ -306,10 +307,11 @@ def read_state(folder: Path) -> RunState:
     read_index(folder / "training" / OPTIMIZER_INDEX)
     path = folder / "training" / "state.json"
     content = read_json(path)
-    missing = [field.name for field in fields(RunState) if field.name not in content]
+    names = [each.name for each in fields(RunState) if each.default_factory is MISSING or each.name in content]
+    missing = [name for name in names if name not in content]
     if missing:
         raise CheckpointError(f"{path}: no key {missing[0]!r}; the checkpoint is damaged")
-    return RunState(**{field.name: content[field.name] for field in fields(RunState)})
+    return RunState(**{name: content[name] for name in names})
 
 
 def load_optimizer(folder: Path, state: RunState, model: Transformer, zero: TrainingOptimizer) -> None:

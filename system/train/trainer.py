@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from expertmesh.kernels.device import Device
 from expertmesh.parallel.all_to_all import Traffic
-from expertmesh.parallel.build_dispatcher import build_dispatcher
+from expertmesh.parallel.build_dispatcher import build_dispatcher, build_weights_lane
 from expertmesh.parallel.dispatch_config import DispatchConfig
 from expertmesh.parallel.groups import Groups
 from expertmesh.parallel.placed_dispatcher import PlacedDispatcher
@@ -26,6 +26,7 @@ from expertmesh.system.model.tensor_parallel import parallel_transformer
 from expertmesh.system.model.weights import initialise
 from expertmesh.system.train.build_optimizer import build_optimizer
 from expertmesh.system.train.config import TrainConfig
+from expertmesh.system.train.copying import Copying
 from expertmesh.system.train.dataset import TokenDataset
 from expertmesh.system.train.layer_summary import summarise
 from expertmesh.system.train.loss import LanguageModelLoss
@@ -98,13 +99,19 @@ class Trainer:
         self.skip = skip
         self.dataset = TokenDataset(run_dir / "data")
         self.traffic = Traffic()
-        dispatcher = build_dispatcher(groups, dispatch or DispatchConfig(), self.traffic, device.name)
+        dispatch = dispatch or DispatchConfig()
+        dispatcher = build_dispatcher(groups, dispatch, self.traffic, device.name)
         with torch.device(device.name):
             self.model = parallel_transformer(model_config, groups)
             self.rebalancing = Rebalancing(self.model, groups) if config.rebalance_every else None
             if self.rebalancing:
                 dispatcher = PlacedDispatcher(dispatcher, self.rebalancing.placements, groups.expert_rank)
             self.loss = LanguageModelLoss(self.model, dispatcher, groups)
+        self.copying: Copying | None = None
+        if config.expert_copies and groups.expert is not None:
+            lane = build_weights_lane(groups.expert, dispatch, self.traffic, device.name)
+            placements = self.rebalancing.placements if self.rebalancing else None
+            self.copying = Copying(self.model, groups, config, dispatch, lane, placements)
         recompute(self.model, config.recompute)
         self.kept: Kept | None = None  # by a forward, for its backward; measured once
         self.state = RunState(step=0, settings=settings)
@@ -119,6 +126,8 @@ class Trainer:
         self.zero = build_optimizer(self.loss, config)
         if resume_from is not None:
             load_optimizer(resume_from, self.state, self.model, self.zero)
+        if self.copying:
+            self.copying.resume(self.state.copied)
 
     def run(self, report: Callable[[Record], None], watch: Watch | None = None) -> None:
         """Train to the last step, or until `watch` wants to leave; all is saved then. Raises NotFinite, SaveFailed."""
@@ -143,7 +152,6 @@ class Trainer:
             record = self._train_step(step, watch.wants_to_leave(), saver.busy())
             leaving, busy_ranks = record.pop("leaving"), record.pop("busy_ranks")
             self._check_finite(record)
-            self.state = RunState(step, self.settings)
             report(record)
             saver.agree(busy_ranks)
             last = step == config.steps
@@ -152,6 +160,9 @@ class Trainer:
                 moved = sum(decision.moved for decision in decisions)
                 why = [str(decision) for decision in decisions]
                 report({"kind": "event", "what": "rebalanced", "step": step, "moved": moved, "why": why})
+            if self.copying and (changes := self.copying.choose()):
+                report({"kind": "event", "what": "copied", "step": step, "why": list(map(str, changes))})
+            self.state = RunState(step, self.settings, self.copying.state() if self.copying else {})
             if last or step % config.validate_every == 0:
                 report({"kind": "validation", "step": step, "loss": self.validate()})
             if last or leaving or step % config.checkpoint_every == 0:
@@ -197,6 +208,8 @@ class Trainer:
         self.model.balance(told.loads_N)
         if self.rebalancing:
             self.rebalancing.count(told.loads_N)
+        if self.copying:
+            self.copying.count(told.loads_N)
         balance_L, z_L, entropy_L = (told.means_L[name] for name in MEANS)
         summaries = [
             summarise(layer, model.moe_of(layer), *figures)
