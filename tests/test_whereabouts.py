@@ -71,26 +71,37 @@ def test_the_way_of_a_pass(way):
 
 
 LAYOUTS = [
-    (ParallelSizes(pp=2), "a message from pipeline rank 1"),
-    (ParallelSizes(pp=2), "messages to pipeline ranks"),
-    (ParallelSizes(tp=2, ep=2), "layer 1 gather among tensor ranks"),
-    (ParallelSizes(tp=2, ep=2), "layer 2 reduce-scatter among tensor ranks"),
-    (ParallelSizes(tp=2, ep=2), "layer 2 gather of gradients among tensor ranks"),
-    (ParallelSizes(tp=2, ep=2), "embedding reduce-scatter among tensor ranks"),
-    (ParallelSizes(tp=2, ep=2), "head gather among tensor ranks"),
-    (ParallelSizes(tp=2, ep=2), "cross entropy among tensor ranks"),
-    (ParallelSizes(cp=2), "layer 1 gather among context ranks"),
-    (ParallelSizes(cp=2), "layer 2 reduce-scatter of gradients among context ranks"),
-    (ParallelSizes(dp=2, etp=2), "layer 1 counts among expert tensor ranks"),
-    (ParallelSizes(dp=2, etp=2), "layer 2 rows among expert tensor ranks"),
-    (ParallelSizes(dp=2, etp=2), "layer 0 answers among expert tensor ranks of gradients"),
+    (ParallelSizes(pp=2), {"a message from pipeline rank 1", "messages to pipeline ranks"}),
+    (
+        ParallelSizes(tp=2, ep=2),
+        {
+            "layer 1 gather among tensor ranks",
+            "layer 2 reduce-scatter among tensor ranks",
+            "layer 2 gather of gradients among tensor ranks",
+            "embedding reduce-scatter among tensor ranks",
+            "head gather among tensor ranks",
+            "cross entropy among tensor ranks",
+        },
+    ),
+    (
+        ParallelSizes(cp=2),
+        {"layer 1 gather among context ranks", "layer 2 reduce-scatter of gradients among context ranks"},
+    ),
+    (
+        ParallelSizes(dp=2, etp=2),
+        {
+            "layer 1 counts among expert tensor ranks",
+            "layer 2 rows among expert tensor ranks",
+            "layer 0 answers among expert tensor ranks of gradients",
+        },
+    ),
 ]
 
 
-@pytest.mark.parametrize("sizes, name", LAYOUTS, ids=[name for _, name in LAYOUTS])
-def test_other_layouts_have_names_of_their_own(way, sizes, name):
+@pytest.mark.parametrize("sizes, names", LAYOUTS, ids=["pipeline", "tensor", "context", "expert tensor"])
+def test_other_layouts_have_names_of_their_own(way, sizes, names):
     calls_of(0, sizes, tiny_model(), 2, 8)
-    assert name in way.names
+    assert names <= set(way.names)
     assert not dist.is_initialized()
 
 
