@@ -125,7 +125,7 @@ class Flight(NamedTuple):
 
     there: Exchange
     back: Exchange
-    name: str = "all-to-all"  # in words, for who looks for a hang
+    name: str  # in words, for who looks for a hang
 
 
 class _Depart(torch.autograd.Function):
@@ -172,11 +172,13 @@ def all_to_all(
     receive_splits: list[int],
     group: dist.ProcessGroup,
     traffic: Traffic,
+    name: str,
 ) -> torch.Tensor:
     """Send the first send_splits[0] rows to rank 0, the next to rank 1, ...; return what came, in rank order.
 
     Every rank of `group` calls it, also with no rows, and waits. The gradient goes the same way back.
+    `name`: in words, for who looks for a hang.
     """
     lane = Lane(group, NATIVE, traffic, (False,) * group.size())
-    flight = Flight(AllToAll(lane, send_splits, receive_splits), AllToAll(lane, receive_splits, send_splits))
+    flight = Flight(AllToAll(lane, send_splits, receive_splits), AllToAll(lane, receive_splits, send_splits), name)
     return arrive(depart(rows_RD, flight), flight)

@@ -6,6 +6,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+from expertmesh.parallel.whereabouts import inside
+
 
 def total_cross_entropy(
     logits_TV: torch.Tensor, targets_T: torch.Tensor, tensor_group: dist.ProcessGroup | None = None
@@ -24,4 +26,5 @@ def total_cross_entropy(
         return F.cross_entropy(logits_TV, targets_T, reduction="sum")
     from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 
-    return vocab_parallel_cross_entropy(logits_TV, targets_T).sum()
+    with inside("cross entropy among tensor ranks"):
+        return vocab_parallel_cross_entropy(logits_TV, targets_T).sum()

@@ -24,6 +24,7 @@ from expertmesh.kernels.rows import Rows
 from expertmesh.kernels.zero_computation import ZeroComputation
 from expertmesh.parallel.all_to_all import Traffic, all_to_all
 from expertmesh.parallel.dispatchers import Dispatched, Dispatcher, ExpertLayer
+from expertmesh.parallel.whereabouts import inside
 
 
 class _Visit(NamedTuple):
@@ -37,7 +38,11 @@ class _Visit(NamedTuple):
 
 class ExpertTensorHandle(NamedTuple):
     inner: Any
+    layer: int
     visits: list[_Visit]  # so far
+
+    def named(self, what: str) -> str:
+        return f"layer {self.layer} {what} among expert tensor ranks"
 
 
 class ExpertTensorDispatcher:
@@ -48,31 +53,34 @@ class ExpertTensorDispatcher:
 
     def dispatch(self, x_TD: torch.Tensor, routing: Routing, layer: ExpertLayer) -> Dispatched:
         arriving, inner = self.inner.dispatch(x_TD, routing, layer)
-        handle = ExpertTensorHandle(inner, [])
-        return Dispatched(self._of_all(arriving, handle.visits), handle)
+        handle = ExpertTensorHandle(inner, layer.layer, [])
+        return Dispatched(self._of_all(arriving, handle), handle)
 
-    def _of_all(self, arriving: Iterable[Rows], visits: list[_Visit]) -> Iterator[Rows]:
+    def _of_all(self, arriving: Iterable[Rows], handle: ExpertTensorHandle) -> Iterator[Rows]:
         ranks = self.group.size()
         for rows in arriving:
             rows_RD = rows.gathered()
             arrived_GE = rows.counts_E.new_empty(ranks * len(rows.counts_E))
-            dist.all_gather_single(arrived_GE, rows.counts_E, group=self.group)
+            with inside(handle.named("counts")):
+                dist.all_gather_single(arrived_GE, rows.counts_E, group=self.group)
             arrived_GE = arrived_GE.view(ranks, -1)
             copies, arrived = [len(rows_RD)] * ranks, arrived_GE.sum(1).tolist()
-            rows_SD = all_to_all(rows_RD.repeat(ranks, 1), copies, arrived, self.group, self.traffic)
+            sent_SD, name = rows_RD.repeat(ranks, 1), handle.named("rows")
+            rows_SD = all_to_all(sent_SD, copies, arrived, self.group, self.traffic, name)
             experts = torch.arange(len(rows.counts_E), device=arrived_GE.device).repeat(ranks)
             by_expert_S = experts.repeat_interleave(arrived_GE.flatten()).argsort(stable=True)
-            visits.append(_Visit(rows, copies, arrived, by_expert_S))
+            handle.visits.append(_Visit(rows, copies, arrived, by_expert_S))
             yield Rows(rows_SD, by_expert_S, arrived_GE.sum(0))
 
     def combine(
         self, answers: Iterable[torch.Tensor], handle: ExpertTensorHandle, zero: ZeroComputation | None = None
     ) -> torch.Tensor:
-        return self.inner.combine(self._summed(answers, handle.visits), handle.inner, zero)
+        return self.inner.combine(self._summed(answers, handle), handle.inner, zero)
 
-    def _summed(self, answers: Iterable[torch.Tensor], visits: list[_Visit]) -> Iterator[torch.Tensor]:
+    def _summed(self, answers: Iterable[torch.Tensor], handle: ExpertTensorHandle) -> Iterator[torch.Tensor]:
         for number, answers_SD in enumerate(answers):
-            rows, copies, arrived, by_expert_S = visits[number]
+            rows, copies, arrived, by_expert_S = handle.visits[number]
             as_arrived_SD = answers_SD.index_select(0, by_expert_S.argsort())
-            parts_RD = all_to_all(as_arrived_SD, arrived, copies, self.group, self.traffic)
+            name = handle.named("answers")
+            parts_RD = all_to_all(as_arrived_SD, arrived, copies, self.group, self.traffic, name)
             yield rows.weighted(parts_RD.unflatten(0, (self.group.size(), -1)).sum(0))

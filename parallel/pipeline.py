@@ -132,7 +132,8 @@ class Mail:
     def close(self) -> None:
         assert not self._early and not any(self._due.values()), "messages that nobody read"
         for work, _ in self._leaving:
-            work.wait()
+            with inside("messages to pipeline ranks"):
+                work.wait()
         self._leaving.clear()
 
     def _group(self, source: int, to: int) -> dist.ProcessGroup:

@@ -45,10 +45,14 @@ class SequenceSplit:
             return x_TX
         return x_TX.unflatten(0, (-1, self.length))[:, self.positions_C(x_TX.device)].flatten(0, 1)
 
-    def gather(self, x_TX: torch.Tensor) -> torch.Tensor:
-        """[B*C, ...] -> [B*S, ...] in order of positions. Its gradient is summed and cut up again."""
+    def gather(self, x_TX: torch.Tensor, where: str = "") -> torch.Tensor:
+        """[B*C, ...] -> [B*S, ...] in order of positions. Its gradient is summed and cut up again.
+
+        `where`: in the model; with it a hang is told.
+        """
         if self.group is None:
             return x_TX
-        x_RBCX = TokenSplit(self.group).gather(x_TX).unflatten(0, (self._ranks, -1, self.length // self._ranks))
+        gathered_TX = TokenSplit(self.group, "context").gather(x_TX, where)
+        x_RBCX = gathered_TX.unflatten(0, (self._ranks, -1, self.length // self._ranks))
         as_gathered_S = torch.cat([self._positions(rank, x_TX.device) for rank in range(self._ranks)])
         return x_RBCX.transpose(0, 1).flatten(1, 2)[:, as_gathered_S.argsort()].flatten(0, 1)

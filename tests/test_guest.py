@@ -78,3 +78,8 @@ def test_a_part_of_the_experts_cannot_answer_before_it_knows_the_others():
     layer = GuestMoE(BIASED, WIDTH, range(2), Chain(), 0.5)
     with pytest.raises(ValueError, match="was not told yet who has the others"):
         layer(tokens())
+
+
+def test_balance_over_more_than_a_host_tells_is_refused():
+    with pytest.raises(ValueError, match="moe.balance_over=sequence works in our own trainer only"):
+        layer_of(BIASED.model_copy(update={"balance_over": "sequence"}))

@@ -82,6 +82,11 @@ NESTED = {"moe": {"expert": {"hidden_size": 32, "nested": (0.25, 0.5, 1.0)}}}
 MODULATED = {"moe": {"expert": {"kind": "modulated", "adaptor_size": 16}}}
 DEEP = {"layers": 5, "dense_layers": [2], "dense": {"hidden_size": 32}}
 TIED = {"tie_embeddings": True, "moe": {"z_loss_weight": 0.01, "balance_loss_weight": 0.1}}
+SEQUENCES = {"moe": {"balance_over": "sequence", "balance_loss_weight": 1.0}}
+SIGMOID_SEQUENCES = {
+    "moe": SEQUENCES["moe"] | {"gate_mode": "sigmoid", "selection_bias": True, "balance_loss": "switch"},
+}
+SO_FAR = {"moe": {"balance_over": "global_batch", "balance_loss_weight": 1.0, "balance_loss": "gshard"}}
 SKIPPED = {
     "depth": {"layers": [1], "kept": 0.5, "shared_router": False},
     "moe": {"gating_residual": False, "balance_loss": "mutual_information"},
@@ -160,6 +165,12 @@ ROWS = [
     Row({"pp": 2, "cp": 2, "ep": 2}, "runs of sequences cross", LATENT, micro_batches=4),
     Row({"pp": 4}, "five layers on four stages; logits cross one without experts", DEEP, micro_batches=4),
     Row({"pp": 2, "tp": 2, "dp": 2, "ep": 2, "etp": 2}, "every kind of split", DEEP | TIED, micro_batches=2),
+    Row({"tp": 2, "ep": 2}, "sequences balanced by themselves, two on each rank", SEQUENCES),
+    Row({"tp": 2, "cp": 2}, "sequences balanced by themselves, each on four ranks", SIGMOID_SEQUENCES, micro_batches=4),
+    Row({"cp": 2, "dp": 2, "ep": 2}, "sequences balanced by themselves, and their batch split", SIGMOID_SEQUENCES),
+    Row({"dp": 2}, "balance over the micro-batches so far", SO_FAR, micro_batches=2),
+    Row({"pp": 2, "interleave": 2}, "the same in every run of layers", DEEP | SO_FAR, micro_batches=4),
+    Row({"pp": 2, "cp": 2}, "the same of sequences that are split", SO_FAR, micro_batches=4),
 ]
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from numerics import assert_close
-from tiny import tiny_model
+from tiny import context_of, tiny_model
 
 from expertmesh.parallel.dispatchers import LocalDispatcher
 from expertmesh.parallel.groups import Groups
@@ -18,6 +19,7 @@ from expertmesh.system.train.passes import MicroBatch, Passes
 from expertmesh.system.train.tally import MEANS, Tally, tally
 
 BATCH, LENGTH = 4, 8
+RESTLESS = {"balance_loss": "switch", "balance_loss_weight": 1.0}
 UNBALANCED = {"balance_loss_weight": 0.0, "z_loss_weight": 0.1, "capacity": {"factor": 0.8}, "noise": "normal"}
 
 
@@ -64,6 +66,47 @@ def test_a_balance_loss_is_of_a_micro_batch():
     each = [loss_of(config)(*batch).balance_L.double() for batch in batches(4)]
     assert apart == pytest.approx(torch.stack(each).mean(0).tolist(), rel=1e-6)
     assert apart != pytest.approx(together, rel=1e-3)
+
+
+def trained_with_routers(balance_over: str, count: int) -> tuple[Tally, list[torch.Tensor]]:
+    """And the gradients of the routers."""
+    loss = loss_of(tiny_model(vocab_size=16, moe=RESTLESS | {"balance_over": balance_over}))
+    told = trained(loss, count)
+    return told, [block.mlp.gate.weight.grad for block in loss.model.layers]
+
+
+def test_a_balance_loss_of_sequences_is_of_no_micro_batch():
+    (expected, wanted), (got, gradients) = (trained_with_routers("sequence", count) for count in (1, 4))
+    assert got.means_L["balance_L"] == pytest.approx(expected.means_L["balance_L"], rel=1e-6)
+    for gradient, want in zip(gradients, wanted, strict=True):
+        assert_close(gradient, want, max_error=1e-5, rms_error=1e-5)
+    others = [trained_with_routers(other, 1)[0].means_L["balance_L"] for other in ("micro_batch", "global_batch")]
+    assert others[0] == others[1] != pytest.approx(got.means_L["balance_L"], rel=1e-3)
+
+
+def test_a_balance_loss_of_the_global_batch_has_the_load_of_all_micro_batches_so_far():
+    """By hand: the load of all tokens up to this micro-batch, and this one's probabilities."""
+    loss = loss_of(tiny_model(vocab_size=16, moe=RESTLESS | {"balance_over": "global_batch"}))
+    moe, load_LN, losses_L, total = loss.model.config.moe, torch.zeros(3, 8), list[torch.Tensor](), torch.zeros(())
+    for number, (tokens_BS1, training) in enumerate(batches(4), start=1):
+        context = context_of(LENGTH, len(tokens_BS1), training)
+        output = loss.model(tokens_BS1[:, :-1].flatten(), context)
+        logits_TV = loss.model.lm_head(output.hidden_TD)
+        total = total + F.cross_entropy(logits_TV, tokens_BS1[:, 1:].flatten()) / 4
+        for layer, routing in enumerate(output.routings):
+            load_LN[layer] += routing.chosen_TK.flatten().bincount(minlength=moe.num_experts)
+            shares_N = load_LN[layer].clone() / (number * LENGTH * moe.top_k)
+            losses_L.append(moe.num_experts * (shares_N * routing.logits_TN.softmax(-1).mean(0)).sum() / 4)
+    (total + torch.stack(losses_L).sum()).backward()
+    wanted = [block.mlp.gate.weight.grad for block in loss.model.layers]
+
+    got, gradients = trained_with_routers("global_batch", 4)
+    expected_L = torch.stack(losses_L).view(4, 3).sum(0).tolist()
+    assert got.means_L["balance_L"] == pytest.approx(expected_L, rel=1e-5)
+    without = trained_with_routers("micro_batch", 4)[0]
+    assert got.means_L["balance_L"] != pytest.approx(without.means_L["balance_L"], rel=1e-3)
+    for gradient, want in zip(gradients, wanted, strict=True):
+        assert_close(gradient, want, max_error=1e-4, rms_error=2e-5)
 
 
 BORDERS = [

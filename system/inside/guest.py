@@ -126,6 +126,7 @@ def refuse_what_a_guest_cannot(config: MoEConfig, hidden_size: int) -> None:
         f"noise={config.noise}": config.noise != "none",
         "capacity": config.capacity is not None,
         "pyramid": bool(config.pyramid),
+        f"balance_over={config.balance_over}": config.balance_over != "micro_batch",
         "expert.nested": isinstance(config.expert, SwiGLUConfig) and bool(config.expert.nested),
         "expert.guided": isinstance(config.expert, StructuredConfig) and config.expert.guided,
     }

@@ -120,6 +120,7 @@ class ContextAttend:
     ) -> torch.Tensor:
         length, positions_C = self.split.length, self.split.positions_C(q_THd.device)
         q_BHCd = q_THd.unflatten(0, (-1, len(positions_C))).transpose(1, 2)
-        k_BGSd, v_BGSe = (self.split.gather(t).unflatten(0, (-1, length)).transpose(1, 2) for t in (k_TGd, v_TGe))
+        gathered = (self.split.gather(t_TGx, f"layer {layer}") for t_TGx in (k_TGd, v_TGe))
+        k_BGSd, v_BGSe = (t_TGx.unflatten(0, (-1, length)).transpose(1, 2) for t_TGx in gathered)
         visible_CS = causal_mask(length, length, look.window, q_THd.device)[positions_C]
         return attend_where(q_BHCd, k_BGSd, v_BGSe, look.weighting, visible_CS).transpose(1, 2).flatten(0, 1)

@@ -145,6 +145,8 @@ class ModelConfig(RecipeSection):
             raise ValueError("share_layers=true goes with MoE layers that are all alike and moe.gating_residual=false")
         if self.depth and residual:
             raise ValueError("depth goes with moe.gating_residual=false: a skipped token has no logits to pass on")
+        if self.depth and self.moe.balance_over == "sequence":
+            raise ValueError("depth goes with another moe.balance_over than sequence: some of its tokens are left out")
         experts, dense = self.moe.expert, self.dense
         if self.moe_layers:
             experts.check(self.hidden_size)

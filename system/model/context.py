@@ -59,9 +59,9 @@ class Spread(NamedTuple):
         """What belongs to this rank's tokens of something that every rank has."""
         return self.tokens.mine(self.sequences.mine(x_TX))
 
-    def whole(self, x_TX: torch.Tensor) -> torch.Tensor:
-        """From what each rank has of its tokens, that of all, sequence by sequence."""
-        return self.sequences.gather(self.tokens.gather(x_TX))
+    def whole(self, x_TX: torch.Tensor, where: str) -> torch.Tensor:
+        """From what each rank has of its tokens, that of all, sequence by sequence. `where`: in the model."""
+        return self.sequences.gather(self.tokens.gather(x_TX, where), where)
 
 
 class Context(NamedTuple):

@@ -116,6 +116,11 @@ class MoEConfig(RecipeSection):
     capacity: CapacityConfig | None = Field(None, description="null: nothing is dropped")
     tau: float = Field(0.75, gt=0, description="weight of zero-computation experts in the balance loss")
     balance_loss: Literal["heterogeneous", "switch", "gshard", "mutual_information"] = "heterogeneous"
+    balance_over: Literal["micro_batch", "sequence", "global_batch"] = Field(
+        "micro_batch",
+        description="tokens whose load is to be even: of a micro-batch on all ranks; of each sequence by itself "
+        "(DeepSeek-V3); of all micro-batches of an update so far (Qwen3)",
+    )
     balance_loss_weight: float = Field(0.01, ge=0)
     z_loss_weight: float = Field(0.0, ge=0, description="of the squared log-sum-exp of the router's logits")
 
@@ -172,6 +177,10 @@ class MoEConfig(RecipeSection):
             raise ValueError(f"scale_adapter goes with gate_mode=paper, not {self.gate_mode}")
         if self.noise == "gumbel_second" and self.top_k < 2:
             raise ValueError(f"noise=gumbel_second leaves the first choice alone, so top_k={self.top_k} has none of it")
+        if self.balance_over != "micro_batch" and self.balance_loss == "mutual_information":
+            raise ValueError(
+                f"balance_over={self.balance_over} goes with losses of a load, not balance_loss=mutual_information"
+            )
         if self.logits_norm is not None and fewest < 2:
             raise ValueError(f"logits_norm={self.logits_norm:g}: one expert's logit has no standard deviation")
         return self

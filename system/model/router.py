@@ -131,7 +131,7 @@ class Router(nn.Module):
             lots_T = training.lots(context.layer, "capacity", 1, device)[:, 0]
         spread, chosen_TK = context.spread, routing.chosen_TK
         if spread is not None:  # a sequence's capacity is for all its tokens, those on other ranks too
-            chosen_TK = spread.whole(chosen_TK)
+            chosen_TK = spread.whole(chosen_TK, f"layer {context.layer} capacity")
         served_TK = serve_within(chosen_TK, capacity_N.to(device), training.sequence_length, lots_T)
         if spread is not None:
             served_TK = spread.mine(served_TK)

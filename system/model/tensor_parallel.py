@@ -19,6 +19,7 @@ Legend: T tokens, D model width, V vocabulary.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -179,20 +180,21 @@ def _mark_experts(model: Transformer, groups: Groups) -> None:
 def _split_halves(model: Transformer, groups: Groups) -> None:
     place, tokens = (groups.tensor_rank, groups.tensor_size), TokenSplit(groups.tensor)
 
-    def enter(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        return tokens.gather(args[0]), *args[1:]
+    def enter(where: str, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return tokens.gather(args[0], where), *args[1:]
 
-    def leave(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    def leave(where: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         if isinstance(output, tuple):  # an answer, and what was decided on the way
-            return tokens.reduce_scatter(output[0]), *output[1:]
-        return tokens.reduce_scatter(output)
+            return tokens.reduce_scatter(output[0], where), *output[1:]
+        return tokens.reduce_scatter(output, where)
 
-    for module in model.modules():
+    for path, module in model.named_modules():
         for kind, maps in LINEAR_MAPS.items():
             if not isinstance(module, kind):
                 continue
-            module.register_forward_pre_hook(enter)
-            module.register_forward_hook(leave)
+            where = f"layer {path.split('.')[1]}"
+            module.register_forward_pre_hook(partial(enter, where))
+            module.register_forward_hook(partial(leave, where))
             for name, dim in maps.items():
                 for parameter_name, parameter in _parameters_of(module, name):
                     assert dim == 0 or parameter_name != "bias", "a bias behind a sum over ranks"
@@ -200,7 +202,7 @@ def _split_halves(model: Transformer, groups: Groups) -> None:
 
     if not isinstance(model.embed_tokens, Elsewhere):
         model.embed_tokens = SplitEmbedding(model.embed_tokens.weight, groups.tensor_rank, tokens)
-    model.lm_head.register_forward_pre_hook(enter)
+    model.lm_head.register_forward_pre_hook(partial(enter, "head"))
     for part in (model.embed_tokens, model.lm_head):
         for weight in part.parameters():  # one and the same where they are tied
             mark(weight, Shard(0, *place))
@@ -224,4 +226,4 @@ class SplitEmbedding(nn.Module):
         inside_T = tokens_T - self.first
         here_T = (inside_T >= 0) & (inside_T < len(self.weight))
         x_TD = F.embedding(inside_T.where(here_T, 0), self.weight) * here_T[:, None]
-        return self.tokens.reduce_scatter(x_TD)
+        return self.tokens.reduce_scatter(x_TD, "embedding")

@@ -22,6 +22,7 @@ Split = Callable[[torch.Tensor], dict[str, torch.Tensor]]
 class Weight(NamedTuple):
     """A parameter of a module and how it reads under the names that every layout shares."""
 
+    name: str  # of the parameter, in the module
     parameter: nn.Parameter
     is_expert: bool
     is_matrix: bool  # or a stack of them; vectors, such as norms and biases, are not decayed
@@ -40,9 +41,9 @@ def weights(model: nn.Module) -> Iterator[Weight]:
             full_name = f"{prefix}.{name}" if prefix else name
             if isinstance(module, RoutedExperts):
                 split = _expert_split(prefix, module.PARTS[name], module.shard)
-                yield Weight(parameter, True, parameter.ndim > 2, split, shard_of(parameter))
+                yield Weight(full_name, parameter, True, parameter.ndim > 2, split, shard_of(parameter))
             else:
-                yield Weight(parameter, False, parameter.ndim > 1, _whole(full_name), shard_of(parameter))
+                yield Weight(full_name, parameter, False, parameter.ndim > 1, _whole(full_name), shard_of(parameter))
 
 
 def _whole(name: str) -> Split:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -24,8 +24,25 @@ from expertmesh.system.model.attend import Attend, CausalAttend, ContextAttend
 from expertmesh.system.model.attention_config import MixtureAttentionConfig
 from expertmesh.system.model.config import ModelConfig
 from expertmesh.system.model.context import Context, Decisions, DepthChoice, Spread, TrainingStep
-from expertmesh.system.model.router_loss import router_balance_loss, sums_of
+from expertmesh.system.model.moe_config import MoEConfig
+from expertmesh.system.model.router_loss import (
+    router_balance_loss,
+    sequence_balance_loss,
+    sums_of,
+    sums_of_sequences,
+)
 from expertmesh.system.model.transformer import Crossing, Transformer
+
+
+class LayerLoad(NamedTuple):
+    """What was asked of one layer, over all ranks; int64."""
+
+    load_N: torch.Tensor  # slots that chose each expert
+    first_N: torch.Tensor  # tokens whose first choice it was
+    dropped: torch.Tensor  # slots that a full expert dropped
+
+    def plus(self, other: LayerLoad) -> LayerLoad:
+        return LayerLoad(*(mine + theirs for mine, theirs in zip(self, other, strict=True)))
 
 
 class BatchLoss(NamedTuple):
@@ -42,23 +59,16 @@ class BatchLoss(NamedTuple):
     dropped_L: torch.Tensor  # int64 slots that a full expert dropped
     entropy_L: torch.Tensor  # mean over this rank's tokens of the router's entropy, nats; no gradient
     onward: Crossing | None = None  # what the next run of layers reads
-
-
-class _Counts(NamedTuple):
-    """Of one layer, over all ranks."""
-
-    load_N: torch.Tensor  # slots that chose each expert
-    first_N: torch.Tensor  # tokens whose first choice it was
-    dropped: torch.Tensor
+    so_far_L: Sequence[LayerLoad] = ()  # of this micro-batch and those of the update before it
 
 
 class LanguageModelLoss(nn.Module):
     """A model that answers a batch of token sequences with its losses.
 
-    Balance losses use the load of the whole batch and the probabilities of this rank's tokens. Their mean over ranks
-    is then the loss of the whole batch, so that the number of ranks does not change what is trained. Ranks of a tensor
-    group have the same sequences and the same cross entropy, of which each has a part of the gradient; of the other
-    losses each adds its own tokens' share.
+    Balance losses use a load over all ranks (`moe.balance_over` says of which tokens) and the probabilities of this
+    rank's tokens. Their mean over ranks is then the loss of the whole batch, so that the number of ranks does not
+    change what is trained. Ranks of a tensor group have the same sequences and the same cross entropy, of which each
+    has a part of the gradient; of the other losses each adds its own tokens' share.
     """
 
     def __init__(self, model: Transformer, dispatcher: Dispatcher, groups: Groups) -> None:
@@ -72,12 +82,14 @@ class LanguageModelLoss(nn.Module):
         replay: Mapping[int, torch.Tensor] | None = None,
         layers: range | None = None,
         before: Crossing | None = None,
+        earlier_L: Sequence[LayerLoad] | None = None,
     ) -> BatchLoss:
         """tokens_BS1: int64 [B, S+1], this rank's sequences; position s predicts token s+1. `training` None: no update.
 
         Only with `training` are slots dropped, is noise added, and does a nested model use a part of its width.
         `replay`: the experts that tokens use, by layer (see replay.py); None: the routers choose.
         `layers`: the run of them that is computed; None: all. It reads `before`, unless it begins with the tokens.
+        `earlier_L`: what the update's micro-batches before this one asked of these layers; None: it is the first.
         """
         config, device = self.model.config, tokens_BS1.device
         layers = range(config.layers) if layers is None else layers
@@ -88,7 +100,8 @@ class LanguageModelLoss(nn.Module):
         width = draw_width(config, training)
         attend: Attend = CausalAttend(sequence_length) if self.groups.context is None else ContextAttend(split)
         context = Context(positions_C.repeat(batch_size), attend, self.dispatcher, training, width, replay=replay)
-        context = context._replace(spread=Spread(split, TokenSplit(self.groups.tensor)))
+        spread = Spread(split, TokenSplit(self.groups.tensor))
+        context = context._replace(spread=spread)
         if layers.start == 0:
             before = Crossing(self.model.embed_tokens(inputs_BC.reshape(-1)))
         assert before is not None, "a run of layers within the model reads what the run before hands on"
@@ -102,17 +115,23 @@ class LanguageModelLoss(nn.Module):
         sparse = [config.moe_of(layer) for layer in config.moe_layers if layer in layers]
         routings = [decided.experts for decided in decisions if decided.experts is not None]
         sums = [sums_of(*layer) for layer in zip(routings, sparse, strict=True)]
-        counts = self._count(routings, sums, device)
+        loads_L = self._count(routings, sums)
+        so_far_L = loads_L
+        if earlier_L is not None:
+            so_far_L = [before_it.plus(load) for before_it, load in zip(earlier_L, loads_L, strict=True)]
 
         def stacked(values: list[torch.Tensor]) -> torch.Tensor:
             return torch.stack(values) if values else mean_entropy.new_zeros(0)
 
-        balance_L = stacked(
-            [
-                router_balance_loss(layer, moe, counted.load_N, counted.first_N, self._mean_over_ranks)
-                for layer, moe, counted in zip(sums, sparse, counts, strict=True)
+        if config.moe.balance_over == "sequence":
+            balances = self._balance_of_sequences(routings, sparse, spread, batch_size)
+        else:
+            over_L = so_far_L if config.moe.balance_over == "global_batch" else loads_L
+            balances = [
+                router_balance_loss(layer, moe, over.load_N, over.first_N, self._mean_over_ranks)
+                for layer, moe, over in zip(sums, sparse, over_L, strict=True)
             ]
-        )
+        balance_L = stacked(balances)
         z_L = stacked([layer.z_loss for layer in sums])
         weighted = config.moe.balance_loss_weight * balance_L.sum() + config.moe.z_loss_weight * z_L.sum()
         return BatchLoss(
@@ -120,33 +139,38 @@ class LanguageModelLoss(nn.Module):
             cross_entropy=mean_entropy,
             balance_L=balance_L,
             z_L=z_L,
-            loads_N=[counted.load_N for counted in counts],
-            dropped_L=stacked([counted.dropped for counted in counts]),
+            loads_N=[layer.load_N for layer in loads_L],
+            dropped_L=stacked([layer.dropped for layer in loads_L]),
             entropy_L=stacked([layer.entropy.detach() for layer in sums]),
             onward=onward if layers.stop < config.layers else None,
+            so_far_L=so_far_L,
         )
 
-    def _count(self, routings: list[Routing], sums: list[RouterSums], device: torch.device) -> list[_Counts]:
-        """Who chose whom in the whole batch: one collective for all layers."""
-        parts: list[torch.Tensor] = [torch.zeros(0, dtype=torch.int64, device=device)]
+    def _count(self, routings: list[Routing], sums: list[RouterSums]) -> list[LayerLoad]:
+        """Who chose whom in the whole micro-batch: one collective for all layers."""
+        parts = list[torch.Tensor]()
         for routing, layer in zip(routings, sums, strict=True):
             parts += [layer.counts_N, layer.firsts_N, (routing.chosen_TK != routing.experts_TK).sum()[None]]
-        flat = torch.cat(parts)
-        self._sum_over_ranks(flat)
-        pieces = iter(flat.split([len(part) for part in parts[1:]]))
-        return [_Counts(next(pieces), next(pieces), next(pieces)[0]) for _ in sums]
+        pieces = _summed(parts, self.groups.token)
+        return [LayerLoad(next(pieces), next(pieces), next(pieces)[0]) for _ in sums]
+
+    def _balance_of_sequences(
+        self, routings: list[Routing], sparse: list[MoEConfig], split: Spread, sequences: int
+    ) -> list[torch.Tensor]:
+        """Of each layer; a sequence lies on the ranks of a tensor and of a context group."""
+        length = split.sequences.length
+        sequence_T = split.mine(torch.arange(sequences).repeat_interleave(length))
+        tokens_B = sequence_T.bincount(minlength=max(sequences, 1)).tolist()
+        sums_LB = [sums_of_sequences(*layer, tokens_B) for layer in zip(routings, sparse, strict=True)]
+        counts_LB2N = [torch.stack([torch.stack([one.counts_N, one.firsts_N]) for one in sums_B]) for sums_B in sums_LB]
+        summed = _summed(counts_LB2N, self.groups.tensor, self.groups.context)
+        return [sequence_balance_loss(*layer, length) for layer in zip(sums_LB, sparse, summed, strict=True)]
 
     def _mean_over_ranks(self, sums: RouterSums) -> torch.Tensor:
         """Mean probability of each expert over the tokens of all ranks."""
         probabilities_N = sums.probabilities_N.detach()
-        flat = torch.cat([probabilities_N, probabilities_N.new_tensor([sums.tokens])])
-        self._sum_over_ranks(flat)
-        return flat[:-1] / flat[-1].clamp(min=1)
-
-    def _sum_over_ranks(self, flat: torch.Tensor) -> None:
-        if self.groups.token is not None:
-            with inside("sums of the losses"):
-                dist.all_reduce(flat, group=self.groups.token)
+        total_N, tokens = _summed([probabilities_N, probabilities_N.new_tensor([sums.tokens])], self.groups.token)
+        return total_N / tokens.clamp(min=1)
 
     def _beside_experts(self, decisions: list[Decisions]) -> torch.Tensor | float:
         """What other routers than those of the experts add, by its weight."""
@@ -163,6 +187,19 @@ class LanguageModelLoss(nn.Module):
                 assert depth is not None
                 total = total + depth.loss_weight * _depth_loss(decided.depth)
         return total
+
+
+def _summed(parts: Sequence[torch.Tensor], *groups: dist.ProcessGroup | None) -> Iterator[torch.Tensor]:
+    """Each of `parts` over the ranks of these groups, in turn: one collective a group for all."""
+    if not parts:  # nor have the other ranks any
+        return
+    flat = torch.cat([part.flatten() for part in parts])
+    for group in groups:
+        if group is not None:
+            with inside("sums of the losses"):
+                dist.all_reduce(flat, group=group)
+    pieces = flat.split([part.numel() for part in parts])
+    yield from (piece.view_as(part) for piece, part in zip(pieces, parts, strict=True))
 
 
 def draw_width(config: ModelConfig, training: TrainingStep | None) -> float:

@@ -4,7 +4,8 @@ A micro-batch is so many sequences of the whole batch, cut over the ranks that s
 on the layout. Without a pipeline the order is F0 B0 F1 B1 ..., and this is gradient accumulation. What a batch gives in
 several micro-batches is what it gives at once, but for
 
-    balance losses      of the load of a micro-batch, over all its ranks (where their weight is 0, nothing differs)
+    balance losses      of the load of a micro-batch, over all its ranks, or of the micro-batches so far; those of each
+                        sequence by itself do not differ (`moe.balance_over`)
     rounding            gradients are added up micro-batch by micro-batch
 
 Cross entropy, z-losses and the loads that move selection biases are means and sums over the whole batch; capacity and
@@ -27,7 +28,7 @@ import torch
 from expertmesh.parallel.pipeline import Mail, Parts, Task, forwards_alone, runs_of_layers, schedule
 from expertmesh.system.model.context import TrainingStep
 from expertmesh.system.model.transformer import Crossing, logits_cross
-from expertmesh.system.train.loss import BatchLoss, LanguageModelLoss
+from expertmesh.system.train.loss import BatchLoss, LanguageModelLoss, LayerLoad
 from expertmesh.system.train.recompute import Kept, counting_kept
 
 
@@ -49,6 +50,7 @@ class Passes:
         self.groups, self.answers = groups, list[tuple[range, BatchLoss]]()
         self.kept: Kept | None = None
         self.sent_bytes = 0
+        self._so_far: dict[int, Sequence[LayerLoad]] = {}  # by stage, what the micro-batches asked of its layers
         self._layers = runs_of_layers(loss.model.config.layers, groups.pipeline_size * groups.interleave)
 
     def forwards(self) -> None:
@@ -88,7 +90,9 @@ class Passes:
         before = None
         if task.stage > 0:
             before = Crossing(*(part.requires_grad_() for part in mail.receive(task)))
-        answer = self.loss(batch.tokens_BS1, batch.training, layers=layers, before=before)
+        earlier_L = self._so_far.get(task.stage)
+        answer = self.loss(batch.tokens_BS1, batch.training, layers=layers, before=before, earlier_L=earlier_L)
+        self._so_far[task.stage] = answer.so_far_L
         if answer.onward is not None:
             mail.send(task._replace(stage=task.stage + 1), _parts(answer.onward))
         of_losses = {name: value.detach() for name, value in answer._asdict().items() if torch.is_tensor(value)}

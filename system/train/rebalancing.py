@@ -15,6 +15,7 @@ from expertmesh.parallel.groups import Groups
 from expertmesh.parallel.optimizer import AdamState, TrainingOptimizer
 from expertmesh.parallel.placement import Placement
 from expertmesh.parallel.rebalance import Decision, Prices, decide, move_experts
+from expertmesh.parallel.whereabouts import inside
 from expertmesh.system.model.transformer import Transformer
 
 log = logging.getLogger(__name__)
@@ -69,7 +70,8 @@ class Rebalancing:
         log.info("%s", decision)
         if decision.moves:
             assert self.groups.expert is not None
-            move_experts(parameters, zero, decision.before, decision.after, self.groups.expert)
+            with inside(f"layer {layer} moves of experts"):
+                move_experts(parameters, zero, decision.before, decision.after, self.groups.expert)
             self.placements[layer] = decision.after
             experts.shard = decision.after.held(self.groups.expert_rank)
         return decision

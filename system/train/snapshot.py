@@ -174,9 +174,10 @@ class Saver:
 
         model_tensors, optimizer_tensors = {}, {}
         for number, weight in enumerate(weights(model)):
-            held = zero.weight(weight.parameter)
-            # A frozen weight has no moments.
-            moments = zero.state(weight.parameter)._asdict() if weight.parameter.requires_grad else {}
+            with _gathering(weight):
+                held = zero.weight(weight.parameter)
+                # A frozen weight has no moments.
+                moments = zero.state(weight.parameter)._asdict() if weight.parameter.requires_grad else {}
             if groups.expert_data_rank if weight.is_expert else groups.data_rank:
                 continue  # another rank has the same
             if weight.parameter is model.tied_weight and groups.pipeline_rank:
@@ -297,8 +298,13 @@ def _whole(weight: Weight, tensor: torch.Tensor, groups: Groups, number: int) ->
     size, rank = (group.size(), group.rank()) if group else (1, 0)
     if weight.shard == WHOLE:
         return weight.split(tensor) if rank == 0 else {}
-    parts = [weight.split(part) for part in gather_parts(tensor, group, to=number % size)]
+    with _gathering(weight):
+        parts = [weight.split(part) for part in gather_parts(tensor, group, to=number % size)]
     return {name: torch.cat([part[name] for part in parts], weight.shard.dim) for name in (parts[0] if parts else ())}
+
+
+def _gathering(weight: Weight) -> inside:
+    return inside(f"a checkpoint's gather of {weight.name}")
 
 
 def read_state(folder: Path) -> RunState:
