@@ -86,6 +86,15 @@ class Recipe(RecipeSection):
             origin = {"start_from": str(Path(self.start_from).absolute())}
         return {**origin, "data": data, "train": train}
 
+    @classmethod
+    def settings_of(cls, saved: dict[str, Any]) -> dict[str, Any]:
+        """`settings` as a run saved them; what its version did not know has the value that nobody set."""
+        sections = {key: value for key, value in saved.items() if key in cls.model_fields}
+        try:
+            return saved | cls.model_validate({"name": "saved", **sections}).settings()
+        except ValidationError:  # it had settings that there are no more
+            return saved
+
     @model_validator(mode="after")
     def _checkpoint_says_what_it_is(self) -> Recipe:
         if self.start_from is None:

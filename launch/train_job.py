@@ -58,7 +58,9 @@ def find_start(recipe: Recipe, fresh: bool) -> Start:
     state = read_state(whole)
     if state.step >= recipe.train.steps:
         return _from_the_beginning(recipe, moved_aside=True)
-    changed = _first_difference(state.settings | {"tokens": None}, recipe.settings() | {"tokens": None})
+    changed = _first_difference(
+        recipe.settings_of(state.settings) | {"tokens": None}, recipe.settings() | {"tokens": None}
+    )
     if changed:
         raise ValueError(
             f"{run_folder} holds an unfinished run with {changed}; "

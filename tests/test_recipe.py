@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -178,6 +179,19 @@ def test_a_checkpoint_takes_the_place_of_the_recipes_model():
     recipe = load_recipe("quickstart", ["start_from=x"])
     assert recipe.start_from == "x" and "model" not in recipe.model_fields_set
     assert recipe.train == load_recipe("quickstart", []).train
+
+
+def test_what_an_earlier_version_did_not_know_has_the_value_that_nobody_set():
+    now = load_recipe("quickstart", []).settings()
+    saved = json.loads(json.dumps(now)) | {"tokens": "digest"}
+    del saved["model"]["moe"]["balance_over"], saved["model"]["attention"]["sliding_window"], saved["train"]["seed"]
+    assert Recipe.settings_of(saved) == now | {"tokens": "digest"}
+    other = load_recipe("quickstart", ["train.seed=3"]).settings()
+    assert Recipe.settings_of(saved)["train"] != other["train"]
+    strange = saved | {"train": {"steps_of_old": 1}}
+    assert Recipe.settings_of(strange) == strange
+    from_checkpoint = {key: now[key] for key in ("data", "train")} | {"start_from": "/a"}
+    assert Recipe.settings_of(from_checkpoint) == from_checkpoint
 
 
 def test_settings_of_serving():
