@@ -20,6 +20,7 @@ from torch import nn
 from expertmesh.kernels.device import choose_device
 from expertmesh.launch.chaos import strike
 from expertmesh.launch.heartbeat import Pulse
+from expertmesh.launch.lifeline import Lifeline
 from expertmesh.launch.recipe import Recipe
 from expertmesh.launch.rendezvous import join
 from expertmesh.parallel.deepspeed_build import prepare_build
@@ -96,11 +97,13 @@ class TrainerRole:
         recipe, model, world = epoch.recipe, epoch.model, epoch.recipe.parallel.world_size
         log_to(recipe.run_folder / "logs" / f"trainer-{rank}.log")
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(self._place))
+        meeting = join(self._host, self._port)
         pulse = Pulse(join(self._host, self._port), epoch.number, rank)
+        line = Lifeline(self._host, meeting, epoch.number, rank)
         try:
             with self._preparing:  # two threads must not import the same
                 device = choose_device(self._place)
-            store = dist.PrefixStore(f"trainers/{epoch.number}", join(self._host, self._port))
+            store = dist.PrefixStore(f"trainers/{epoch.number}", meeting)
             dist.init_process_group(
                 device.backend, store=store, rank=rank, world_size=world, timeout=COLLECTIVE_TIMEOUT
             )
@@ -133,6 +136,7 @@ class TrainerRole:
             pulse.close()
             destroy_groups()
             gc.collect()  # what is left of the model goes before the next epoch builds its own
+            line.close()
 
     def leave(self, epoch: int) -> None:
         """Have all workers save and return at the end of a step of `epoch`, which may not have begun yet."""
