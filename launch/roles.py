@@ -76,8 +76,8 @@ class TrainerRole:
         self._preparing, self._needed = threading.Lock(), threading.Event()
 
     def prepare(self) -> None:
-        """What takes time and needs no rank: imports, and a GPU's first use."""
-        with self._preparing:
+        """What takes time and needs no rank: imports, and a GPU's first use. Once is enough."""
+        with self._preparing:  # two threads must not import the same
             prepare_build()
             import deepspeed  # noqa: F401
             from megatron.core import parallel_state  # noqa: F401
@@ -101,13 +101,14 @@ class TrainerRole:
         pulse = Pulse(join(self._host, self._port), epoch.number, rank)
         line = Lifeline(self._host, meeting, epoch.number, rank)
         try:
-            with self._preparing:  # two threads must not import the same
-                device = choose_device(self._place)
+            self.prepare()
+            device = choose_device(self._place)
             store = dist.PrefixStore(f"trainers/{epoch.number}", meeting)
             dist.init_process_group(
                 device.backend, store=store, rank=rank, world_size=world, timeout=COLLECTIVE_TIMEOUT
             )
             groups = build_groups(recipe.parallel)
+            gc.freeze()  # the libraries stay: the collection at the end, which peers wait for, passes them over
             trainer = Trainer(
                 *(model, recipe.train, recipe.run_folder, groups, device, epoch.settings),
                 *(epoch.resume_from, epoch.begin_with),

@@ -73,7 +73,8 @@ def network(nodes: int, mbit: float, slow: dict[Pair, float], delay_ms: float = 
     if missing := [program for program in ("ip", "tc") if shutil.which(program) is None]:
         raise NoNetwork(f"an emulated network takes {' and '.join(missing)} of iproute2, not installed here")
     _sweep()
-    names = tuple(f"{_PREFIX}{os.getpid()}-{secrets.token_hex(2)}-{node}" for node in range(nodes))
+    prefix = f"{_PREFIX}{os.getpid()}-{secrets.token_hex(2)}"
+    names = tuple(f"{prefix}-{node}" for node in range(nodes))
     try:
         for name in names:
             _run("ip", "netns", "add", name)

@@ -43,7 +43,6 @@ from expertmesh.parallel.build_dispatcher import build_dispatcher
 from expertmesh.parallel.dispatch_config import DispatchConfig
 from expertmesh.parallel.groups import Groups
 
-SLOW: Pair = (1, 2)
 TAU = 0.75
 
 
@@ -60,6 +59,7 @@ class SlowLinkCase:
     hidden_size: int = 512
     ffn_size: int = 64
     mbit: float = 1000.0  # of a link, each way
+    slow: Pair = (1, 2)  # the nodes at the ends of a slower one
     slow_mbit: float = 100.0
     delay_ms: float = 1.0  # of a packet, where the kernel has netem
 
@@ -98,7 +98,7 @@ def bench_slow_link(case: SlowLinkCase, say: Say) -> list[Row]:
         NoNetwork: if nodes cannot be emulated here.
         RuntimeError: if a road changes what is computed, or a rank fails.
     """
-    with network(case.nodes, case.mbit, {SLOW: case.slow_mbit}, case.delay_ms) as nodes:
+    with network(case.nodes, case.mbit, {case.slow: case.slow_mbit}, case.delay_ms) as nodes:
         say(f"network: {case.nodes} nodes of {case.ranks_per_node} ranks, {nodes.emulated}")
         (rows,) = tables_of_ranks(case.ranks, partial(_tables, case, nodes), say, partial(_enter, case, nodes))
     return rows
@@ -145,8 +145,8 @@ def _tables(case: SlowLinkCase, nodes: Network, rank: int, say: Say) -> Iterator
             "what": what,
             "seconds": median(taken),
             "ratio": speed(taken, seconds[ROADS[0].what]),
-            "slow_bytes": link_bytes[what][SLOW],
-            "fast_bytes": sum(link_bytes[what].values()) - link_bytes[what][SLOW],
+            "slow_bytes": link_bytes[what][case.slow],
+            "fast_bytes": sum(link_bytes[what].values()) - link_bytes[what][case.slow],
             "row_bytes": row_bytes[what],
             "link_bytes": {f"{a}-{b}": sent for (a, b), sent in link_bytes[what].items()},
             "rounds": case.rounds,
