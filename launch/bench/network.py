@@ -20,7 +20,7 @@ import shutil
 import socket
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import combinations
 from pathlib import Path
 from typing import NamedTuple
@@ -126,8 +126,9 @@ def _sweep() -> None:
     """Take down what killed processes have left."""
     for path in _NAMESPACES.glob(f"{_PREFIX}*"):
         owner = path.name.removeprefix(_PREFIX).split("-")[0]
-        if not Path("/proc", owner).exists():
-            _run("ip", "netns", "delete", path.name)
+        if owner.isdigit() and not Path("/proc", owner).exists():
+            with suppress(NoNetwork):  # somebody else does so, too
+                _run("ip", "netns", "delete", path.name)
 
 
 def _run(*words: str) -> str:
