@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any, Protocol
 
 from expertmesh.launch.heartbeat import read_beats
+from expertmesh.launch.lifeline import Lifelines
 from expertmesh.launch.ray_cluster import Pool, WorkerFailed
 from expertmesh.launch.recovery import Beat, How, Left, Spares
 from expertmesh.launch.rendezvous import Rendezvous
@@ -13,7 +14,9 @@ from expertmesh.launch.roles import Epoch, TrainerRole
 from expertmesh.system.train.snapshot import SaveFailed
 from expertmesh.system.train.trainer import NotFinite, Record
 
+DIED = "died: killed, out of memory, or crashed"
 DUMP_S = 2.0  # to write stacks in; a process that is stopped never does
+ENDS_S = 5.0  # until Ray has ended a process, or says that it has
 LAST_RECORDS_S = 30.0
 
 
@@ -70,6 +73,7 @@ class RayCrew:
         `where`, `strategy`: how they are placed on the nodes of a cluster.
         """
         self._store = Rendezvous(host)
+        self._lines = Lifelines(host, self._store.store)
         self._where, self._strategy = where, strategy
         self._cpus, self._slots, self._spares = cpus, slots, spares
         self._pool: Pool | None = None
@@ -78,11 +82,15 @@ class RayCrew:
         self._idle: dict[int, Any] = {}  # of each spare, and what it was asked; None: its process is gone
         self._ready = set[int]()  # places of spares that have prepared
         self._runs: dict[Any, int] = {}  # the rank of each call that has not ended
+        self._lost: list[Any] = []  # calls of those who have lost their lines, and which Ray has yet to tell of
         self._asked: Any = None  # for records; not yet answered
 
     def form(self, epoch: Epoch, keep: tuple[int, ...], spares: tuple[int, ...]) -> None:
         world = epoch.recipe.parallel.world_size
         self._asked = None
+        if self._lost:  # who lives on might write where another does now
+            self._made.wait(self._lost, ENDS_S, len(self._lost))
+            self._lost = []
         if self._pool is not None and (keep or spares) and world == len(self._places):
             self._pool.check_room()
             for rank in sorted(set(range(world)) - set(keep)):
@@ -99,7 +107,10 @@ class RayCrew:
             self._idle = {spare: self._pool.call(spare, "prepare") for spare in range(world, every)}
         self._pool.await_started(self._places)
         self._epoch = epoch.number
+        self._lines.begin(self._epoch)
         self._runs = {self._pool.call(self._places[rank], "run", epoch, rank): rank for rank in range(world)}
+        for call in self._runs:
+            self._pool.when_over(call, self._lines.wake)
 
     def _take_spare(self, rank: int) -> bool:
         """Give `rank` to a spare, one that is ready before one that is not; False where none is left."""
@@ -139,14 +150,22 @@ class RayCrew:
     def wait(self, seconds: float) -> list[Left]:
         if not self._runs:
             return []
-        return [self._left(self._runs.pop(call), call) for call in self._made.wait(list(self._runs), seconds)]
+        broken = self._lines.wait(seconds)
+        left = [self._left(self._runs.pop(call), call) for call in self._made.wait(list(self._runs), 0)]
+        for call, rank in list(self._runs.items()):
+            if rank in broken:
+                self._made.kill(self._places[rank])  # if it lives, cut off from here
+                self._lost.append(call)
+                del self._runs[call]
+                left.append(Left(rank, How.DIED, DIED))
+        return left
 
     def _left(self, rank: int, call: Any) -> Left:
         try:
             return Left(rank, How.DONE, step=self._made.answer(self._places[rank], call, 0))
         except WorkerFailed as failure:
             if failure.died:
-                return Left(rank, How.DIED, "died: killed, out of memory, or crashed")
+                return Left(rank, How.DIED, DIED)
             cause = failure.cause
             why = f"failed: {str(failure).split(' failed: ', 1)[-1]}"
             step = cause.step if isinstance(cause, NotFinite) else None
@@ -177,6 +196,7 @@ class RayCrew:
 
     def kill(self, ranks: tuple[int, ...]) -> None:
         for rank in ranks:
+            self._lines.cut(rank)
             self._made.kill(self._places[rank])
 
     def stop(self) -> None:

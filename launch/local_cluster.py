@@ -4,8 +4,8 @@
     FOLDER/token         who has it may use the cluster; Ray listens on all networks
     FOLDER/ray           Ray's own files
 
-FOLDER is in the system's temporary folder, one a user. Each node is a `ray start --block` of its own, which ends its
-own processes when it is told to; `ray stop` would end every Ray of the host.
+FOLDER is in the system's temporary folder, one a user, or what EXPERTMESH_CLUSTER names. Each node is a `ray start
+--block` of its own, which ends its own processes when it is told to; `ray stop` would end every Ray of the host.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
+FOLDER = "EXPERTMESH_CLUSTER"
 UP_S = 120.0  # for all nodes to come; 12 to 24 s seen for three
 DOWN_S = 30.0
 # A node that is killed is noticed after about 10 s, one that hangs after 20; Ray's own settings take 63 s for that.
@@ -46,7 +47,7 @@ class LocalCluster(NamedTuple):
 
 def folder() -> Path:
     # Short: unix sockets allow about 107 bytes.
-    return Path(tempfile.gettempdir()) / f"expertmesh-cluster-{os.getuid()}"
+    return Path(os.environ.get(FOLDER) or Path(tempfile.gettempdir()) / f"expertmesh-cluster-{os.getuid()}")
 
 
 def find() -> LocalCluster | None:

@@ -334,6 +334,11 @@ class Pool:
         done, _ = ray.wait(calls, num_returns=count, timeout=seconds)
         return done
 
+    @staticmethod
+    def when_over(call: ray.ObjectRef, tell: Callable[[], None]) -> None:
+        """Have `tell` called, by a thread of Ray's, once a call has ended."""
+        call.future().add_done_callback(lambda _: tell())
+
     def start(self, method: str, *arguments: Any) -> list[ray.ObjectRef]:
         """Call `method` on every worker, without waiting; `finished` looks after the calls."""
         return [getattr(worker, method).remote(*arguments) for worker in self.workers]

@@ -20,6 +20,7 @@ from torch import nn
 from expertmesh.kernels.device import choose_device
 from expertmesh.launch.chaos import strike
 from expertmesh.launch.heartbeat import Pulse
+from expertmesh.launch.lifeline import Lifeline
 from expertmesh.launch.recipe import Recipe
 from expertmesh.launch.rendezvous import join
 from expertmesh.parallel.deepspeed_build import prepare_build
@@ -75,8 +76,8 @@ class TrainerRole:
         self._preparing, self._needed = threading.Lock(), threading.Event()
 
     def prepare(self) -> None:
-        """What takes time and needs no rank: imports, and a GPU's first use."""
-        with self._preparing:
+        """What takes time and needs no rank: imports, and a GPU's first use. Once is enough."""
+        with self._preparing:  # two threads must not import the same
             prepare_build()
             import deepspeed  # noqa: F401
             from megatron.core import parallel_state  # noqa: F401
@@ -96,15 +97,18 @@ class TrainerRole:
         recipe, model, world = epoch.recipe, epoch.model, epoch.recipe.parallel.world_size
         log_to(recipe.run_folder / "logs" / f"trainer-{rank}.log")
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(self._place))
+        meeting = join(self._host, self._port)
         pulse = Pulse(join(self._host, self._port), epoch.number, rank)
+        line = Lifeline(self._host, meeting, epoch.number, rank)
         try:
-            with self._preparing:  # two threads must not import the same
-                device = choose_device(self._place)
-            store = dist.PrefixStore(f"trainers/{epoch.number}", join(self._host, self._port))
+            self.prepare()
+            device = choose_device(self._place)
+            store = dist.PrefixStore(f"trainers/{epoch.number}", meeting)
             dist.init_process_group(
                 device.backend, store=store, rank=rank, world_size=world, timeout=COLLECTIVE_TIMEOUT
             )
             groups = build_groups(recipe.parallel)
+            gc.freeze()  # the libraries stay: the collection at the end, which peers wait for, passes them over
             trainer = Trainer(
                 *(model, recipe.train, recipe.run_folder, groups, device, epoch.settings),
                 *(epoch.resume_from, epoch.begin_with),
@@ -133,6 +137,7 @@ class TrainerRole:
             pulse.close()
             destroy_groups()
             gc.collect()  # what is left of the model goes before the next epoch builds its own
+            line.close()
 
     def leave(self, epoch: int) -> None:
         """Have all workers save and return at the end of a step of `epoch`, which may not have begun yet."""

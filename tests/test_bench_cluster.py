@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,13 @@ from typer.testing import CliRunner
 
 from expertmesh.launch.bench import cluster
 from expertmesh.launch.bench.cluster import KILL_AT, OURS, TORCH, ClusterCase, _Drill, _Enough, bench_cluster
+from expertmesh.launch.bench.network import NoNetwork
+from expertmesh.launch.bench.slow_link import SlowLinkCase
 from expertmesh.launch.bench.table import cluster_table
 from expertmesh.launch.cli import app
+from expertmesh.launch.recipe import Recipe
 
 TINY = ClusterCase(rounds=1, steps=4, layers=1, hidden_size=16, ffn_size=16, experts=2)
-
-
-def quiet(line: str) -> None:
-    pass
 
 
 PROGRAM = """
@@ -64,6 +64,8 @@ def test_what_is_seen_of_a_drill(tmp_path):
     drill.watch(step(KILL_AT + 1))
     assert drill.killed and worker.wait(20) < 0
     formed = {"kind": "event", "what": "re-formed", "epoch": 1, "step": KILL_AT}
+    drill.watch({"kind": "waiting", "for": "trainer 0 to notice the loss of a peer"})
+    assert list(drill.seconds) == ["noticed"]
     for record in ({"kind": "event", "what": "failed"}, formed, step(KILL_AT + 2), formed):
         drill.watch(record)
     with pytest.raises(_Enough):
@@ -79,8 +81,20 @@ def test_the_tables(monkeypatch):
         spares.append(of)
         return _Drill(run_folder, of, step=9, back_at=5, seconds=seconds)
 
+    def first_step(recipe: Callable[[Path], Recipe], tokens: Path, folder: Path, *_: object) -> list[dict[str, Any]]:
+        assert tokens.is_dir() and recipe(folder / "run").run_folder == folder / "run"
+        return [{"table": "first step", "what": "expertmesh train", "seconds": 9.0, "rounds": 1}]
+
+    def slow_link(case: SlowLinkCase, say: Callable[[str], None]) -> list[dict[str, Any]]:
+        raise NoNetwork("an emulated network takes root")
+
     monkeypatch.setattr(cluster, "_drilled", drilled)
-    recovery, checkpoint, saving = tables = list(bench_cluster(TINY, quiet))
+    monkeypatch.setattr(cluster, "bench_first_step", first_step)
+    monkeypatch.setattr(cluster, "bench_slow_link", slow_link)
+    heard: list[str] = []
+    recovery, checkpoint, saving, first = tables = list(bench_cluster(TINY, heard.append))
+    assert heard[-1] == "network: an emulated network takes root", "and all other tables come"
+    assert first[0]["seconds"] == 9
     assert sorted(spares) == [0, 1]
     assert {row["what"]: row["step_seconds"] for row in recovery} == {"with a spare": 3.0, "without": 3.0}
     assert [row["lost_steps"] for row in recovery] == [4, 4]
@@ -91,7 +105,7 @@ def test_the_tables(monkeypatch):
     without, with_saves = saving
     assert without["ratio"] == 1 and with_saves["ratio"] == pytest.approx(without["seconds"] / with_saves["seconds"])
     shown = [cluster_table(rows) for rows in tables]
-    assert [table.row_count for table in shown] == [2, 2, 2]
+    assert [table.row_count for table in shown] == [2, 2, 2, 1]
 
 
 @pytest.mark.parametrize(

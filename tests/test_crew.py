@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import time
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -9,9 +12,11 @@ from commands import TINY_RECIPE
 
 from expertmesh.launch import crew, ray_cluster
 from expertmesh.launch.crew import RayCrew
+from expertmesh.launch.lifeline import Lifeline
 from expertmesh.launch.ray_cluster import Wanted, WorkerFailed
 from expertmesh.launch.recipe import load_recipe
 from expertmesh.launch.recovery import How, Left, Spares
+from expertmesh.launch.rendezvous import join
 from expertmesh.launch.roles import Epoch
 
 
@@ -24,6 +29,8 @@ class StandIn:
         self.arguments: dict[tuple[int, int, str], tuple[Any, ...]] = {}
         self.ended = set[tuple[int, int, str]]()
         self.dead = set[tuple[int, int]]()
+        self.killed: list[int] = []
+        self.waited_for: list[tuple[int, int, str]] = []
 
     def check_room(self) -> None:
         pass
@@ -37,7 +44,15 @@ class StandIn:
         self.arguments[call] = arguments
         return call
 
+    def when_over(self, call: tuple[int, int, str], tell: Callable[[], None]) -> None:
+        pass
+
+    def kill(self, place: int) -> None:
+        self.killed.append(place)
+
     def wait(self, calls: list, seconds: float, count: int = 1) -> list:
+        if seconds:
+            self.waited_for += calls
         return [call for call in calls if call in self.ended or call[:2] in self.dead]
 
     def answer(self, place: int, call: tuple[int, int, str], seconds: float) -> Any:
@@ -99,6 +114,31 @@ def test_a_spare_that_died_unseen_is_passed_over(two_spares, epoch):
     made.form(epoch._replace(number=1), (0,), (1,))
     assert runs(pool, 1)[1] == (2, 0)
     assert made.spares() == Spares(lost=2)
+
+
+def hold_a_line(port: int, rank: int) -> None:
+    Lifeline("127.0.0.1", join("127.0.0.1", port), 0, rank)
+    time.sleep(600)
+
+
+def test_a_death_that_ray_does_not_tell_of_is_known_by_the_line(two_spares, epoch):
+    """And whoever lives on, cut off from here alone, is ended before its rank is another's."""
+    made, pool = two_spares
+    context = multiprocessing.get_context("spawn")
+    workers = [context.Process(target=hold_a_line, args=(made._store.port, rank), daemon=True) for rank in range(2)]
+    for worker in workers:
+        worker.start()
+    while sum(len(heard) == 8 for heard in made._lines._heard.values()) < 2:  # both are at work
+        assert made.wait(1) == [] and all(worker.is_alive() for worker in workers)
+    workers[1].kill()
+    assert made.wait(60) == [Left(1, How.DIED, "died: killed, out of memory, or crashed")]
+    assert pool.killed == [1] and made.wait(0) == []
+    made.kill((0,))
+    workers[0].join(60)
+    assert workers[0].exitcode == 1 and pool.killed == [1, 0]
+    assert pool.waited_for == []
+    made.form(epoch._replace(number=1), (), (1,))
+    assert pool.waited_for == [(1, 0, "run")] and runs(pool, 1)[1] == (3, 0)
 
 
 def test_where_no_spare_is_left_a_new_process_is_started(two_spares, epoch):

@@ -96,6 +96,13 @@ def test_a_node_that_is_stopped_ends_with_its_workers(monkeypatch):
     worker.wait(10)
 
 
+def test_another_folder_is_another_cluster(tmp_path, monkeypatch):
+    monkeypatch.delenv("EXPERTMESH_CLUSTER", raising=False)
+    ours = local_cluster.folder()
+    monkeypatch.setenv("EXPERTMESH_CLUSTER", str(tmp_path))
+    assert local_cluster.folder() == tmp_path != ours
+
+
 def test_only_its_owner_can_read_the_token(here, monkeypatch):
     def start(*_: object, **__: object) -> int:
         assert (here / "token").stat().st_mode & 0o077 == 0 and here.stat().st_mode & 0o077 == 0

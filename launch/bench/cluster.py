@@ -1,13 +1,15 @@
-"""`expertmesh bench cluster`: what a lost worker costs, and what checkpoints do.
+"""`expertmesh bench cluster`: what a lost worker costs, a cold start, checkpoints, and a slow link.
 
     recovery     a job of two workers on a Ray of its own, one of which is killed: with a spare, and without
     checkpoint   one process writes and reads a state as we do, and as torch.distributed.checkpoint does
     saving       steps with a save after each, beside steps without
+    first step   from `submit`, or `train`, to the first step (first_step.py)
+    network      exchanges of expert rows between emulated nodes (slow_link.py), where the machine can
 
 The job is killed from outside, by the process that its log leads to, once a step is seen; times are of this process's
 clock, and of what it is told while it supervises the job. Rounds visit what is compared in turn; medians are given.
 
-    killed ── noticed: its peers and Ray told ── re-formed: all have left, the next epoch is begun ── first step made
+    killed ── noticed: the job knows ── re-formed: all have left, the next epoch is begun ── first step made
 """
 
 from __future__ import annotations
@@ -26,6 +28,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from expertmesh.launch.bench.first_step import bench_first_step
+from expertmesh.launch.bench.network import NoNetwork
+from expertmesh.launch.bench.slow_link import SlowLinkCase, bench_slow_link
 from expertmesh.launch.bench.timing import speed
 from expertmesh.launch.event_log import STATUS
 from expertmesh.launch.recipe import Recipe
@@ -81,11 +86,13 @@ class ClusterCase:
 
 
 def bench_cluster(case: ClusterCase, say: Say) -> Iterator[list[Row]]:
-    """The rows of one table after another: recovery, checkpoint, saving. Every row has `what` and `rounds`.
+    """The rows of one table after another. Every row has `table`, `what` and `rounds`.
 
     recovery      `noticed_seconds, reformed_seconds, step_seconds`, all from the kill, and `lost_steps`: made twice
     checkpoint    `bytes` on disk, `write_seconds, read_seconds`, and `write_ratio, read_ratio`: speeds beside ours
     saving        `seconds` of a step, and `ratio`: its speed beside a step without saving
+    first step    `seconds` until then
+    network       see `bench_slow_link`; no table where nodes cannot be emulated, which is said
 
     Raises:
         RuntimeError: if a job ends before a worker of it could be killed, or fails.
@@ -102,6 +109,13 @@ def bench_cluster(case: ClusterCase, say: Say) -> Iterator[list[Row]]:
             yield alone.submit(_checkpoint, case, tokens, folder).result()
             say(f"saving: {case.rounds} rounds of {case.steps} steps, with a save after each and without")
             yield alone.submit(_saving, case, tokens, folder).result()
+        yield bench_first_step(lambda run: case.recipe(run, WORKERS, 1), tokens, folder, case.rounds, say)
+        try:
+            network = bench_slow_link(SlowLinkCase(case.rounds), say)
+        except NoNetwork as error:
+            say(f"network: {error}")
+        else:
+            yield network
 
 
 def _prepare(recipe: Recipe) -> Path:
@@ -143,7 +157,7 @@ class _Drill:
                 self.killed = time.monotonic()
             return
         since, what = time.monotonic() - self.killed, record.get("what")
-        if what == "failed":
+        if what == "failed" or record["kind"] == "waiting":  # for its peers to leave
             self.seconds.setdefault("noticed", since)
         elif what == "re-formed" and "re-formed" not in self.seconds:
             self.seconds["re-formed"], self.back_at = since, record["step"]

@@ -13,38 +13,33 @@ Legend: T tokens of a rank, D model width.
 
 from __future__ import annotations
 
-import gc
-import os
-import sys
-import tempfile
-import time
-import warnings
 from collections.abc import Callable, Iterator
-from contextlib import redirect_stdout
-from dataclasses import dataclass, replace
-from datetime import timedelta
+from dataclasses import dataclass
 from functools import cache, partial
-from pathlib import Path
 from statistics import median
-from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from expertmesh.launch.bench.cases import DTYPES, Case, Problem, choose, draw, draw_plus_plus
 from expertmesh.launch.bench.contenders import Contender, contenders, our_contender
 from expertmesh.launch.bench.layer import Layer
+from expertmesh.launch.bench.ranks import (
+    Row,
+    Say,
+    answers_of,
+    reason_of_any,
+    right_of,
+    share_of,
+    tables_of_ranks,
+    time_steps_in_turn,
+    train_step,
+)
 from expertmesh.launch.bench.reference import Right, disagreement, expected
 from expertmesh.launch.bench.timing import speed
-from expertmesh.parallel.placement import expert_shard
 
-SPREAD = ("router", "mix", "constant")  # what all ranks have a copy of, and a part of the gradient
 VANILLA = "expertmesh, no zero-computation experts"
 PLUS_PLUS = (8, 0.75)  # FFN experts and tau of the MoE++ layer whose bytes are compared with a plain one's
-FAR = timedelta(seconds=600)
-Row = dict[str, Any]
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -87,47 +82,10 @@ def bench_parallel(case: ParallelCase, say: Say) -> list[list[Row]]:
     Raises:
         RuntimeError: if our own layer disagrees with the reference, or a rank fails.
     """
-    context = mp.get_context("spawn")
-    reports: Any = context.SimpleQueue()
-    tables: list[list[Row]] = []
-    with tempfile.TemporaryDirectory() as folder:
-        args = (case, str(Path(folder) / "store"), reports)
-        ranks = mp.start_processes(_rank_main, args, case.ranks, join=False, start_method="spawn")
-        assert ranks is not None
-        finished = False
-        while not finished:
-            try:
-                finished = ranks.join(timeout=0.1)
-            except (mp.ProcessRaisedException, mp.ProcessExitedException) as error:
-                raise RuntimeError(f"a rank failed: {str(error).strip().splitlines()[-1]}") from error
-            while not reports.empty():
-                kind, report = reports.get()
-                say(report) if kind == "say" else tables.append(report)
-    return tables
+    return tables_of_ranks(case.ranks, partial(_tables, case), say)
 
 
-def _rank_main(rank: int, case: ParallelCase, store: str, reports: Any) -> None:
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(case.ranks), LOCAL_RANK=str(rank))
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // case.ranks))
-    dist.init_process_group(
-        "gloo", store=dist.FileStore(store, case.ranks), rank=rank, world_size=case.ranks, timeout=FAR
-    )
-
-    def say(line: str) -> None:
-        if rank == 0:
-            reports.put(("say", line))
-
-    try:
-        with redirect_stdout(sys.stderr), warnings.catch_warnings(action="ignore"):  # of peers: no result
-            for table in _tables(rank, case, say):
-                if rank == 0:
-                    reports.put(("table", table))
-    finally:
-        dist.destroy_process_group()
-
-
-def _tables(rank: int, case: ParallelCase, say: Say) -> Iterator[list[Row]]:
+def _tables(case: ParallelCase, rank: int, say: Say) -> Iterator[list[Row]]:
     whole = draw(case.of_all_ranks(case.experts))
     yield _table([(contender, whole) for contender in contenders(case.top_k)], rank, case, say)
     experts, tau = PLUS_PLUS
@@ -154,20 +112,20 @@ def _table(entries: list[tuple[Contender, Problem]], rank: int, case: ParallelCa
     for number, (contender, whole) in enumerate(entries):
         say(f"{contender.what}: comparing answers")
         same = next(n for n, (_, problem) in enumerate(entries) if problem is whole)
-        mine = _mine(whole, rank, case)
+        mine = share_of(whole, rank, case.tokens)
         layer, reason = _agreeing(contender, mine, partial(right, same, contender.renormalises), rank, case)
         if layer is None:
             if number == 0:
                 raise RuntimeError(f"our own layer is wrong: {reason}")
             reasons[contender.what] = reason
             continue
-        steps[contender.what] = partial(_step, layer, mine)
+        steps[contender.what] = partial(train_step, layer, mine)
         steps[contender.what]()  # operators are chosen, memory is fetched
         busiest = torch.tensor(contender.sent(layer, mine))
         dist.all_reduce(busiest, op=dist.ReduceOp.MAX)
         sent[contender.what] = int(busiest)
     say(f"timing {len(steps)} layers in {case.rounds} rounds")
-    seconds = _time_in_turn(steps, case.rounds)
+    seconds = time_steps_in_turn(steps, case.rounds)
 
     rows = []
     for contender, whole in entries:
@@ -209,18 +167,6 @@ def _row(
     }
 
 
-def _mine(whole: Problem, rank: int, case: ParallelCase) -> Problem:
-    """This rank's tokens, all of them in one set."""
-    tokens = slice(rank * case.tokens, (rank + 1) * case.tokens)
-    parts = whole.inputs_STD[:1, tokens], whole.gradients_STD[:1, tokens]
-    return Problem(replace(whole.case, tokens=case.tokens), whole.weights, *(part.contiguous() for part in parts))
-
-
-def _step(layer: Layer, mine: Problem) -> None:
-    layer.learn(mine.inputs_STD[0], mine.gradients_STD[0])
-    layer.forget()
-
-
 def _agreeing(
     contender: Contender, mine: Problem, right: Callable[[], Right], rank: int, case: ParallelCase
 ) -> tuple[Layer | None, str]:
@@ -228,50 +174,16 @@ def _agreeing(
     reason, layer = "", None
     try:
         layer = contender.build(mine, rank, case.ranks)
-        answers = layer.answers(mine)
-        for name in SPREAD:  # each rank has the part of its own tokens
-            if name in answers and answers[name].numel():
-                answers[name] = answers[name].double()
-                dist.all_reduce(answers[name])
+        answers = answers_of(layer, mine)
         if not contender.narrow:
-            reason = disagreement(answers, _of_rank(right(), mine, rank, case), case.dtype)
+            reason = disagreement(answers, right_of(right(), mine, rank, case.ranks), case.dtype)
         contender.sent(layer, mine)  # not those of the step that was compared
     except ImportError as error:
         reason = f"not installed: {error.name or error}"
     except Exception as error:  # of somebody else's code: the others are still worth timing
         reason = f"failed: {type(error).__name__}: {' '.join(str(error).split())[:160]}"
-    reasons: list[str] = [""] * case.ranks
-    dist.all_gather_object(reasons, reason)
-    reason = next((reason for reason in reasons if reason), "")
+    reason = reason_of_any(reason, case.ranks)
     return (None if reason else layer), reason
-
-
-def _of_rank(right: Right, mine: Problem, rank: int, case: ParallelCase) -> Right:
-    """What is expected of one rank: its tokens and its experts, but of what all ranks have the whole."""
-    shard = expert_shard(mine.case.experts, rank, case.ranks)
-    tokens, held = slice(rank * case.tokens, (rank + 1) * case.tokens), slice(shard.start, shard.stop)
-    parts = {"y": tokens, "x": tokens, "gate_up": held, "down": held}
-    return right._replace(answers={name: part[parts.get(name, slice(None))] for name, part in right.answers.items()})
-
-
-def _time_in_turn(steps: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each by round, from barrier to barrier; who begins moves on by one from round to round."""
-    names = list(steps)
-    seconds: dict[str, list[float]] = {what: [] for what in names}
-    gc.collect()
-    gc.freeze()  # or a collection would look through every library that is loaded
-    try:
-        for number in range(rounds):
-            first = number % len(names)
-            for what in names[first:] + names[:first]:
-                dist.barrier()
-                start = time.perf_counter()
-                steps[what]()
-                dist.barrier()
-                seconds[what].append(time.perf_counter() - start)
-    finally:
-        gc.unfreeze()
-    return seconds
 
 
 def _least_bytes(whole: Problem, case: ParallelCase) -> int:

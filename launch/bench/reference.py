@@ -16,9 +16,10 @@ from torch.nn import functional
 
 from expertmesh.launch.bench.cases import Problem, choose
 
-# Largest error over the scale. Rounding gave all peers up to 6e-7, and 2.4e-2 in bfloat16; a token sent to the wrong
-# expert, or a weight forgotten, gives 0.1 and more.
-BOUNDS = {"float32": 1e-5, "bfloat16": 5e-2}
+# Largest error over the scale. Rounding gave all peers up to 6e-7, and 2.4e-2 in bfloat16, and rows in FP8 gave ours
+# 5.4e-2; a token sent to the wrong expert, or a weight forgotten, gives 0.1 and more.
+ROUNDED = "float32, rows in FP8"
+BOUNDS = {"float32": 1e-5, "bfloat16": 5e-2, ROUNDED: 1e-1}
 NOTHING = 1e-3  # smaller magnitudes count as this: a gradient that should be 0 has no scale of its own
 
 Answers = dict[str, torch.Tensor]  # "y", and the gradient of each input by its name

@@ -105,11 +105,22 @@ CLUSTER_TABLES: dict[str, tuple[str, tuple[tuple[str, str, float], ...]]] = {
         ),
     ),
     "saving": ("a step, on one rank", (("ms", "seconds", 1e3), ("speed", "ratio", 1))),
+    "network": (
+        "a step of one layer over a slow link",
+        (
+            ("ms", "seconds", 1e3),
+            ("speed", "ratio", 1),
+            ("MB, slow link", "slow_bytes", 1e-6),
+            ("MB, the others", "fast_bytes", 1e-6),
+            ("MB of rows", "row_bytes", 1e-6),
+        ),
+    ),
+    "first step": ("from the command to the first step: seconds", (("first step", "seconds", 1),)),
 }
 
 
 def cluster_table(rows: list[dict[str, Any]]) -> Table:
-    """Speeds are beside our checkpoint, or a step without saving: 0.5 takes twice as long."""
+    """Speeds are beside the first row's: 0.5 takes twice as long. MB of rows: as the dispatchers count them."""
     title, columns = CLUSTER_TABLES[rows[0]["table"]]
     rounds = f"median of {rows[0]['rounds']}"
     shown = Table(title=f"{title}, {rounds}", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
@@ -117,4 +128,5 @@ def cluster_table(rows: list[dict[str, Any]]) -> Table:
         shown.add_column(name, justify="right" if number else "left", no_wrap=True)
     for row in rows:
         shown.add_row(row["what"], *(f"{row[key] * factor:.3g}" for _, key, factor in columns))
+    shown.caption = rows[0].get("note")
     return shown

@@ -130,7 +130,7 @@ def bench_cluster(
     experts: Annotated[int, typer.Option(help="of a layer")] = 8,
     as_json: JsonOption = False,
 ) -> None:
-    """What a killed worker costs with a spare and without, checkpoints beside torch's, and steps that are saved."""
+    """What a killed worker costs, checkpoints beside torch's, the way to the first step, and a slow link."""
     with wrong_input():
         from expertmesh.launch.bench import cluster
 
