@@ -42,9 +42,10 @@ REFILL_S = 10.0  # from one start of spares to the next: one that dies as it sta
 class FaultConfig(RecipeSection):
     """What a job does about failures."""
 
-    policy: Literal["replace", "shrink", "restart"] = Field(
+    policy: Literal["replace", "shrink", "restart", "end"] = Field(
         "replace",
-        description="of a lost worker: replace it, and keep the others' processes; shrink to those left; restart all",
+        description="of a lost worker: replace it, and keep the others' processes; shrink to those left; restart all; "
+        "end the job",
     )
     budget: int = Field(3, ge=0, description="failures within an hour that are survived; 0: none")
     stall_s: float = Field(300.0, gt=0, description="seconds without any progress after which the job is said to hang")
@@ -359,6 +360,8 @@ def _settle(state: JobState, now: float) -> tuple[JobState, list[Action]]:
 
 def _judge(state: JobState, why: str, hopeless: bool, now: float) -> tuple[JobState, str | None]:
     """Count a failure; returns why the job cannot go on, None if it can."""
+    if state.config.policy == "end":
+        return state, why
     recent = (*(at for at in state.failures if now - at < BUDGET_S), now)
     here, before = (why, state.step), state.last_failure
     step = state.not_finite

@@ -30,10 +30,11 @@ from expertmesh.launch import local_cluster, ray_cluster
 from expertmesh.launch.event_log import read_events
 from expertmesh.launch.local_cluster import LocalCluster
 from expertmesh.launch.pools import Pools
-from expertmesh.launch.ray_cluster import Pool, WorkerFailed, cluster
+from expertmesh.launch.ray_cluster import Pool, cluster
 from expertmesh.launch.roles import FFNRole
 from expertmesh.launch.serving import bring_up, look_at
 from expertmesh.launch.status import status_of
+from expertmesh.launch.worker_failed import WorkerFailed
 from expertmesh.system.serve.config import ServeConfig
 
 COMES_S = 240.0  # for what is waited for, on a busy machine

@@ -13,12 +13,12 @@ from commands import TINY_RECIPE
 from expertmesh.launch import supervise
 from expertmesh.launch.chaos import ChaosConfig
 from expertmesh.launch.event_log import EventLog, read_events
-from expertmesh.launch.ray_cluster import WorkerFailed
 from expertmesh.launch.recipe import load_recipe
 from expertmesh.launch.recovery import Beat, FaultConfig, How, Left, Spares
 from expertmesh.launch.roles import Epoch
 from expertmesh.launch.run_folder import REQUEST
 from expertmesh.launch.supervise import Job, JobFailed
+from expertmesh.launch.worker_failed import WorkerFailed
 from expertmesh.system.train.snapshot import RunState
 from expertmesh.system.train.trainer import Record
 
