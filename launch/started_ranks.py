@@ -4,7 +4,7 @@
     others    wait for that, run their rank, tell how it ended, and end when rank 0 has (`follow`)
 
     at MASTER_ADDR:MASTER_PORT    meet/ATTEMPT = the port of rank 0's store
-    there                         epoch, left = how many ranks have left, left/N = the Nth of them, dump; heartbeats
+    there                         come = how many others have, epoch, left = how many ranks have left, left/N = the Nth of them, dump; heartbeats
 
 Nobody here ends a process or starts one: a job that fails ends, and whoever started its ranks may start them again. The
 store ends with rank 0, and with it all others, whatever holds them up.
@@ -63,9 +63,16 @@ class OwnRank:
         except Exception as error:
             log.exception("trainer %d failed", seat.rank)
             left = raised(seat.rank, f"failed: {in_a_line(error)}", error)
-        store = join(seat.host, self._port)
-        store.set(f"left/{store.add('left', 1)}", pickle.dumps(left))
         self.left = left
+        with suppress(RuntimeError):  # rank 0 is gone
+            store = join(seat.host, self._port)
+            store.set(f"left/{store.add('left', 1)}", pickle.dumps(left))
+
+    def ended(self, seconds: float = 0) -> bool:
+        """Whether it has ended and told, in `seconds` at the latest."""
+        if self._thread is not None:
+            self._thread.join(seconds)
+        return self._thread is None or not self._thread.is_alive()
 
     @contextmanager
     def at_work(self) -> Iterator[None]:
@@ -74,7 +81,7 @@ class OwnRank:
             with streams_kept():
                 yield
         except (RuntimeError, KeyboardInterrupt) as end:
-            if self._thread is not None and self._thread.is_alive():
+            if not self.ended():
                 print(f"expertmesh: {str(end) or 'interrupted'}", file=sys.stderr, flush=True)
                 os._exit(130 if isinstance(end, KeyboardInterrupt) else 1)
             raise
@@ -84,16 +91,24 @@ class FirstRank:
     """Rank 0: the crew of a job that has one epoch."""
 
     def __init__(self, seat: Seat) -> None:
-        """Say where the others find it. Raises RuntimeError where nobody could listen."""
+        """Meet the others: they see now when this process ends. Raises RuntimeError where one does not come."""
         try:
             self._meeting, self._common = Rendezvous(seat.host), _common_store(seat)
         except RuntimeError as error:
             place = f"{seat.host}:{seat.port} (MASTER_ADDR, MASTER_PORT)"
             raise RuntimeError(f"ranks cannot meet at {place}: {str(error).splitlines()[0]}") from error
         self._common.set(_meet(seat), str(self._meeting.port))
+        self._await_all(seat.world)
         self._world, self._epoch = seat.world, 0
         self._seen = 0  # of the ranks that have left
         self.own = OwnRank(seat, self._meeting.port)
+
+    def _await_all(self, world: int) -> None:
+        deadline = time.monotonic() + WAIT.total_seconds()
+        while (come := 1 + self._meeting.store.add("come", 0)) < world:
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"{come} of {world} ranks have come within {WAIT.total_seconds():g} s")
+            time.sleep(LOOK_EVERY_S)
 
     def form(self, epoch: Epoch, keep: tuple[int, ...], spares: tuple[int, ...]) -> None:
         self._epoch = epoch.number
@@ -141,17 +156,22 @@ def follow(seat: Seat) -> None:
     """
     port = int(_await(_common_store(seat), _meet(seat)))
     store = join(seat.host, port)
+    store.add("come", 1)
     epoch: Epoch = pickle.loads(_await(store, "epoch"))
     own, dumped = OwnRank(seat, port), False
     with asked_to_end() as ending, own.at_work():
         own.start(epoch)
-        while own.left is None:
-            time.sleep(LOOK_EVERY_S)
+        while not own.ended(LOOK_EVERY_S):
             if ending.is_set():
                 own.role.leave(epoch.number)
-            if not dumped and _has(store, "dump"):
-                own.role.dump_stacks()
-                dumped = True
+            try:
+                if not dumped and _has(store, "dump"):
+                    own.role.dump_stacks()
+                    dumped = True
+            except RuntimeError:
+                if not own.ended(LOOK_EVERY_S):  # else all had left, and rank 0 was quicker
+                    raise
+        assert own.left is not None, "it has ended"
         if own.left.how == How.RAISED:
             with suppress(RuntimeError):  # until rank 0 has told of it: whoever started it ends it once we end
                 while not ending.is_set() and _has(store, "epoch"):
