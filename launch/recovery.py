@@ -14,8 +14,8 @@ had happened, as long as the layout stays.
 Spares are processes that have all imported and wait. A lost member's rank goes to one, where there is one, and what was
 taken or lost is started anew once training goes on, so that it slows no member down. The loss of a spare is no failure.
 
-Who is guilty: the member whose process is gone; else one whose error says that trying again is no use; else the one
-that raised first. Peers of a lost member fail within 0.05 s (seen on one machine) with an error of the connection: a
+Who is guilty: the member whose process is gone; else one that fell silent and has not left; else one whose error says
+that trying again is no use; else the one that raised first. Peers of a lost member fail within 0.05 s (seen on one machine) with an error of the connection: a
 symptom. Of a job that makes no progress at all, whoever holds the others up (see hang.py).
 """
 
@@ -332,8 +332,10 @@ def _settle(state: JobState, now: float) -> tuple[JobState, list[Action]]:
     actions: list[Action] = [Kill(waiting)] if waiting else []
     dead = [rank for rank, member in enumerate(state.members) if member.left == How.DIED]
     raised = [rank for rank, member in enumerate(state.members) if member.left == How.RAISED]
-    guilty = min(dead or raised, key=lambda rank: (not state.members[rank].hopeless, state.members[rank].left_at))
-    why = f"trainer {guilty} {state.members[guilty].why}"
+    silent = [rank for rank in waiting if now - state.members[rank].beat_at > SILENT_S]
+    suspects = dead or silent or raised
+    guilty = min(suspects, key=lambda rank: (not state.members[rank].hopeless, state.members[rank].left_at))
+    why = f"trainer {guilty} {state.members[guilty].why or 'died or hangs: it has fallen silent'}"
     failed = {"what": "failed", "epoch": state.epoch, "step": state.step, "rank": guilty, "why": why}
     actions.append(Note(failed))
     state, reason = _judge(state, why, state.members[guilty].hopeless, now)

@@ -4,7 +4,7 @@
     others    wait for that, run their rank, tell how it ended, and end when rank 0 has (`follow`)
 
     at MASTER_ADDR:MASTER_PORT    meet/ATTEMPT = the port of rank 0's store
-    there                         come = how many others have, epoch, left = how many ranks have left, left/N = the Nth of them, dump; heartbeats
+    there                         come, left = how many ranks have; left/N = the Nth that has; epoch; dump; heartbeats
 
 Nobody here ends a process or starts one: a job that fails ends, and whoever started its ranks may start them again. The
 store ends with rank 0, and with it all others, whatever holds them up.
