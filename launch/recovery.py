@@ -15,8 +15,9 @@ Spares are processes that have all imported and wait. A lost member's rank goes 
 taken or lost is started anew once training goes on, so that it slows no member down. The loss of a spare is no failure.
 
 Who is guilty: the member whose process is gone; else one that fell silent and has not left; else one whose error says
-that trying again is no use; else the one that raised first. Peers of a lost member fail within 0.05 s (seen on one machine) with an error of the connection: a
-symptom. Of a job that makes no progress at all, whoever holds the others up (see hang.py).
+that trying again is no use; else the one that raised first. Peers of a lost member fail within 0.05 s (seen on one
+machine) with an error of the connection: a symptom. Of a job that makes no progress at all, whoever holds the others up
+(see hang.py).
 """
 
 from __future__ import annotations

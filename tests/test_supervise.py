@@ -214,6 +214,15 @@ def test_a_request_that_cannot_be_met_is_told_and_changes_nothing(first, request
     assert len(why) == 1 and told in why[0]
 
 
+def test_ranks_that_somebody_else_has_started_stay_as_many(first):
+    (first.recipe.run_folder / REQUEST).write_text('{"experts_parallel": 4}')
+    place = first.recipe.cluster.model_copy(update={"launcher": "environment"})
+    crew = Script([WORK, END])
+    run(first._replace(recipe=first.recipe.model_copy(update={"cluster": place})), crew)
+    (why,) = [event["why"] for event in read_events(first.recipe.run_folder) if event["what"] == "not resized"]
+    assert why == "whoever started the workers says how many there are: stop the job, and start it with others"
+
+
 def test_a_request_to_stop(first):
     (first.recipe.run_folder / REQUEST).write_text('{"stop": true}')
     crew = Script([WORK, SAVED])
