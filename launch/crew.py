@@ -1,16 +1,20 @@
-"""The workers of a training job as whoever supervises them sees them: formed, watched, asked, ended. Here, on Ray."""
+"""The workers of a training job as whoever supervises them sees them: formed, watched, asked, ended.
+
+PoolCrew has them in a pool, of Ray's actors (ray_cluster.py) or of processes (process_pool.py). Those that somebody
+else has started are in started_ranks.py.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 from expertmesh.launch.heartbeat import read_beats
 from expertmesh.launch.lifeline import Lifelines
-from expertmesh.launch.ray_cluster import Pool, WorkerFailed
 from expertmesh.launch.recovery import Beat, How, Left, Spares
 from expertmesh.launch.rendezvous import Rendezvous
-from expertmesh.launch.roles import Epoch, TrainerRole
+from expertmesh.launch.roles import Epoch
+from expertmesh.launch.worker_failed import WorkerFailed
 from expertmesh.system.train.snapshot import SaveFailed
 from expertmesh.system.train.trainer import NotFinite, Record
 
@@ -53,30 +57,51 @@ class Crew(Protocol):
         """End all workers."""
 
 
-class RayCrew:
+class WorkerPool(Protocol):
+    """What a PoolCrew needs of a pool: processes by their place, on which calls are made that end later.
+
+    Raises WorkerFailed where there is no place for them, and of a call whose worker raised or died.
+    """
+
+    def check_room(self) -> None: ...
+
+    def await_started(self, places: Sequence[int]) -> None: ...
+
+    def call(self, place: int, method: str, *arguments: Any) -> Any: ...
+
+    def answer(self, place: int, call: Any, seconds: float) -> Any:
+        """What a call gave; None when it takes longer than `seconds`."""
+
+    def wait(self, calls: list[Any], seconds: float, count: int = 1) -> list[Any]:
+        """Those of `calls` that have ended, once `count` have or `seconds` have passed."""
+
+    def when_over(self, call: Any, tell: Callable[[], None]) -> None:
+        """Have `tell` called, by any thread, once a call has ended."""
+
+    def replace(self, place: int) -> None: ...
+
+    def kill(self, place: int) -> None: ...
+
+    def stop(self) -> None: ...
+
+
+class PoolCrew:
     """Workers of one pool, which is made anew when their number changes.
 
     The pool knows each process by its place. A rank moves to another place when a spare takes it; spares have none.
     """
 
     def __init__(
-        self,
-        host: str,
-        cpus: int,
-        slots: int | None,
-        spares: int = 0,
-        where: dict[str, str] | None = None,
-        strategy: str = "PACK",
+        self, host: str, make: Callable[..., WorkerPool], cpus: int, slots: int | None, spares: int = 0
     ) -> None:
-        """`cpus` of each worker. `slots`: of an own Ray, which more workers than it was started for share.
+        """`host`: by which workers reach this process. `make(workers, cpus of each, host, port, spares=)`: a pool.
 
-        `where`, `strategy`: how they are placed on the nodes of a cluster.
+        `cpus` of each worker. `slots`: of this machine, which more workers than the job began with share.
         """
-        self._store = Rendezvous(host)
+        self._store, self._make = Rendezvous(host), make
         self._lines = Lifelines(host, self._store.store)
-        self._where, self._strategy = where, strategy
         self._cpus, self._slots, self._spares = cpus, slots, spares
-        self._pool: Pool | None = None
+        self._pool: WorkerPool | None = None
         self._epoch = 0
         self._places: list[int] = []  # of each rank
         self._idle: dict[int, Any] = {}  # of each spare, and what it was asked; None: its process is gone
@@ -100,9 +125,7 @@ class RayCrew:
             self.stop()
             every = world + self._spares
             cpus = min(self._cpus, self._slots / every) if self._slots else self._cpus
-            place = (self._store.host, self._store.port)
-            nodes: dict[str, Any] = {"where": self._where, "strategy": self._strategy}
-            self._pool = Pool("trainer", TrainerRole, world, cpus, *place, spares=self._spares, **nodes)
+            self._pool = self._make(world, cpus, self._store.host, self._store.port, spares=self._spares)
             self._places, self._ready = list(range(world)), set()
             self._idle = {spare: self._pool.call(spare, "prepare") for spare in range(world, every)}
         self._pool.await_started(self._places)
@@ -165,11 +188,8 @@ class RayCrew:
             return Left(rank, How.DONE, step=self._made.answer(self._places[rank], call, 0))
         except WorkerFailed as failure:
             if failure.died:
-                return Left(rank, How.DIED, DIED)
-            cause = failure.cause
-            why = f"failed: {str(failure).split(' failed: ', 1)[-1]}"
-            step = cause.step if isinstance(cause, NotFinite) else None
-            return Left(rank, How.RAISED, why, not_finite=step, hopeless=isinstance(cause, ValueError | SaveFailed))
+                return Left(rank, How.DIED, f"died: {str(failure).split(' died: ', 1)[-1]}")
+            return raised(rank, f"failed: {str(failure).split(' failed: ', 1)[-1]}", failure.cause)
 
     def beats(self) -> Iterator[Beat]:
         yield from read_beats(self._store.store, self._epoch, len(self._places))
@@ -205,6 +225,12 @@ class RayCrew:
             self._pool, self._idle = None, {}
 
     @property
-    def _made(self) -> Pool:
+    def _made(self) -> WorkerPool:
         assert self._pool is not None, "form comes first"
         return self._pool
+
+
+def raised(rank: int, why: str, cause: BaseException | None) -> Left:
+    """That a member raised `cause`, and whether trying again can help."""
+    step = cause.step if isinstance(cause, NotFinite) else None
+    return Left(rank, How.RAISED, why, not_finite=step, hopeless=isinstance(cause, ValueError | SaveFailed))

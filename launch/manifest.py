@@ -59,7 +59,7 @@ def recipe_there(recipe: Recipe, place: Place) -> str:
     """The recipe as YAML, with its run on the shared storage and its cluster the one that it finds itself on."""
     content = recipe.model_dump(mode="json", exclude={"model"} if recipe.start_from else None)
     content["run_dir"] = _run_dir(recipe, place)
-    content["cluster"]["address"] = "auto"
+    content["cluster"] |= {"launcher": "ray", "address": "auto"}
     return yaml.safe_dump(content, sort_keys=False)
 
 

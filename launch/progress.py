@@ -103,4 +103,4 @@ class TrainingProgress:
             self._print(f"step {record['step']}/{self._steps}   {figures}")
 
     def _print(self, line: str) -> None:
-        self._console.print(line, highlight=False, soft_wrap=True)
+        self._console.print(line, highlight=False, soft_wrap=True, markup=False)  # errors have brackets

@@ -35,6 +35,8 @@ from ray.exceptions import AuthenticationError, OutOfMemoryError, RayActorError,
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from expertmesh.launch.worker_failed import WorkerFailed, in_a_line
+
 
 def _to_our_log(data: dict[str, Any], ignore_prefix: bool) -> None:
     logging.getLogger(__name__).debug("%s: %s", data["pid"], " ".join(data["lines"]))
@@ -72,15 +74,6 @@ def _start(folder: str, cpus: int) -> None:
             if last or isinstance(error, ValueError):
                 reason = " ".join(str(error).split())[:200]
                 raise RuntimeError(f"Ray did not start on this machine: {reason}") from error
-
-
-class WorkerFailed(RuntimeError):
-    """A worker of a pool raised or died, or could not be placed; the message is one line that names it."""
-
-    def __init__(self, message: str, died: bool = False, cause: BaseException | None = None) -> None:
-        super().__init__(message)
-        self.died = died
-        self.cause = cause  # what the worker raised
 
 
 class NoCluster(RuntimeError):
@@ -396,7 +389,7 @@ class Pool:
 
 
 def _cause(error: RayTaskError) -> str:
-    return f"{type(error.cause).__name__}: {' '.join(str(error.cause).split())}" if error.cause else str(error)
+    return in_a_line(error.cause) if error.cause else str(error)
 
 
 def _await_group(group: PlacementGroup, wanted: Wanted, deadline: float) -> None:

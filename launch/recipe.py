@@ -27,6 +27,11 @@ SHIPPED = Path(__file__).parent / "recipes"
 class ClusterConfig(RecipeSection):
     """Where workers run. An own Ray is one node without labels: `where` and `strategy` say nothing there."""
 
+    launcher: Literal["ray", "processes", "environment"] = Field(
+        "ray",
+        description="who starts the workers: ray; nobody else, as processes of this host; torchrun or Slurm's srun, "
+        "which start this command once a rank",
+    )
     address: str | None = Field(None, description="null: an own Ray here; 'auto' or host:port: a running one")
     cpus_per_worker: int | None = Field(None, ge=1, description="null: all cores here, shared evenly; elsewhere 1")
     where: dict[str, Label] = Field(
@@ -36,6 +41,14 @@ class ClusterConfig(RecipeSection):
     head_s: float = Field(
         45.0, gt=0, le=55, description="seconds without an answer of the cluster's head after which a job gives up"
     )
+
+    @model_validator(mode="after")
+    def _only_ray_has_nodes(self) -> ClusterConfig:
+        if self.launcher != "ray":
+            for key in ("address", "where", "strategy"):
+                if (value := getattr(self, key)) != type(self).model_fields[key].default:
+                    raise ValueError(f"{key}={value}: launcher={self.launcher} has none; leave it out, or launcher")
+        return self
 
 
 class Recipe(RecipeSection):
@@ -94,6 +107,18 @@ class Recipe(RecipeSection):
             return saved | cls.model_validate({"name": "saved", **sections}).settings()
         except ValidationError:  # it had settings that there are no more
             return saved
+
+    @model_validator(mode="after")
+    def _somebody_replaces_workers(self) -> Recipe:
+        if self.cluster.launcher == "environment":
+            asked = {"fault.spares": self.fault.spares, "chaos.kill": self.chaos.kill, "chaos.stop": self.chaos.stop}
+            if self.fault.not_finite == "skip":
+                asked["fault.not_finite"] = "skip"
+            for key, value in asked.items():
+                if value:
+                    told = "cluster.launcher=environment starts no worker, and none anew"
+                    raise ValueError(f"{key}={value}: {told}; leave it out, or take launcher=processes")
+        return self
 
     @model_validator(mode="after")
     def _checkpoint_says_what_it_is(self) -> Recipe:

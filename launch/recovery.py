@@ -14,9 +14,10 @@ had happened, as long as the layout stays.
 Spares are processes that have all imported and wait. A lost member's rank goes to one, where there is one, and what was
 taken or lost is started anew once training goes on, so that it slows no member down. The loss of a spare is no failure.
 
-Who is guilty: the member whose process is gone; else one whose error says that trying again is no use; else the one
-that raised first. Peers of a lost member fail within 0.05 s (seen on one machine) with an error of the connection: a
-symptom. Of a job that makes no progress at all, whoever holds the others up (see hang.py).
+Who is guilty: the member whose process is gone; else one that fell silent and has not left; else one whose error says
+that trying again is no use; else the one that raised first. Peers of a lost member fail within 0.05 s (seen on one
+machine) with an error of the connection: a symptom. Of a job that makes no progress at all, whoever holds the others up
+(see hang.py).
 """
 
 from __future__ import annotations
@@ -42,9 +43,10 @@ REFILL_S = 10.0  # from one start of spares to the next: one that dies as it sta
 class FaultConfig(RecipeSection):
     """What a job does about failures."""
 
-    policy: Literal["replace", "shrink", "restart"] = Field(
+    policy: Literal["replace", "shrink", "restart", "end"] = Field(
         "replace",
-        description="of a lost worker: replace it, and keep the others' processes; shrink to those left; restart all",
+        description="of a lost worker: replace it, and keep the others' processes; shrink to those left; restart all; "
+        "end the job",
     )
     budget: int = Field(3, ge=0, description="failures within an hour that are survived; 0: none")
     stall_s: float = Field(300.0, gt=0, description="seconds without any progress after which the job is said to hang")
@@ -331,8 +333,10 @@ def _settle(state: JobState, now: float) -> tuple[JobState, list[Action]]:
     actions: list[Action] = [Kill(waiting)] if waiting else []
     dead = [rank for rank, member in enumerate(state.members) if member.left == How.DIED]
     raised = [rank for rank, member in enumerate(state.members) if member.left == How.RAISED]
-    guilty = min(dead or raised, key=lambda rank: (not state.members[rank].hopeless, state.members[rank].left_at))
-    why = f"trainer {guilty} {state.members[guilty].why}"
+    silent = [rank for rank in waiting if now - state.members[rank].beat_at > SILENT_S]
+    suspects = dead or silent or raised
+    guilty = min(suspects, key=lambda rank: (not state.members[rank].hopeless, state.members[rank].left_at))
+    why = f"trainer {guilty} {state.members[guilty].why or 'died or hangs: it has fallen silent'}"
     failed = {"what": "failed", "epoch": state.epoch, "step": state.step, "rank": guilty, "why": why}
     actions.append(Note(failed))
     state, reason = _judge(state, why, state.members[guilty].hopeless, now)
@@ -359,6 +363,8 @@ def _settle(state: JobState, now: float) -> tuple[JobState, list[Action]]:
 
 def _judge(state: JobState, why: str, hopeless: bool, now: float) -> tuple[JobState, str | None]:
     """Count a failure; returns why the job cannot go on, None if it can."""
+    if state.config.policy == "end":
+        return state, why
     recent = (*(at for at in state.failures if now - at < BUDGET_S), now)
     here, before = (why, state.step), state.last_failure
     step = state.not_finite

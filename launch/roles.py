@@ -1,4 +1,4 @@
-"""What runs inside a worker process. Ray makes actors of these classes, but nothing here knows of Ray."""
+"""What runs inside a worker process, whoever started it: Ray makes actors of these classes, but none knows of Ray."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -47,6 +48,20 @@ def log_to(path: Path) -> None:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(name)s %(message)s", force=True)
+
+
+@contextmanager
+def streams_kept() -> Iterator[None]:
+    """Undo `log_to` afterwards, in a process that is more than a worker."""
+    kept = {number: os.dup(number) for number in (1, 2)}
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        for number, copy in kept.items():
+            os.dup2(copy, number)
+            os.close(copy)
 
 
 class Epoch(NamedTuple):

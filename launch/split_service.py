@@ -27,10 +27,11 @@ from typing import Any, NamedTuple
 
 from expertmesh.launch.client import Client
 from expertmesh.launch.pools import Pools
-from expertmesh.launch.ray_cluster import Pool, WorkerFailed, gpus_for
+from expertmesh.launch.ray_cluster import Pool, gpus_for
 from expertmesh.launch.rendezvous import Rendezvous
 from expertmesh.launch.roles import AttentionRole, FFNRole
 from expertmesh.launch.survival import WATCH_S, Duty, Restarts, give_up_silent, keep_up, placed, tell_end
+from expertmesh.launch.worker_failed import WorkerFailed
 from expertmesh.parallel.link import Seat, has_come
 from expertmesh.parallel.timeline import Busy, write_trace
 from expertmesh.system.model.checkpoint import Checkpoint

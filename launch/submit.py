@@ -131,7 +131,7 @@ def as_sent(recipe: Recipe) -> dict[str, Any]:
         value = content["data"][key]
         if value and value != "stdlib":
             content["data"][key] = str(Path(value).absolute())
-    content["cluster"]["address"] = "auto"
+    content["cluster"] |= {"launcher": "ray", "address": "auto"}
     return content
 
 

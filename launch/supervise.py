@@ -1,25 +1,24 @@
 """A training job from its first epoch to its last: what `recovery` decides is done here, and it is told what happens.
 
-No decision is made in this file, and none of Ray is known in it.
+No decision is made in this file, and no launcher is known in it.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
+from expertmesh.launch.asked_to_end import asked_to_end
 from expertmesh.launch.chaos import ChaosConfig
-from expertmesh.launch.crew import Crew, RayCrew
+from expertmesh.launch.crew import Crew
 from expertmesh.launch.event_log import EventLog
+from expertmesh.launch.launchers import crew_of, place_told
 from expertmesh.launch.layouts import scaled, smaller_layouts
-from expertmesh.launch.ray_cluster import cluster, watched_head
 from expertmesh.launch.recipe import check_together
 from expertmesh.launch.recovery import (
     Action,
@@ -40,6 +39,7 @@ from expertmesh.launch.recovery import (
 )
 from expertmesh.launch.roles import Epoch
 from expertmesh.launch.run_folder import REQUEST
+from expertmesh.launch.started_ranks import FirstRank
 from expertmesh.parallel.sizes import ParallelSizes
 from expertmesh.system.train.snapshot import clear_unfinished, last_whole, read_state, set_aside
 from expertmesh.system.train.trainer import Record
@@ -51,26 +51,16 @@ class JobFailed(RuntimeError):
     """What a job could not survive; one line."""
 
 
-def supervise(first: Epoch, watch: Callable[[Record], None]) -> None:
-    """Run a job on the cluster that its recipe names; see `Job.run`."""
+def supervise(first: Epoch, watch: Callable[[Record], None], first_rank: FirstRank | None = None) -> None:
+    """Run a job with the workers of the launcher that its recipe names; see `Job.run` and `crew_of`."""
     recipe = first.recipe
-    place, workers, spares = recipe.cluster, recipe.parallel.world_size, recipe.fault.spares
-    cpus = place.cpus_per_worker or (1 if place.address else max(1, (os.cpu_count() or 1) // workers))
-    where = f"the Ray cluster at {place.address}" if place.address else "a Ray of its own"
     log = EventLog(recipe.run_folder)
-    waiting = f"{workers} workers{f' and {spares} spares' if spares else ''} on {where}"
-    slots = cpus * recipe.processes
-    watch({"kind": "waiting", "for": waiting})
-    with asked_to_end() as ending, cluster(place.address, slots) as host:
-        if place.address:
-            crew = RayCrew(host, cpus, None, spares, place.where, place.strategy)
-        else:  # one node, which has no labels
-            crew = RayCrew(host, cpus, slots, spares)
-        with watched_head(place.head_s, lambda why: _end_at_once(log, why)):
-            try:
-                Job(first, crew, log, watch).run(ending)
-            finally:
-                crew.stop()
+    watch({"kind": "waiting", "for": place_told(recipe)})
+    with (
+        asked_to_end() as ending,
+        crew_of(recipe, first_rank, lambda why: _end_at_once(log, why)) as crew,
+    ):
+        Job(first, crew, log, watch).run(ending)
 
 
 def _end_at_once(log: EventLog, why: str) -> None:
@@ -78,27 +68,6 @@ def _end_at_once(log: EventLog, why: str) -> None:
     log.write({"what": "gave up", "why": why})
     print(f"expertmesh: {why}; the same command goes on from the last checkpoint", file=sys.stderr, flush=True)
     os._exit(1)
-
-
-@contextmanager
-def asked_to_end() -> Iterator[threading.Event]:
-    """Set when SIGINT or SIGTERM comes; a second one ends at once, with KeyboardInterrupt."""
-    ending = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield ending
-        return
-
-    def note(number: int, frame: Any) -> None:
-        if ending.is_set():
-            raise KeyboardInterrupt
-        ending.set()
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield ending
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 class Job:
@@ -109,7 +78,10 @@ class Job:
         self._last, self._crew, self._log, self._watch = first, crew, log, watch
         self._run_folder = recipe.run_folder
         smaller = smaller_layouts(recipe.parallel, lambda sizes: self._allowed(sizes) is None)
-        self._state = begin(recipe.fault, recipe.train.steps, recipe.parallel, smaller, time.monotonic())
+        fault = recipe.fault
+        if recipe.cluster.launcher == "environment":  # whoever started the workers starts them anew
+            fault = fault.model_copy(update={"policy": "end"})
+        self._state = begin(fault, recipe.train.steps, recipe.parallel, smaller, time.monotonic())
         self._told: list[Record] = []  # what happened since an epoch was formed; the next one's log opens with it
         self._opened = False  # the present epoch's log, with what it is to open with
         self._stopped_at: float | None = None  # when the last failure was noticed, until a step is made again
@@ -255,6 +227,8 @@ class Job:
     def _allowed(self, sizes: ParallelSizes) -> str | None:
         """Why the job cannot have this layout; None: it can. A drill on a worker of another is no reason."""
         changed = self._last.recipe.model_copy(update={"parallel": sizes, "chaos": ChaosConfig()})
+        if changed.cluster.launcher == "environment":
+            return "whoever started the workers says how many there are: stop the job, and start it with others"
         try:
             check_together(changed, self._last.model)
         except ValueError as error:

@@ -17,7 +17,8 @@ from typing import Any
 import torch.distributed as dist
 
 from expertmesh.launch.client import Client
-from expertmesh.launch.ray_cluster import Pool, WorkerFailed
+from expertmesh.launch.ray_cluster import Pool
+from expertmesh.launch.worker_failed import WorkerFailed
 from expertmesh.parallel.link import Seat, silent_address
 
 logger = logging.getLogger(__name__)

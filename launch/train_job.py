@@ -16,6 +16,7 @@ from expertmesh.launch.find_checkpoint import find_checkpoint
 from expertmesh.launch.recipe import Recipe, check_together
 from expertmesh.launch.roles import Epoch
 from expertmesh.launch.run_folder import lock_of
+from expertmesh.launch.started_ranks import FirstRank
 from expertmesh.launch.supervise import supervise
 from expertmesh.parallel.deepspeed_build import is_built, prepare_build
 from expertmesh.system.model.checkpoint import Checkpoint, open_checkpoint
@@ -143,10 +144,17 @@ def prepare_data(recipe: Recipe, start: Start, watch: Callable[[Record], None]) 
     return dataset
 
 
-def run_job(recipe: Recipe, start: Start, dataset: TokenDataset, watch: Callable[[Record], None]) -> Record:
+def run_job(
+    recipe: Recipe,
+    start: Start,
+    dataset: TokenDataset,
+    watch: Callable[[Record], None],
+    first_rank: FirstRank | None = None,
+) -> Record:
     """Run a training job to its end and write its report; returns what `--json` prints.
 
-    `watch` is given every record as it comes. Raises JobFailed, a RuntimeError, for what could not be survived, and
+    `watch` is given every record as it comes. `first_rank`: this process, where the environment has started the ranks.
+    Raises JobFailed, a RuntimeError, for what could not be survived, and
     KeyboardInterrupt when it was told to end, once all is saved.
     """
     run_folder = recipe.run_folder
@@ -177,7 +185,7 @@ def run_job(recipe: Recipe, start: Start, dataset: TokenDataset, watch: Callable
         prepare_build()
     there = recipe.model_copy(update={"run_dir": str(run_folder)})  # nodes have working folders of their own
     first = Epoch(0, there, model, settings, start.resume_from, start.begin_with, opening, frozenset())
-    supervise(first, watch)
+    supervise(first, watch, first_rank)
 
     run = read_run(run_folder)
     result = {

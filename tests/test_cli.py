@@ -157,6 +157,12 @@ def assert_same_run(run: dict[str, Any], other: dict[str, Any]) -> None:
     assert mine.read_bytes() == theirs.read_bytes()
 
 
+def test_plain_processes_train_the_same(folder, trained):
+    assert_same_run(
+        expertmesh_json("train", "tiny.yaml", "name=plain", "cluster.launcher=processes", folder=folder), trained
+    )
+
+
 def test_a_worker_that_dies_and_one_that_hangs_change_not_a_bit(folder, trained):
     """The job goes on by itself."""
     run_dir = folder / "runs" / "drilled"

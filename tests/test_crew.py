@@ -10,20 +10,21 @@ from typing import Any
 import pytest
 from commands import TINY_RECIPE
 
-from expertmesh.launch import crew, ray_cluster
-from expertmesh.launch.crew import RayCrew
+from expertmesh.launch import ray_cluster
+from expertmesh.launch.crew import PoolCrew
 from expertmesh.launch.lifeline import Lifeline
-from expertmesh.launch.ray_cluster import Wanted, WorkerFailed
+from expertmesh.launch.ray_cluster import Wanted
 from expertmesh.launch.recipe import load_recipe
 from expertmesh.launch.recovery import How, Left, Spares
 from expertmesh.launch.rendezvous import join
 from expertmesh.launch.roles import Epoch
+from expertmesh.launch.worker_failed import WorkerFailed
 
 
 class StandIn:
     """A pool whose calls end when a test says so. A call is (place, life of the process there, method)."""
 
-    def __init__(self, name: str, role: type, workers: int, *arguments: Any, spares: int = 0, **nodes: Any) -> None:
+    def __init__(self, workers: int, cpus: float, *arguments: Any, spares: int = 0) -> None:
         self.lives = [0] * (workers + spares)
         self.calls: list[tuple[int, int, str]] = []
         self.arguments: dict[tuple[int, int, str], tuple[Any, ...]] = {}
@@ -57,7 +58,7 @@ class StandIn:
 
     def answer(self, place: int, call: tuple[int, int, str], seconds: float) -> Any:
         if call[:2] in self.dead:
-            raise WorkerFailed(f"trainer {place} died", died=True)
+            raise WorkerFailed(f"trainer {place} died: killed, out of memory, or crashed", died=True)
         return 9
 
     def replace(self, place: int) -> None:
@@ -68,17 +69,16 @@ class StandIn:
 
 
 @pytest.fixture
-def epoch(tmp_path, monkeypatch) -> Epoch:
+def epoch(tmp_path) -> Epoch:
     (tmp_path / "tiny.yaml").write_text(TINY_RECIPE)
     recipe = load_recipe(str(tmp_path / "tiny.yaml"), [])
-    monkeypatch.setattr(crew, "Pool", StandIn)
     return Epoch(0, recipe, recipe.model, {}, None, None, [], frozenset())
 
 
 @pytest.fixture
-def two_spares(epoch) -> tuple[RayCrew, StandIn]:
+def two_spares(epoch) -> tuple[PoolCrew, StandIn]:
     """Ranks 0 and 1 at places 0 and 1; of the spares at 2 and 3, the second is ready."""
-    made = RayCrew("127.0.0.1", 1, 4, 2)
+    made = PoolCrew("127.0.0.1", StandIn, 1, 4, 2)
     made.form(epoch, (), ())
     pool: Any = made._pool
     pool.ended.add((3, 0, "prepare"))
@@ -148,13 +148,13 @@ def test_where_no_spare_is_left_a_new_process_is_started(two_spares, epoch):
     assert runs(pool, 1)[1] == (1, 1)
 
 
-def test_after_no_place_was_found_there_is_nothing_to_be_told(epoch, monkeypatch):
+def test_after_no_place_was_found_there_is_nothing_to_be_told(epoch):
     def full(*_: Any, **__: Any) -> None:
         raise WorkerFailed("the cluster has room for 0")
 
-    made = RayCrew("127.0.0.1", 1, None, 1)
+    pools = iter([StandIn, full])
+    made = PoolCrew("127.0.0.1", lambda *place, spares: next(pools)(*place, spares=spares), 1, None, 1)
     made.form(epoch, (), ())
-    monkeypatch.setattr(crew, "Pool", full)
     with pytest.raises(WorkerFailed):
         made.form(epoch._replace(number=1), (), ())
     assert made.records() == [] and list(made.beats()) == [] and made.spares() == Spares()

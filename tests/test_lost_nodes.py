@@ -25,10 +25,11 @@ from tiny import prepare_tiny_data, tiny_model, write_random_checkpoint
 from expertmesh.launch import ray_cluster
 from expertmesh.launch.event_log import read_events
 from expertmesh.launch.pools import Pools
-from expertmesh.launch.ray_cluster import Pool, WorkerFailed, cluster
+from expertmesh.launch.ray_cluster import Pool, cluster
 from expertmesh.launch.roles import FFNRole
 from expertmesh.launch.serving import bring_up, look_at
 from expertmesh.launch.status import status_of
+from expertmesh.launch.worker_failed import WorkerFailed
 from expertmesh.system.serve.config import ServeConfig
 
 

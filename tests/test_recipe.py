@@ -32,6 +32,16 @@ WRONG = [
     ("ep that does not divide dp", ["parallel.ep=3"], "ep=3 does not divide dp=2; with dp=2, ep may be one of [1, 2]"),
     ("a batch that dp does not divide", ["train.batch_size=7"], "train.batch_size=7: parallel.dp=2 does not divide it"),
     ("a sequence beyond the context", ["train.sequence_length=9999"], "longer than model.context_length=256"),
+    (
+        "nodes of no cluster",
+        ["cluster.launcher=processes", "cluster.address=auto"],
+        "cluster: address=auto: launcher=processes has none; leave it out, or launcher",
+    ),
+    (
+        "a drill that nobody survives",
+        ["cluster.launcher=environment", "chaos.kill=trainer:1@step=5"],
+        "chaos.kill=trainer:1@step=5: cluster.launcher=environment starts no worker, and none anew; leave it out, or",
+    ),
     ("a word for a number", ["train.steps=many"], "train.steps=many: Input should be a valid integer"),
     ("a number out of range", ["train.steps=0"], "train.steps=0: Input should be greater than or equal to 1"),
     ("kv heads that do not divide", ["model.attention.kv_heads=3"], "kv_heads=3 does not divide heads=4"),

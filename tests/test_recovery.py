@@ -158,6 +158,20 @@ CASES = [
         ["trainer 1 died"],
     ),
     Case(
+        "the job ends with whoever is lost",
+        {"policy": "end"},
+        [(1, DIED), (1.1, REFUSED)],
+        [GiveUp("trainer 1 died")],
+        ["trainer 1 died"],
+    ),
+    Case(
+        "of what a peer raised, one that fell silent is guilty: nobody may tell of its death",
+        {},
+        [(1, REFUSED), (1 + SETTLE_S, Tick())],
+        [Kill((1,)), Form(1, TWO, (0,), NONE)],
+        ["trainer 1 died or hangs: it has fallen silent"],
+    ),
+    Case(
         "no budget",
         {"budget": 0},
         [(1, DIED), (1.1, REFUSED)],

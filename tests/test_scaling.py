@@ -15,9 +15,9 @@ from serving import processes_of, requests, streamed
 from tiny import prepare_tiny_data, tiny_model, write_random_checkpoint
 
 from expertmesh.launch.pools import Pools
-from expertmesh.launch.ray_cluster import WorkerFailed
 from expertmesh.launch.serving import bring_up, look_at
 from expertmesh.launch.split_service import SplitService
+from expertmesh.launch.worker_failed import WorkerFailed
 from expertmesh.system.serve.config import ServeConfig
 
 

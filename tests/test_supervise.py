@@ -13,12 +13,12 @@ from commands import TINY_RECIPE
 from expertmesh.launch import supervise
 from expertmesh.launch.chaos import ChaosConfig
 from expertmesh.launch.event_log import EventLog, read_events
-from expertmesh.launch.ray_cluster import WorkerFailed
 from expertmesh.launch.recipe import load_recipe
 from expertmesh.launch.recovery import Beat, FaultConfig, How, Left, Spares
 from expertmesh.launch.roles import Epoch
 from expertmesh.launch.run_folder import REQUEST
 from expertmesh.launch.supervise import Job, JobFailed
+from expertmesh.launch.worker_failed import WorkerFailed
 from expertmesh.system.train.snapshot import RunState
 from expertmesh.system.train.trainer import Record
 
@@ -221,6 +221,15 @@ def test_a_request_that_cannot_be_met_is_told_and_changes_nothing(first, request
     events = read_events(first.recipe.run_folder)
     why = [event["why"] for event in events if event["what"] == "not resized"]
     assert len(why) == 1 and told in why[0]
+
+
+def test_ranks_that_somebody_else_has_started_stay_as_many(first):
+    (first.recipe.run_folder / REQUEST).write_text('{"experts_parallel": 4}')
+    place = first.recipe.cluster.model_copy(update={"launcher": "environment"})
+    crew = Script([WORK, END])
+    run(first._replace(recipe=first.recipe.model_copy(update={"cluster": place})), crew)
+    (why,) = [event["why"] for event in read_events(first.recipe.run_folder) if event["what"] == "not resized"]
+    assert why == "whoever started the workers says how many there are: stop the job, and start it with others"
 
 
 def test_a_request_to_stop(first):

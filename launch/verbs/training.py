@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from contextlib import ExitStack
 from typing import Annotated
 
@@ -35,6 +36,19 @@ def train(
 
             changes = list(overrides or []) + ([f"cluster.address={address}"] if address else [])
             checked = load_recipe(recipe, changes)
+            seat = None
+            if checked.cluster.launcher == "environment":
+                from expertmesh.launch.environment import read_seat
+
+                seat = read_seat(os.environ, checked.parallel.world_size)
+        held.enter_context(failures())
+        from expertmesh.launch.started_ranks import FirstRank, follow
+
+        if seat is not None and seat.rank:
+            follow(seat)
+            return
+        first_rank = FirstRank(seat) if seat is not None else None
+        with wrong_input():
             from expertmesh.launch.train_job import find_start, prepare_data, run_job, sole_user
 
             held.enter_context(sole_user(checked))
@@ -43,14 +57,14 @@ def train(
 
         from expertmesh.launch.progress import TrainingProgress
 
-        console = Console(stderr=as_json)
+        # A file of its own: a rank that trains in this process sends standard output and error to its log.
+        console = Console(file=os.fdopen(os.dup(2 if as_json else 1), "w"))
         if start.note:
             console.print(start.note, highlight=False, soft_wrap=True)
-        held.enter_context(failures())
         progress = held.enter_context(TrainingProgress(console))
         with wrong_input():
             dataset = prepare_data(checked, start, progress.show)
-        result = run_job(checked, start, dataset, progress.show)
+        result = run_job(checked, start, dataset, progress.show, first_rank)
     if as_json:
         show_json(result)
         return
