@@ -20,7 +20,8 @@ from expertmesh.system.train.trainer import NotFinite, Record
 
 DIED = "died: killed, out of memory, or crashed"
 DUMP_S = 2.0  # to write stacks in; a process that is stopped never does
-ENDS_S = 5.0  # until Ray has ended a process, or says that it has
+TELLS_S = 0.02  # for a pool to tell how a process ended whose line broke: that of this host's processes can
+ENDS_S = 5.0  # until a pool has ended a process, or says that it has
 LAST_RECORDS_S = 30.0
 
 
@@ -107,7 +108,7 @@ class PoolCrew:
         self._idle: dict[int, Any] = {}  # of each spare, and what it was asked; None: its process is gone
         self._ready = set[int]()  # places of spares that have prepared
         self._runs: dict[Any, int] = {}  # the rank of each call that has not ended
-        self._lost: list[Any] = []  # calls of those who have lost their lines, and which Ray has yet to tell of
+        self._lost: list[Any] = []  # calls of those who have lost their lines, and which the pool has yet to tell of
         self._asked: Any = None  # for records; not yet answered
 
     def form(self, epoch: Epoch, keep: tuple[int, ...], spares: tuple[int, ...]) -> None:
@@ -174,7 +175,8 @@ class PoolCrew:
         if not self._runs:
             return []
         broken = self._lines.wait(seconds)
-        left = [self._left(self._runs.pop(call), call) for call in self._made.wait(list(self._runs), 0)]
+        over = self._made.wait(list(self._runs), TELLS_S if broken else 0, len(broken) or 1)
+        left = [self._left(self._runs.pop(call), call) for call in over]
         for call, rank in list(self._runs.items()):
             if rank in broken:
                 self._made.kill(self._places[rank])  # if it lives, cut off from here

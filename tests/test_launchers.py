@@ -83,7 +83,7 @@ def test_a_worker_that_dies_and_one_that_hangs_change_not_a_bit(folder, trained)
     first, _ = (event for event in events if event["what"] == "re-formed")
     assert (first["kept"], first["spares"]) == ([0], [1])
     failed = [event["why"] for event in events if event["what"] == "failed"]
-    assert failed[0] == "trainer 1 died: killed by SIGKILL" and failed[1].startswith("trainer 0 hangs: no heartbeat")
+    assert failed[0].startswith("trainer 1 died: killed") and failed[1].startswith("trainer 0 hangs: no heartbeat")
     assert {record["step"] for record in shown if record["kind"] == "step"} == set(range(1, 13))
     assert "most recent call first" in (run_dir / "logs" / "trainer-1.log").read_text(), "no stacks of a hanging job"
     assert not workers()
