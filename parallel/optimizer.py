@@ -73,7 +73,7 @@ class TorchAdam(TrainingOptimizer):
     @torch.no_grad()
     def _clip(self) -> float:
         """Scale reduced gradients down to the norm that is allowed; returns what it was, over all ranks."""
-        gradients = {parameter: _local(parameter.grad) for parameter in self._copies if parameter.grad is not None}
+        gradients = {parameter: local(parameter.grad) for parameter in self._copies if parameter.grad is not None}
         squares = [
             torch.linalg.vector_norm(gradient, dtype=torch.float64).square() / self._copies[parameter]
             for parameter, gradient in gradients.items()
@@ -112,7 +112,7 @@ class TorchAdam(TrainingOptimizer):
             self._adam.state[parameter] = {"step": torch.tensor(float(steps)), **held}
 
 
-def _local(tensor: torch.Tensor) -> torch.Tensor:
+def local(tensor: torch.Tensor) -> torch.Tensor:
     """What this rank has of it."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 

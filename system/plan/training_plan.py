@@ -162,7 +162,7 @@ def _whole_at_a_time(part: Transformer) -> int:
         held = {parameter for module in modules for parameter in module.parameters() if parameter.requires_grad}
         return sum(parameter.numel() for parameter in held)
 
-    several = [*units.layers, *units.experts]
+    several = [*units.parts, *units.experts]
     return numbers([part]) - numbers(several) + max((numbers([unit]) for unit in several), default=0)
 
 

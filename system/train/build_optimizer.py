@@ -20,21 +20,29 @@ from expertmesh.system.train.loss import LanguageModelLoss
 def build_optimizer(loss: LanguageModelLoss, config: TrainConfig) -> TrainingOptimizer:
     """For the weights of `loss`, which have their values; every rank calls it. At stage 3 others take their place."""
     held, tied = list(weights(loss.model)), loss.model.tied_weight
+    experts = [weight.parameter for weight in held if weight.is_expert]
     decayed = [weight.parameter for weight in held if weight.is_matrix]
+    tied_parameters = [] if tied is None else [tied]
+    replicated = [w.parameter for w in held if not w.is_expert and w.shard == WHOLE and w.parameter is not tied]
     clipping, decay, betas = config.gradient_clipping, config.weight_decay, config.adam_betas
     if config.zero_stage == 3:
-        units = units_of(loss.model)
-        dtype = getattr(torch, config.dtype)
         return FullySharded(
-            loss, units, decayed, dtype=dtype, gradient_clipping=clipping, weight_decay=decay, betas=betas
+            loss,
+            units_of(loss.model),
+            decayed,
+            replicated,
+            tied_parameters,
+            dtype=getattr(torch, config.dtype),
+            gradient_clipping=clipping,
+            weight_decay=decay,
+            betas=betas,
         )
-    dense = [weight for weight in held if not weight.is_expert and weight.parameter is not tied]
     return build_zero(
         loss,
-        [weight.parameter for weight in held if weight.is_expert],
-        [weight.parameter for weight in dense if weight.shard == WHOLE],
+        experts,
+        replicated,
         decayed,
-        tied_parameters=[] if tied is None else [tied],
+        tied_parameters=tied_parameters,
         ends=loss.groups.ends,
         stage=config.zero_stage,
         gradient_clipping=clipping,
@@ -44,7 +52,8 @@ def build_optimizer(loss: LanguageModelLoss, config: TrainConfig) -> TrainingOpt
 
 
 def units_of(model: Transformer) -> Units:
-    """What of `model` is sharded together. Layers that share weights come with the rest of the model."""
-    holders = Counter(parameter for layer in model.layers for parameter in layer.parameters())
-    layers = [layer for layer in model.layers if all(holders[parameter] == 1 for parameter in layer.parameters())]
-    return Units([module for module in model.modules() if isinstance(module, RoutedExperts)], layers)
+    """What of `model` is sharded together. Parts that share weights come with the rest of the model."""
+    parts = [model.embed_tokens, *model.layers, model.lm_head]
+    holders = Counter(parameter for part in parts for parameter in part.parameters())
+    alone = [part for part in parts if {holders[parameter] for parameter in part.parameters()} == {1}]
+    return Units([module for module in model.modules() if isinstance(module, RoutedExperts)], alone)

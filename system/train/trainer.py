@@ -104,7 +104,7 @@ class Trainer:
             self.rebalancing = Rebalancing(self.model, groups) if config.rebalance_every else None
             if self.rebalancing:
                 dispatcher = PlacedDispatcher(dispatcher, self.rebalancing.placements, groups.expert_rank)
-            self.loss = LanguageModelLoss(self.model, dispatcher, groups)
+            self.loss = LanguageModelLoss(self.model, dispatcher, groups, getattr(torch, config.dtype))
         recompute(self.model, config.recompute)
         self.kept: Kept | None = None  # by a forward, for its backward; measured once
         self.state = RunState(step=0, settings=settings)
