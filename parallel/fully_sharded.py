@@ -18,7 +18,8 @@ Shards are float32, and so are sums of gradients. Whole weights may be bfloat16:
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Set as AbstractSet
 from functools import partial
 from typing import Any, NamedTuple, cast
 
@@ -55,8 +56,11 @@ def largest_shard(shape: Sequence[int], ranks: int) -> int:
 class FullySharded(TorchAdam):
     """AdamW on shards. It puts others in place of the parameters of `module` that train and are not empty.
 
-    `decayed_parameters`: those that weight decay is for. `replicated_parameters`: those that all ranks of a tensor
-    group hold, and have parts of the gradient of. `tied_parameters`: those that the other end of a pipeline has too.
+    `begin(part)` is called before the weights of a part become shards, of all parts one after the other, and the rest
+    last: so that a `module` on the meta device is whole nowhere. To the same end parameters are given by their names in
+    `module`: `decayed`, those that weight decay is for; `replicated`, those that all ranks of a tensor group hold, and
+    have parts of the gradient of; `tied`, those that the other end of a pipeline has too.
+
     `dtype`: that of whole weights, and of gradients until they are reduced.
     """
 
@@ -64,11 +68,13 @@ class FullySharded(TorchAdam):
         self,
         module: nn.Module,
         units: Units,
-        decayed_parameters: Sequence[nn.Parameter],
-        replicated_parameters: Sequence[nn.Parameter] = (),
-        tied_parameters: Sequence[nn.Parameter] = (),
+        device: str,
+        begin: Callable[[nn.Module], None],
         *,
-        dtype: torch.dtype = torch.float32,
+        decayed: AbstractSet[str],
+        replicated: AbstractSet[str],
+        tied: AbstractSet[str],
+        dtype: torch.dtype,
         gradient_clipping: float,
         weight_decay: float,
         betas: tuple[float, float],
@@ -77,22 +83,17 @@ class FullySharded(TorchAdam):
 
         data = parallel_state.get_data_parallel_group(with_context_parallel=True)
         self._data_size = data.size()
-        device = next(module.parameters()).device.type
         over_data = DeviceMesh.from_group(data, device)
         over_copies = DeviceMesh.from_group(parallel_state.get_expert_data_parallel_group(), device)
-        name_of = {parameter: name for name, parameter in module.named_parameters()}
-        decayed, replicated, tied = (
-            {name_of[parameter] for parameter in parameters}
-            for parameters in (decayed_parameters, replicated_parameters, tied_parameters)
-        )
-        as_they_are = {p for p in name_of if not (p.requires_grad and p.numel())}
-        marks = {name: shard_of(parameter) for parameter, name in name_of.items()}
+        as_they_are = {p for p in module.parameters() if not (p.requires_grad and p.numel())}
+        marks = {name: shard_of(parameter) for name, parameter in module.named_parameters()}
         # What units are given stays as it is: logits are float32.
         policy = MixedPrecisionPolicy()
         if dtype != torch.float32:
             policy = MixedPrecisionPolicy(dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
         self._units: list[FSDPModule] = []
         for part in (*units.experts, *units.parts, module):
+            begin(part)
             mesh = over_copies if part in units.experts else over_data
             unit = fully_shard(
                 part,

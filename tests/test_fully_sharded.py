@@ -174,7 +174,7 @@ def check_shards_of_others(model: Transformer, held: list[nn.Module]) -> None:
 
 def sharded(loss: LanguageModelLoss, dtype: str = "float32") -> TrainingOptimizer:
     config = tiny_training(zero_stage=3, dtype=dtype, gradient_clipping=CLIPPING, weight_decay=DECAY, adam_betas=BETAS)
-    return build_optimizer(loss, config)
+    return build_optimizer(loss, config, "cpu", lambda *_: None)
 
 
 def check_bfloat16() -> None:
