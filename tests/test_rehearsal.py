@@ -31,10 +31,11 @@ LAYOUTS = [
 ]
 
 
+@pytest.mark.parametrize("zero_stage", [1, 3])
 @pytest.mark.parametrize("sizes, reason", LAYOUTS, ids=[reason for _, reason in LAYOUTS])
-def test_ranks_agree(sizes, reason):
+def test_ranks_agree(sizes, reason, zero_stage):
     layout = ParallelSizes(**sizes)
-    orders = {rank: calls_of(rank, layout, MODEL, 4, 8) for rank in to_rehearse(layout)}
+    orders = {rank: calls_of(rank, layout, MODEL, 4, 8, zero_stage) for rank in to_rehearse(layout)}
     assert play(orders) is None
     assert all(orders.values()) == (layout.world_size > 1)
     # And one that leaves out a call, or makes two in another order, does not go unseen.
