@@ -25,7 +25,8 @@ and a step sends from a rank, M micro-batches of T tokens a data-parallel and co
                         With etp, its K E/N rows cross 4 times more, 4 D each, between each two of the group
     context             8 (cp - 1) T for each number that a token has as key or value: gathered, and their gradients
     reduction           8 (n - 1)/n P, a reduce-scatter and a gather in a ring; what DeepSpeed really sends may be more.
-                        At ZeRO 3 12 M (n - 1)/n P: two gathers and a reduce-scatter; one more of what is recomputed.
+                        At ZeRO 3 12 M (n - 1)/n P: two gathers and a reduce-scatter; one more of what is recomputed;
+                        of what none of the above has alone so many for each run of layers.
                         Then 8 (m - 1)/m of each shard that m tensor ranks, or both ends of a pipeline, have: a sum
 
 Dispatch is an expectation: K of all N experts chosen evenly, zero-computation ones too, of which E/ep are on a rank.
@@ -114,6 +115,10 @@ def _plan_rank(model: ModelConfig, sizes: ParallelSizes, train: TrainConfig, sta
         weight_bytes = FLOAT * shards + _width(train) * _whole_at_a_time(part)
         optimizer, crossings = 2 * shards, train.micro_batches * (1 + 2 * _width(train) / FLOAT)
         sums = _sums_of_shards(part, sizes)
+        # What is no unit of its own comes with each run of layers.
+        alone = {parameter for unit in units_of(part).parts for parameter in unit.parameters()}
+        rest = [(parameter, ranks) for parameter, ranks in held if parameter not in alone]
+        reduced += (sizes.interleave - 1) * sum(FLOAT * p.numel() * (ranks - 1) / ranks for p, ranks in rest)
     else:
         weight_bytes, crossings, sums = FLOAT * total, 2.0, 0.0
         optimizer = 4 * _partitions(held) if train.zero_stage else 2 * total
