@@ -50,7 +50,7 @@ def plan_recipe(recipe: Recipe, rank: int, check: bool) -> dict[str, Any]:
     with warnings.catch_warnings(action="ignore"):  # Megatron's, of parts that it would find on a GPU
         for stage, kept in zip(result["stages"], activation_bytes(model, sizes, train) or [], strict=False):
             stage |= {"activation_bytes": kept, "memory_bytes": stage["memory_bytes"] + kept}
-        orders = {each: calls_of(each, sizes, model, micro_batches, length) for each in ranks}
+        orders = {each: calls_of(each, sizes, model, micro_batches, length, train.zero_stage) for each in ranks}
     if problem := play(orders):
         raise RuntimeError(f"{recipe.name}: {problem}")
     return result | {"check": {"ranks": ranks, "calls": {each: len(calls) for each, calls in orders.items()}}}

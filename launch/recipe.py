@@ -292,12 +292,6 @@ def check_together(recipe: Recipe, model: ModelConfig) -> None:
             f"parallel.interleave={sizes.interleave}: micro-batches go in groups of parallel.pp={sizes.pp}, and "
             f"train.batch_size={train.batch_size} has {train.micro_batches} of train.micro_batch_size={at_once}"
         )
-    for key, degree in (("tp", tp), ("pp", sizes.pp), ("etp", sizes.etp)):
-        if train.zero_stage == 3 and degree > 1:
-            raise ValueError(
-                f"train.zero_stage=3: with parallel.{key}={degree} weights are not fully sharded yet; "
-                f"take {key}=1 (dp, cp and ep may be larger), or zero_stage of 0, 1 or 2"
-            )
     if train.dtype != "float32" and train.zero_stage != 3:
         raise ValueError(
             f"train.dtype={train.dtype}: with train.zero_stage={train.zero_stage} there are no float32 masters yet; "

@@ -53,8 +53,11 @@ class TrainingOptimizer(ABC):
         """Go on with another weight and its state in place of those of `parameter`; a step was made before."""
 
     @abstractmethod
-    def load_state(self, states: dict[nn.Parameter, AdamState], steps: int) -> None:
-        """Go on from `states` (one for every parameter but empty ones) as if this object had made `steps` updates."""
+    def load_state(self, states: Iterable[tuple[nn.Parameter, AdamState]], steps: int) -> None:
+        """Go on from `states` (one for every parameter but empty ones) as if this object had made `steps` updates.
+
+        One is asked for when the one before is no longer needed.
+        """
 
 
 class TorchAdam(TrainingOptimizer):
@@ -73,7 +76,7 @@ class TorchAdam(TrainingOptimizer):
     @torch.no_grad()
     def _clip(self) -> float:
         """Scale reduced gradients down to the norm that is allowed; returns what it was, over all ranks."""
-        gradients = {parameter: _local(parameter.grad) for parameter in self._copies if parameter.grad is not None}
+        gradients = {parameter: local(parameter.grad) for parameter in self._copies if parameter.grad is not None}
         squares = [
             torch.linalg.vector_norm(gradient, dtype=torch.float64).square() / self._copies[parameter]
             for parameter, gradient in gradients.items()
@@ -106,13 +109,13 @@ class TorchAdam(TrainingOptimizer):
             self._adam.state[parameter][key].copy_(_like(whole, parameter))
 
     @torch.no_grad()
-    def load_state(self, states: dict[nn.Parameter, AdamState], steps: int) -> None:
-        for parameter, state in states.items():
+    def load_state(self, states: Iterable[tuple[nn.Parameter, AdamState]], steps: int) -> None:
+        for parameter, state in states:
             held = {key: _like(whole, parameter).clone() for key, whole in state._asdict().items()}
             self._adam.state[parameter] = {"step": torch.tensor(float(steps)), **held}
 
 
-def _local(tensor: torch.Tensor) -> torch.Tensor:
+def local(tensor: torch.Tensor) -> torch.Tensor:
     """What this rank has of it."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 

@@ -255,17 +255,17 @@ class Partitioned(TrainingOptimizer):
         return whole.view_as(parameter)
 
     @torch.no_grad()
-    def load_state(self, states: dict[nn.Parameter, AdamState], steps: int) -> None:
+    def load_state(self, states: Iterable[tuple[nn.Parameter, AdamState]], steps: int) -> None:
         optimizer = self._optimizer
-        for partition, parameters in zip(
-            optimizer.single_partition_of_fp32_groups, optimizer.bit16_groups, strict=True
-        ):
-            flat = {key: torch.zeros_like(partition) for key in AdamState._fields}
-            for parameter in parameters:
-                if place := _place(parameter):
-                    for key, whole in states[parameter]._asdict().items():
-                        flat[key][place.in_partition].copy_(whole.flatten()[place.in_parameter])
-            optimizer.optimizer.state[partition] = {"step": torch.tensor(float(steps)), **flat}
+        for partition in optimizer.single_partition_of_fp32_groups:
+            empty = {key: torch.zeros_like(partition) for key in AdamState._fields}
+            optimizer.optimizer.state[partition] = {"step": torch.tensor(float(steps)), **empty}
+        for parameter, state in states:
+            if place := _place(parameter):
+                partition = optimizer.single_partition_of_fp32_groups[self._group(parameter)]
+                flat = optimizer.optimizer.state[partition]
+                for key, whole in state._asdict().items():
+                    flat[key][place.in_partition].copy_(whole.flatten()[place.in_parameter])
 
 
 class _Place(NamedTuple):

@@ -2,30 +2,30 @@
 
 from __future__ import annotations
 
-import traceback
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import layouts
 import pytest
 import torch
+from layouts import batch, micro_batches_of, problems_of_rows
 from numerics import assert_close
 from ranks import run_ranks
-from tiny import tiny_model, tiny_training
+from tiny import tiny_training
+from torch import nn
 from torch.distributed.tensor import DTensor
 
-from expertmesh.parallel.all_to_all import Traffic
-from expertmesh.parallel.build_dispatcher import build_dispatcher
-from expertmesh.parallel.dispatch_config import DispatchConfig
 from expertmesh.parallel.fully_sharded import largest_shard
 from expertmesh.parallel.groups import Groups, build_groups
 from expertmesh.parallel.optimizer import TrainingOptimizer
+from expertmesh.parallel.shard import Shard
 from expertmesh.parallel.sizes import ParallelSizes
-from expertmesh.system.model.config import ModelConfig
-from expertmesh.system.model.context import TrainingStep
+from expertmesh.system.model.block import Elsewhere
 from expertmesh.system.model.transformer import Transformer
-from expertmesh.system.model.weights import initialise, weights
+from expertmesh.system.model.weights import weights
 from expertmesh.system.train.build_optimizer import build_optimizer
 from expertmesh.system.train.loss import LanguageModelLoss
-from expertmesh.system.train.passes import MicroBatch, Passes
+from expertmesh.system.train.passes import Passes
 from expertmesh.system.train.recompute import Recompute, recompute
 
 BATCH, LENGTH, STEPS = 8, 8, 10
@@ -35,7 +35,10 @@ TIED = {"tie_embeddings": True, "moe": {"capacity": {"factor": 1.0}, "shared": {
 SHARED = {"share_layers": True, "moe": {"gating_residual": False}}
 DEPTH = {"depth": {"layers": [1], "kept": 0.5, "shared_router": True}, "moe": {"gating_residual": False}}
 SIGMOID = {"moe": {"gate_mode": "sigmoid", "selection_bias": True, "ffn_experts": 6}}
+DEEP = {"layers": 5, "dense_layers": [2], "dense": {"hidden_size": 32}}
 BARE = {"moe": {"ffn_experts": 0}}
+
+TensorOf = Callable[[nn.Parameter], torch.Tensor]
 
 
 class Row(NamedTuple):
@@ -56,33 +59,27 @@ ROWS = [
     Row({"dp": 2, "ep": 2}, "a router that layers share", DEPTH, 2),
     Row({"dp": 2}, "no experts that compute", BARE),
     Row({"dp": 4, "ep": 2}, "experts on two ranks, others on four", {"vocab_size": 18, "hidden_size": 18}, steps=STEPS),
+    Row({"tp": 2}, "norms and routers on both ranks of a tensor group", TIED, steps=STEPS),
+    Row({"tp": 2, "etp": 2}, "experts cut, and sharded over nobody", {}, 2, "block"),
+    Row({"pp": 2}, "three micro-batches under way; the embedding is the head on the other stage", TIED, 4, steps=STEPS),
+    Row({"pp": 2, "interleave": 2}, "two runs of layers a rank: a backward reduces those of one", DEEP, 4),
+    Row({"pp": 2}, "one micro-batch; what is computed again on a stage", TIED, 1, "block"),
+    Row({"tp": 2, "dp": 2, "ep": 2}, "shards of tensor ranks' parts", TIED, 2, steps=STEPS),
+    Row({"tp": 2, "dp": 2, "etp": 2}, "experts cut, over two; a router without a tensor group's part", SIGMOID, 2),
+    Row({"pp": 2, "dp": 2, "ep": 2}, "a stage's weights over two ranks, its experts over one", TIED, 2, steps=STEPS),
+    Row({"pp": 2, "tp": 2}, "tied embeddings on four ranks", TIED, 4, "moe"),
     Row({"dp": 4, "ep": 2}, "three experts a rank, over two: cut along another dimension", SIGMOID, 2),
 ]
 
 
-def made(row: Row, groups: Groups) -> LanguageModelLoss:
-    """Float64, so that only the loss itself and routers, which are float32, can differ."""
-    config = ModelConfig(**(tiny_model(vocab_size=16).model_dump() | _merged(row.model)))
-    model = Transformer(config, groups.expert_rank, groups.expert_size).double()
-    initialise(model, seed=5, standard_deviation=0.3)
-    recompute(model, row.recompute)
-    return LanguageModelLoss(model, build_dispatcher(groups, DispatchConfig(), Traffic(), "cpu"), groups)
-
-
-def _merged(model: dict[str, Any]) -> dict[str, Any]:
-    """Changes to experts are changes to the tiny model's."""
-    return model | {"moe": tiny_model().moe.model_dump() | model.get("moe", {})}
+def made(row: Row, groups: Groups, dtype: torch.dtype = torch.float64) -> LanguageModelLoss:
+    loss = layouts.made(row.model, groups, dtype)
+    recompute(loss.model, row.recompute)
+    return loss
 
 
 def passes_of(loss: LanguageModelLoss, step: int, micro_batches: int) -> Passes:
-    tokens_BS1 = torch.randint(0, 16, (BATCH, LENGTH + 1), generator=torch.Generator().manual_seed(step))
-    each = BATCH // micro_batches // loss.groups.batch_size
-    found = []
-    for first in range(0, BATCH, BATCH // micro_batches):
-        mine = range(first + loss.groups.batch_rank * each, first + (loss.groups.batch_rank + 1) * each)
-        training = TrainingStep(step + 1, STEPS, 7, mine, LENGTH)
-        found.append(MicroBatch(tokens_BS1[mine.start : mine.stop], training))
-    return Passes(loss, found)
+    return Passes(loss, micro_batches_of(loss.groups, batch(BATCH, LENGTH, step), micro_batches, step + 1))
 
 
 class Reference:
@@ -111,19 +108,27 @@ class Reference:
         return norm.item()
 
 
-def named(model: Transformer, tensor_of, trained_only: bool = True) -> dict[str, torch.Tensor]:
+class Part(NamedTuple):
+    """Of a weight of some name, what this rank has."""
+
+    tensor: torch.Tensor
+    shard: Shard
+
+
+def named(model: Transformer, tensor_of: TensorOf, trained_only: bool = True) -> dict[str, Part]:
     held = [weight for weight in weights(model) if weight.parameter.requires_grad or not trained_only]
-    return {name: view for w in held for name, view in w.split(tensor_of(w.parameter)).items()}
+    return {name: Part(view, w.shard) for w in held for name, view in w.split(tensor_of(w.parameter)).items()}
 
 
 def check_shards(loss: LanguageModelLoss) -> None:
-    """Each weight that trains is in parts of the expected size, and together they are the whole."""
+    """Each weight that trains is in parts of the expected size, and together they are what a rank computes with."""
     groups = loss.groups
     for weight in weights(loss.model):
         if not weight.parameter.requires_grad:
             continue
-        parameter = weight.parameter
-        ranks = groups.data_size // groups.expert_size if weight.is_expert else groups.data_size
+        parameter, ranks = weight.parameter, groups.data_size
+        if weight.is_expert:
+            ranks = groups.token_size // (groups.expert_size * groups.expert_tensor_size)
         assert isinstance(parameter, DTensor) and parameter.device_mesh.size() == ranks
         assert parameter.to_local().untyped_storage().nbytes() <= largest_shard(parameter.shape, ranks) * 8
 
@@ -131,7 +136,8 @@ def check_shards(loss: LanguageModelLoss) -> None:
 def check_row(row: Row) -> None:
     reference, loss = Reference(row), made(row, build_groups(ParallelSizes(**row.sizes)))
     optimizer = sharded(loss)
-    watched = loss.model.layers[-1].register_forward_hook(lambda *_: check_shards_of_others(loss.model))
+    held = [layer for layer in loss.model.layers if not isinstance(layer, Elsewhere)]
+    watched = held[-1].register_forward_hook(lambda *_: check_shards_of_others(loss.model, held))
     for step in range(row.steps):
         norm = reference.step(step)
         assert norm > 2 * CLIPPING, "clipping is not active"
@@ -143,24 +149,32 @@ def check_row(row: Row) -> None:
             for key in ("exp_avg", "exp_avg_sq"):
                 got = named(loss.model, lambda p, key=key: getattr(optimizer.state(p), key))
                 wanted = named(reference.loss.model, lambda p, key=key: reference.adam.state[p][key])
-                for name, tensor in got.items():
+                for name, part in got.items():
                     bounds = (1e-4, 4e-5) if ".gate." in name else (4e-6, 2e-6)
-                    assert_close(tensor, wanted[name], max_error=bounds[0], rms_error=bounds[1], what=f"{key} {name}")
+                    check_part(part, wanted[name].tensor, bounds, f"{key} {name}")
     watched.remove()
     wanted = named(reference.loss.model, torch.Tensor.detach, trained_only=False)
-    for name, tensor in named(loss.model, optimizer.weight, trained_only=False).items():
-        assert_close(tensor, wanted[name], max_error=1e-4, rms_error=1e-5, what=f"{name} after {row.steps} steps")
+    for name, part in named(loss.model, optimizer.weight, trained_only=False).items():
+        check_part(part, wanted[name].tensor, (1e-4, 1e-5), f"{name} after {row.steps} steps")
 
 
-def check_shards_of_others(model: Transformer) -> None:
-    """While one layer computes, no other is whole, unless they share weights."""
-    if not model.config.share_layers and model.config.depth is None:
-        assert all(isinstance(p, DTensor) for p in model.layers[0].parameters() if p.requires_grad and p.numel())
+def check_part(part: Part, whole: torch.Tensor, bounds: tuple[float, float], what: str) -> None:
+    wanted = whole[part.shard.place(part.tensor.shape)]
+    assert_close(part.tensor, wanted, max_error=bounds[0], rms_error=bounds[1], what=what)
+
+
+def check_shards_of_others(model: Transformer, held: list[nn.Module]) -> None:
+    """While the last layer computes, no other is whole, nor embedding or head, unless they share weights."""
+    others = [] if model.config.share_layers or model.config.depth else held[:-1]
+    if not model.config.tie_embeddings:
+        others = [*others, model.embed_tokens, model.lm_head]
+    for other in others:
+        assert all(isinstance(p, DTensor) for p in other.parameters() if p.requires_grad and p.numel())
 
 
 def sharded(loss: LanguageModelLoss, dtype: str = "float32") -> TrainingOptimizer:
     config = tiny_training(zero_stage=3, dtype=dtype, gradient_clipping=CLIPPING, weight_decay=DECAY, adam_betas=BETAS)
-    return build_optimizer(loss, config)
+    return build_optimizer(loss, config, "cpu", lambda *_: None)
 
 
 def check_bfloat16() -> None:
@@ -169,10 +183,11 @@ def check_bfloat16() -> None:
 
     for row in (Row({"dp": 2}, "", TIED), Row({"dp": 2, "ep": 2}, "", SIGMOID)):
         groups = build_groups(ParallelSizes(**row.sizes))
-        exact, loss = made(row, groups).float(), made(row, groups).float()
+        exact, loss = made(row, groups, torch.float32), made(row, groups, torch.float32)
+        loss.dtype = torch.bfloat16
         rounded = sharded(loss, "bfloat16")
         optimizer_of = {exact: sharded(exact), loss: rounded}
-        before = {name: tensor.clone() for name, tensor in named(loss.model, rounded.weight).items()}
+        before = {name: part.tensor.clone() for name, part in named(loss.model, rounded.weight).items()}
         seen = set[torch.dtype]()
         loss.model.layers[1].register_forward_hook(lambda module, given, answer, seen=seen: seen.add(answer[0].dtype))
         for step in range(3):
@@ -184,7 +199,7 @@ def check_bfloat16() -> None:
             assert entropies[1] == pytest.approx(entropies[0], rel=0.02)
             assert norms[1] == pytest.approx(norms[0], rel=0.1)
         assert seen == {torch.bfloat16}
-        for name, after in named(loss.model, rounded.weight).items():
+        for name, (after, _) in named(loss.model, rounded.weight).items():
             moved = (after - before[name]).abs()
             assert after.dtype == torch.float32 and 0 < moved.max() < 1e-5, name
         parallel_state.destroy_model_parallel()
@@ -194,31 +209,9 @@ def test_bfloat16_with_float32_masters():
     run_ranks(check_bfloat16, 2)
 
 
-def check_rows(rows: list[Row]) -> list[str | None]:
-    """What went wrong with each row, on this rank."""
-    from megatron.core import parallel_state
-
-    problems: list[str | None] = []
-    for row in rows:
-        try:
-            check_row(row)
-            problems.append(None)
-        except Exception:
-            problems.append(traceback.format_exc())
-        parallel_state.destroy_model_parallel()
-    return problems
-
-
 @pytest.fixture(scope="module")
 def problems() -> dict[int, list[str | None]]:
-    """By number of row, what each rank says."""
-    found: dict[int, list[str | None]] = {}
-    for world in (2, 4):
-        numbers = [number for number, row in enumerate(ROWS) if ParallelSizes(**row.sizes).world_size == world]
-        ranks = run_ranks(check_rows, world, [ROWS[number] for number in numbers])
-        for place, number in enumerate(numbers):
-            found[number] = [problem[place] for problem in ranks]
-    return found
+    return problems_of_rows(check_row, ROWS)
 
 
 @pytest.mark.parametrize("number", range(len(ROWS)), ids=[f"{row.sizes}: {row.reason}" for row in ROWS])

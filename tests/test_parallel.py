@@ -1,25 +1,23 @@
-"""Every layout trains what one rank trains: outputs, losses and every gradient; then whole runs, and their checkpoints.
-
-Layouts of one world size are tried by one set of processes, which costs most of the time; each row reports by itself.
-"""
+"""Every layout trains what one rank trains: outputs, losses, every gradient; then whole runs, and their checkpoints."""
 
 from __future__ import annotations
 
 import itertools
 import shutil
-import traceback
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import layouts
 import pytest
 import torch
 import torch.distributed as dist
+from layouts import batch, micro_batches_of, problems_of_rows
 from numerics import assert_close
 from ranks import run_ranks
 from tiny import losses, prepare_tiny_data, tiny_model, tiny_training, train
 
 from expertmesh.parallel.all_to_all import Traffic
-from expertmesh.parallel.build_dispatcher import build_dispatcher, build_weights_lane
+from expertmesh.parallel.build_dispatcher import build_weights_lane
 from expertmesh.parallel.dispatch_config import DispatchConfig
 from expertmesh.parallel.expert_copies import ExpertCopies
 from expertmesh.parallel.groups import Groups, build_groups
@@ -27,11 +25,9 @@ from expertmesh.parallel.placement import Placement
 from expertmesh.parallel.shard import WHOLE, gather_parts
 from expertmesh.parallel.sizes import ParallelSizes
 from expertmesh.system.model.config import ModelConfig
-from expertmesh.system.model.context import TrainingStep
 from expertmesh.system.model.moe import MoE
-from expertmesh.system.model.tensor_parallel import parallel_transformer
 from expertmesh.system.model.transformer import Transformer
-from expertmesh.system.model.weights import Weight, initialise, weights
+from expertmesh.system.model.weights import Weight, weights
 from expertmesh.system.train.loss import LanguageModelLoss
 from expertmesh.system.train.passes import MicroBatch, Passes
 from expertmesh.system.train.snapshot import checkpoints_of
@@ -100,10 +96,6 @@ class Row(NamedTuple):
     favourite: int | None = None  # an FFN expert that every token chooses
     micro_batches: int = 1
     copied: tuple[int, ...] = ()  # experts of each layer that every rank has a copy of, on the layout
-
-    @property
-    def world(self) -> int:
-        return ParallelSizes(**self.sizes).world_size
 
 
 ROWS = [
@@ -174,48 +166,26 @@ ROWS = [
 ]
 
 
-def config_of(row: Row) -> ModelConfig:
-    return ModelConfig(**(tiny_model(vocab_size=16).model_dump() | _merged(row.model)))
-
-
-def _merged(model: dict[str, Any]) -> dict[str, Any]:
-    """Changes to experts are changes to the tiny model's."""
-    return model | {"moe": tiny_model().moe.model_dump() | model.get("moe", {})}
-
-
 def made(row: Row, groups: Groups) -> LanguageModelLoss:
-    """Float64, so that only the loss itself, which is float32, can differ."""
-    model = parallel_transformer(config_of(row), groups).double()
-    initialise(model, seed=5, standard_deviation=0.3)
+    loss = layouts.made(row.model, groups)
     if row.favourite is not None:
-        for layer in model.config.moe_layers:
-            model.layers[layer].mlp.gate.e_score_correction_bias.data[row.favourite] = 100.0
-    if groups.expert is not None:
-        for moe in (module for module in model.modules() if isinstance(module, MoE)):
+        for layer in loss.model.config.moe_layers:
+            loss.model.layers[layer].mlp.gate.e_score_correction_bias.data[row.favourite] = 100.0
+    if groups.expert is not None and row.copied:
+        for moe in (module for module in loss.modules() if isinstance(module, MoE)):
             layer, experts = moe.experts_of_layer.layer, moe.experts_of_layer.num_experts
             lane = build_weights_lane(groups.expert, DispatchConfig(), Traffic(), "cpu")
-            copies = ExpertCopies(layer, row.copied, Placement.contiguous(experts, groups.expert_size), lane)
-            moe.copy_experts(copies if row.copied else None)
-    return LanguageModelLoss(model, build_dispatcher(groups, DispatchConfig(), Traffic(), "cpu"), groups)
+            moe.copy_experts(ExpertCopies(layer, row.copied, Placement.contiguous(experts, groups.expert_size), lane))
+    return loss
 
 
 def all_tokens() -> torch.Tensor:
-    return torch.randint(0, 16, (BATCH, LENGTH + 1), generator=torch.Generator().manual_seed(2))
-
-
-def micro_batches_of(groups: Groups, count: int) -> list[MicroBatch]:
-    """Sequences of one of the ranks that split the batch."""
-    each = BATCH // count // groups.batch_size
-    found = []
-    for first in range(0, BATCH, BATCH // count):
-        mine = range(first + groups.batch_rank * each, first + (groups.batch_rank + 1) * each)
-        found.append(MicroBatch(all_tokens()[mine.start : mine.stop], TrainingStep(3, 10, 7, mine, LENGTH)))
-    return found
+    return batch(BATCH, LENGTH, seed=2)
 
 
 def trained(loss: LanguageModelLoss, micro_batches: int) -> Tally:
     """Gradients are on the parameters."""
-    passes = Passes(loss, micro_batches_of(loss.groups, micro_batches))
+    passes = Passes(loss, micro_batches_of(loss.groups, all_tokens(), micro_batches, step=3))
     for total in passes.totals():
         total.backward()
     return tally(passes.answers, micro_batches, loss.model.config, loss.groups)
@@ -290,31 +260,9 @@ def check_layout(row: Row) -> None:
         assert_close(gradient, wanted[name], max_error=bounds[0], rms_error=bounds[1], what=f"gradient of {name}")
 
 
-def check_layouts(rows: list[Row]) -> list[str | None]:
-    """What went wrong with each row, on this rank."""
-    from megatron.core import parallel_state
-
-    problems: list[str | None] = []
-    for row in rows:
-        try:
-            check_layout(row)
-            problems.append(None)
-        except Exception:
-            problems.append(traceback.format_exc())
-        parallel_state.destroy_model_parallel()
-    return problems
-
-
 @pytest.fixture(scope="module")
 def problems() -> dict[int, list[str | None]]:
-    """By number of row; the first problem of any rank."""
-    found: dict[int, list[str | None]] = {}
-    for world in sorted({row.world for row in ROWS}):
-        numbers = [number for number, row in enumerate(ROWS) if row.world == world]
-        ranks = run_ranks(check_layouts, world, [ROWS[number] for number in numbers], timeout=600)
-        for place, number in enumerate(numbers):
-            found[number] = [problem[place] for problem in ranks]
-    return found
+    return problems_of_rows(check_layout, ROWS)
 
 
 @pytest.mark.parametrize("number", range(len(ROWS)), ids=[f"{row.sizes}: {row.reason}" for row in ROWS])

@@ -88,12 +88,6 @@ WRONG = [
         "train.rebalance_every=5: with parallel.pp=2 experts cannot move yet; take pp=1",
     ),
     (
-        "full sharding of what is split already",
-        ["parallel.tp=2", "train.zero_stage=3"],
-        "train.zero_stage=3: with parallel.tp=2 weights are not fully sharded yet; "
-        "take tp=1 (dp, cp and ep may be larger), or zero_stage of 0, 1 or 2",
-    ),
-    (
         "bfloat16 without float32 masters",
         ["train.dtype=bfloat16"],
         "train.dtype=bfloat16: with train.zero_stage=1 there are no float32 masters yet; "

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import shutil
+from collections import Counter
+from pathlib import Path
 
 import pytest
 from ranks import run_ranks
 from tiny import prepare_tiny_data, tiny_model, tiny_training
+from torch import nn
 from torch.distributed.tensor import DTensor
 
 from expertmesh.kernels.device import Device
 from expertmesh.parallel.groups import build_groups
 from expertmesh.parallel.sizes import ParallelSizes
+from expertmesh.system.model.experts import RoutedExperts
+from expertmesh.system.model.tensor_parallel import SplitEmbedding
 from expertmesh.system.plan.rehearsal import calls_of
 from expertmesh.system.plan.training_plan import RankPlan, plan_training
 from expertmesh.system.plan.widths import narrowest, resized
@@ -111,8 +116,18 @@ def test_bytes_of_other_roads_to_the_experts(sizes, reason, tmp_path):
         assert real["dispatch"] == pytest.approx(2 * plan.sent_bytes["dispatch"], rel=0.1)
 
 
-def most_weights(sizes: ParallelSizes, train: TrainConfig, run_dir) -> tuple[int, int, int]:
-    """Of a fully sharded rank, bytes: of weights, shards and whole ones, when there are most; of moments; sent rows."""
+def most_weights(layouts: list[ParallelSizes], train: TrainConfig, run_dir: Path) -> list[dict[str, int]]:
+    """Of a fully sharded rank, in each: bytes of weights, shards and whole ones, when there are most; what is sent."""
+    from megatron.core import parallel_state
+
+    found = []
+    for sizes in layouts:
+        found.append(most_weights_in(sizes, train, run_dir))
+        parallel_state.destroy_model_parallel()
+    return found
+
+
+def most_weights_in(sizes: ParallelSizes, train: TrainConfig, run_dir: Path) -> dict[str, int]:
     trainer = Trainer(MODEL, train, run_dir, build_groups(sizes), Device("cpu", "gloo"), {}, None)
     trained = {name: p for name, p in trainer.model.named_parameters() if p.requires_grad}
     shards, seen = sum(p.to_local().nbytes for p in trained.values()), []
@@ -121,25 +136,70 @@ def most_weights(sizes: ParallelSizes, train: TrainConfig, run_dir) -> tuple[int
         now = dict(trainer.model.named_parameters())
         seen.append(shards + sum(now[name].nbytes for name in trained if not isinstance(now[name], DTensor)))
 
-    for layer in trainer.model.layers:
-        layer.mlp.experts.register_forward_hook(look, prepend=True)
+    for module in trainer.model.modules():
+        if isinstance(module, RoutedExperts | nn.Embedding | SplitEmbedding):
+            module.register_forward_hook(look, prepend=True)
     records: list[Record] = []
     trainer.run(records.append)
     (step,) = [record for record in records if record["kind"] == "step"]
     states = trainer.zero._adam.state.values()
     moments = sum(state[key].to_local().nbytes for state in states for key in ("exp_avg", "exp_avg_sq"))
-    return max(seen), moments, step["dispatch_bytes"]
+    sent = {"dispatch": step["dispatch_bytes"], "pipeline": step["pipeline_bytes"]}
+    return {"weights": max(seen), "moments": moments} | sent
+
+
+SHARDED = [
+    ParallelSizes(dp=2, ep=2),
+    ParallelSizes(tp=2, ep=2),
+    ParallelSizes(dp=2, etp=2),
+    ParallelSizes(pp=2),
+]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_two_real_ranks_fully_sharded(tmp_path, dtype):
     prepare_tiny_data(tmp_path)
-    sizes, train = ParallelSizes(dp=2, ep=2), tiny_training(steps=1, zero_stage=3, dtype=dtype, warmup_steps=0)
-    (plan,) = plan_training(MODEL, sizes, train)
-    for weight_bytes, moment_bytes, sent_bytes in run_ranks(most_weights, 2, sizes, train, tmp_path):
-        assert weight_bytes == plan.weight_bytes == plan.gradient_bytes
-        assert moment_bytes == plan.optimizer_bytes
-        assert sent_bytes == pytest.approx(2 * plan.sent_bytes["dispatch"], rel=0.1)
+    train = tiny_training(steps=1, zero_stage=3, dtype=dtype, warmup_steps=0, micro_batch_size=4)
+    ranks = run_ranks(most_weights, 2, SHARDED, train, tmp_path)
+    for sizes, *reals in zip(SHARDED, *ranks, strict=True):
+        plans = plan_training(MODEL, sizes, train)
+        for rank, real in enumerate(reals):
+            plan = plans[rank // sizes.stage_size]
+            assert real["weights"] == plan.weight_bytes == plan.gradient_bytes, sizes
+            assert real["moments"] == plan.optimizer_bytes, sizes
+            dispatch = sum(plan.sent_bytes["dispatch"] for plan in plans) * sizes.stage_size
+            assert real["dispatch"] == pytest.approx(dispatch, rel=0.1), sizes
+            assert real["pipeline"] == sum(plan.sent_bytes["pipeline"] for plan in plans) * sizes.stage_size, sizes
+
+
+REDUCED = [
+    ({"dp": 2, "ep": 2}, "gathered and reduced"),
+    ({"tp": 2, "cp": 2, "dp": 2, "ep": 2, "etp": 2}, "norms and routers are summed over tensor ranks"),
+    ({"pp": 2, "dp": 2}, "the embedding is summed over both ends"),
+    ({"pp": 2, "interleave": 2, "dp": 4}, "a backward reduces the layers of one run"),
+]
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("sizes, reason", REDUCED, ids=[reason for _, reason in REDUCED])
+def test_bytes_of_full_sharding_are_those_that_a_rank_asks_to_send(sizes, reason):
+    """Of a narrow model: what is asked for at ZeRO 3 and not at 1."""
+    model = tiny_model(layers=4, tie_embeddings=True, moe={"gating_residual": False})
+    layout, micro_batches = ParallelSizes(**sizes), 4
+    train = tiny_training(batch_size=micro_batches * layout.dp, micro_batch_size=layout.dp, zero_stage=3)
+    for stage, plan in enumerate(plan_training(resized(model, narrowest(model, layout)), layout, train)):
+        some, all_ = (
+            Counter(calls_of(stage * layout.stage_size, layout, model, micro_batches, LENGTH, zero_stage))
+            for zero_stage in (1, 3)
+        )
+        sent = 0.0
+        for call, times in (all_ - some).items():
+            ranks = len(call.ranks)
+            ways = {"_allgather_base_": ranks, "_reduce_scatter_base_": 1, "allreduce_": 2}[call.what]
+            sent += times * ways * call.numbers * (ranks - 1) / ranks
+        norm = 2 * (layout.world_size - 1) / layout.world_size
+        # A number of rows that ranks do not divide is filled up.
+        assert plan.sent_bytes["reduction"] == pytest.approx(4 * (sent - norm), rel=0.01)
 
 
 def test_stages_of_zero_split_more_and_more():

@@ -114,7 +114,7 @@ def check_updates(groups: Groups, first: int, second: int) -> None:
     successor = zero_of(taken_over, second)
     new_of = dict(zip(loss.model.parameters(), taken_over.model.parameters(), strict=True))
     states = {new: zero.state(old) for old, new in new_of.items()}
-    successor.load_state(states, steps=3)
+    successor.load_state(states.items(), steps=3)
     for new, state in states.items():
         for got, want in zip(successor.state(new), state, strict=True):
             assert torch.equal(got, want)
@@ -132,7 +132,7 @@ def check_updates(groups: Groups, first: int, second: int) -> None:
         assert make_step(without, smaller, 0) > 0
         moments = {p: smaller.state(p) for p in without.parameters() if p.numel()}
         assert all(part.shape == p.shape for p, state in moments.items() for part in state)
-        smaller.load_state(moments, steps=1)
+        smaller.load_state(moments.items(), steps=1)
 
 
 def test_two_ranks_make_the_updates_of_one_process():

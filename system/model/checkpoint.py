@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -183,12 +183,12 @@ class Checkpoint(ABC):
     def fill(self, views: dict[str, torch.Tensor], shard: Shard = WHOLE) -> None:
         """Copy into each of `views` the part `shard` of the tensor of its name. Raises CheckpointError."""
 
-    def load(self, module: nn.Module) -> None:
-        """Fill every parameter of `module`, a whole model or a part of one. Raises CheckpointError.
+    def load(self, module: nn.Module, prefix: str = "", but: Collection[nn.Module] = ()) -> None:
+        """Fill every parameter of `module`, a whole model or a part of one (see `weights`). Raises CheckpointError.
 
         Numbers take the dtype of the parameter that they go to.
         """
-        for weight in weights(module):
+        for weight in weights(module, prefix, but):
             self.fill(weight.split(weight.parameter.detach()), weight.shard)
 
 

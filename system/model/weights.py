@@ -7,7 +7,7 @@ Experts lie together in one parameter per layer and rank, for the grouped GEMM. 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -30,17 +30,20 @@ class Weight(NamedTuple):
     shard: Shard  # which part of the full tensor of its name each of these views is
 
 
-def weights(model: nn.Module) -> Iterator[Weight]:
-    """Every parameter of `model` but empty ones, once, in a fixed order. Routed experts split into each one's."""
+def weights(model: nn.Module, prefix: str = "", but: Collection[nn.Module] = ()) -> Iterator[Weight]:
+    """Every parameter of `model` but empty ones, once, in a fixed order. Routed experts split into each one's.
+
+    `prefix`: the name of `model`, where it is a part of another. `but`: parts of it that are left out.
+    """
     told: set[int] = set()
-    for prefix, module in model.named_modules():
+    for place, module in model.named_modules(set(but), prefix):
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.numel() == 0 or id(parameter) in told:  # experts that a layer has none of; tied embeddings
                 continue
             told.add(id(parameter))
-            full_name = f"{prefix}.{name}" if prefix else name
+            full_name = f"{place}.{name}" if place else name
             if isinstance(module, RoutedExperts):
-                split = _expert_split(prefix, module.PARTS[name], module.shard)
+                split = _expert_split(place, module.PARTS[name], module.shard)
                 yield Weight(full_name, parameter, True, parameter.ndim > 2, split, shard_of(parameter))
             else:
                 yield Weight(full_name, parameter, False, parameter.ndim > 1, _whole(full_name), shard_of(parameter))
@@ -62,13 +65,15 @@ def _expert_split(prefix: str, parts: tuple[str, ...], shard: Sequence[int]) -> 
 
 
 @torch.no_grad()
-def initialise(model: nn.Module, seed: int, standard_deviation: float) -> None:
-    """Fill every weight from (seed, name) alone, so that all layouts start from the same model.
+def initialise(
+    model: nn.Module, seed: int, standard_deviation: float, prefix: str = "", but: Collection[nn.Module] = ()
+) -> None:
+    """Fill every one of `weights` from (seed, name) alone, so that all layouts start from the same model.
 
     Norms 1, biases 0; constant experts' vectors N(0, 1) as the released MoE++ code has them; all else
     N(0, standard_deviation^2), until experts whose weights hang together settle them.
     """
-    for weight in weights(model):
+    for weight in weights(model, prefix, but):
         for name, view in weight.split(weight.parameter).items():
             if name.endswith("norm.weight") or name.endswith("bias"):
                 view.fill_(0.0 if name.endswith("bias") else 1.0)
@@ -77,7 +82,7 @@ def initialise(model: nn.Module, seed: int, standard_deviation: float) -> None:
             generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
             spread = 1.0 if name.endswith("zero_computation.constant") else standard_deviation
             full = torch.randn(weight.shard.full_shape(view.shape), generator=generator)
-            view.copy_(full[weight.shard.place(view.shape)] * spread)
-    for module in model.modules():
+            view.copy_(full[weight.shard.place(view.shape)].mul_(spread))
+    for _, module in model.named_modules(set(but)):
         if isinstance(module, RoutedExperts):
             module.settle(standard_deviation)

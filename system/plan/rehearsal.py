@@ -8,9 +8,9 @@ are not compared).
 `play` then lets the ranks go on together. Each waits at a collective for the others of its group, and at a receive for
 what was sent; a rank that waits for ever, or meets another collective than its own, is named.
 
-Widths do not change the order, so the model is made narrow. The optimizer's own collectives are not rehearsed:
-DeepSpeed reduces one group of parameters after the other, in the order of zero.py's list, which all ranks of a stage
-have in common. Nor are those of ZeRO 3, which come as layers are computed, in one order on all ranks.
+Widths do not change the order, so the model is made narrow. The optimizer's own collectives are rehearsed at ZeRO 3,
+where they come as layers are computed. At other stages they are not: DeepSpeed reduces one group of parameters after
+the other, in the order of zero.py's list, which all ranks of a stage have in common.
 """
 
 from __future__ import annotations
@@ -33,6 +33,8 @@ from expertmesh.system.model.context import TrainingStep
 from expertmesh.system.model.tensor_parallel import parallel_transformer
 from expertmesh.system.model.weights import initialise
 from expertmesh.system.plan.widths import NARROW, narrowest, resized
+from expertmesh.system.train.build_optimizer import build_optimizer
+from expertmesh.system.train.config import TrainConfig
 from expertmesh.system.train.loss import LanguageModelLoss
 from expertmesh.system.train.passes import MicroBatch, Passes
 from expertmesh.system.train.tally import tally
@@ -106,17 +108,25 @@ def fake_world(rank: int, size: int) -> Iterator[None]:
         destroy_groups()
 
 
-def calls_of(rank: int, sizes: ParallelSizes, model: ModelConfig, micro_batches: int, length: int) -> list[Call]:
+def calls_of(
+    rank: int, sizes: ParallelSizes, model: ModelConfig, micro_batches: int, length: int, zero_stage: int = 1
+) -> list[Call]:
     """What rank `rank` asks for in one update, with one sequence of `length` a data-parallel rank and micro-batch."""
     with fake_world(rank, sizes.world_size):
         groups = build_groups(sizes)
         part = parallel_transformer(resized(model, narrowest(model, sizes)), groups)
         initialise(part, 0, 0.02)
         loss = LanguageModelLoss(part, build_dispatcher(groups, sizes.dispatch, Traffic(), "cpu"), groups)
+        fully_sharded = None
+        if zero_stage == 3:
+            fully_sharded = build_optimizer(loss, TrainConfig(zero_stage=3), "cpu", lambda *_: None)
         with Alone() as recorder:
             passes = Passes(loss, _batches(groups, micro_batches, length))
-            for total in passes.totals():
-                total.backward()
+            if fully_sharded:
+                fully_sharded.step(passes.totals(), 0.0)
+            else:
+                for total in passes.totals():
+                    total.backward()
             tally(passes.answers, micro_batches, part.config, groups)
         return recorder.calls
 

@@ -1,17 +1,18 @@
 """What a layout asks of each rank: memory that is there before the first token, and bytes that a step sends.
 
 Weights are counted on the model that a rank would build, on torch's meta device: nothing is allocated. Masters are
-float32, and so is all else, unless train.dtype is bfloat16. Of P parameters of a kind that n ranks hold alike a rank
-has, at each ZeRO stage,
+float32, and so is all else, unless train.dtype is bfloat16. Of P parameters of a kind that n ranks hold alike (at 3 of
+those that split the batch or its sequences) a rank has, at each ZeRO stage,
 
                         0      1, 2       3
     weights             4 P    4 P        4 P / n + 4 W     W: those that are whole at a time (below)
     gradients           4 P    4 P        4 P / n + 4 W     added up over micro-batches, then reduced; at 3 before
     optimizer           8 P    16 P / n   8 P / n           two moments; at 1 and 2 master weight, reduced gradient too
 
-With bfloat16, at stage 3 alone, it is 2 W; whole weights and rows then cross in 2 bytes a number for 4 below.
+With bfloat16, at stage 3 alone, it is 2 W; whole weights, tokens and rows then cross in 2 bytes a number for 4 below.
 
-W is the largest layer, and all that no layer has alone. A backward may fetch one layer more ahead of time.
+W is the largest of layers, embedding and head, and all that none of these has alone. A backward may fetch one more
+ahead of time.
 
 and a step sends from a rank, M micro-batches of T tokens a data-parallel and context-parallel rank, width D:
 
@@ -24,7 +25,9 @@ and a step sends from a rank, M micro-batches of T tokens a data-parallel and co
                         With etp, its K E/N rows cross 4 times more, 4 D each, between each two of the group
     context             8 (cp - 1) T for each number that a token has as key or value: gathered, and their gradients
     reduction           8 (n - 1)/n P, a reduce-scatter and a gather in a ring; what DeepSpeed really sends may be more.
-                        At ZeRO 3 12 M (n - 1)/n P: two gathers and a reduce-scatter; one more of what is recomputed
+                        At ZeRO 3 12 M (n - 1)/n P: two gathers and a reduce-scatter; one more of what is recomputed;
+                        of what none of the above has alone so many for each run of layers.
+                        Then 8 (m - 1)/m of each shard that m tensor ranks, or both ends of a pipeline, have: a sum
 
 Dispatch is an expectation: K of all N experts chosen evenly, zero-computation ones too, of which E/ep are on a rank.
 The ranks that a token goes to are then (ep - 1) (1 - C(N - E/ep, K) / C(N, K)). There is no count for an exchange by
@@ -56,7 +59,7 @@ from expertmesh.system.model.attention_config import AttentionConfig
 from expertmesh.system.model.config import ModelConfig
 from expertmesh.system.model.tensor_parallel import LINEAR_MAPS, parallel_transformer
 from expertmesh.system.model.transformer import Transformer, logits_cross
-from expertmesh.system.model.weights import weights
+from expertmesh.system.model.weights import Weight, weights
 from expertmesh.system.plan.membership import members
 from expertmesh.system.train.build_optimizer import units_of
 from expertmesh.system.train.config import TrainConfig
@@ -104,15 +107,20 @@ def _plan_rank(model: ModelConfig, sizes: ParallelSizes, train: TrainConfig, sta
     groups = Groups(rank=rank, interleave=sizes.interleave, **held_by)  # type: ignore[arg-type]
     with torch.device("meta"):
         part = parallel_transformer(model, groups)
-    held = _parameters(part, sizes)
+    held = _parameters(part, sizes, train)
     total = sum(parameter.numel() for parameter, _ in held)
     reduced = sum(FLOAT * parameter.numel() * (ranks - 1) / ranks for parameter, ranks in held)
     if train.zero_stage == 3:
         shards = sum(largest_shard(parameter.shape, ranks) for parameter, ranks in held)
         weight_bytes = FLOAT * shards + _width(train) * _whole_at_a_time(part)
         optimizer, crossings = 2 * shards, train.micro_batches * (1 + 2 * _width(train) / FLOAT)
+        sums = _sums_of_shards(part, sizes)
+        # What is no unit of its own comes with each run of layers.
+        alone = {parameter for unit in units_of(part).parts for parameter in unit.parameters()}
+        rest = [(parameter, ranks) for parameter, ranks in held if parameter not in alone]
+        reduced += (sizes.interleave - 1) * sum(FLOAT * p.numel() * (ranks - 1) / ranks for p, ranks in rest)
     else:
-        weight_bytes, crossings = FLOAT * total, 2
+        weight_bytes, crossings, sums = FLOAT * total, 2.0, 0.0
         optimizer = 4 * _partitions(held) if train.zero_stage else 2 * total
     return RankPlan(
         pipeline_rank=stage,
@@ -126,24 +134,41 @@ def _plan_rank(model: ModelConfig, sizes: ParallelSizes, train: TrainConfig, sta
             "tensor": _tensor(part, sizes, train),
             "dispatch": _dispatch(part, sizes, train),
             "context": _context(part, sizes, train),
-            "reduction": round(crossings * reduced),
+            "reduction": round(crossings * reduced + sums),
         },
     )
 
 
-def _parameters(part: Transformer, sizes: ParallelSizes) -> list[tuple[nn.Parameter, int]]:
-    """Those of a rank that train, each with how many ranks hold the same."""
+def _parameters(part: Transformer, sizes: ParallelSizes, train: TrainConfig) -> list[tuple[nn.Parameter, int]]:
+    """Those of a rank that train, each with over how many ranks that hold the same it is reduced, and split."""
     found = []
     for weight in weights(part):
         if not weight.parameter.requires_grad:
             continue
-        ranks = sizes.stage_size // (sizes.etp * sizes.ep)
-        if weight.parameter is part.tied_weight:
-            ranks = 2 * sizes.cp * sizes.dp
-        elif not weight.is_expert:
-            ranks = sizes.stage_size if weight.shard == WHOLE else sizes.cp * sizes.dp
+        ranks = sizes.cp * sizes.dp
+        if weight.is_expert:
+            ranks = sizes.stage_size // (sizes.etp * sizes.ep)
+        elif train.zero_stage < 3:
+            ranks *= _held_besides(weight, part, sizes)
         found.append((weight.parameter, ranks))
     return found
+
+
+def _held_besides(weight: Weight, part: Transformer, sizes: ParallelSizes) -> int:
+    """On how many ranks that neither split the batch nor its sequences a dense weight is."""
+    if weight.parameter is part.tied_weight:
+        return 2
+    return sizes.tp if weight.shard == WHOLE else 1
+
+
+def _sums_of_shards(part: Transformer, sizes: ParallelSizes) -> float:
+    """Bytes sent after the last backward of fully sharded weights: an all-reduce of shards."""
+    sent = 0.0
+    for weight in weights(part):
+        if weight.parameter.requires_grad and not weight.is_expert:
+            ranks = _held_besides(weight, part, sizes)
+            sent += 2 * FLOAT * largest_shard(weight.parameter.shape, sizes.cp * sizes.dp) * (ranks - 1) / ranks
+    return sent
 
 
 def _partitions(held: list[tuple[nn.Parameter, int]]) -> int:
@@ -162,7 +187,7 @@ def _whole_at_a_time(part: Transformer) -> int:
         held = {parameter for module in modules for parameter in module.parameters() if parameter.requires_grad}
         return sum(parameter.numel() for parameter in held)
 
-    several = [*units.layers, *units.experts]
+    several = [*units.parts, *units.experts]
     return numbers([part]) - numbers(several) + max((numbers([unit]) for unit in several), default=0)
 
 
@@ -179,16 +204,18 @@ def _tokens(sizes: ParallelSizes, train: TrainConfig) -> int:
 def _pipeline(model: ModelConfig, sizes: ParallelSizes, train: TrainConfig, rank: int) -> int:
     runs, sent = runs_of_layers(model.layers, sizes.stages), 0
     for border in range(1, len(runs)):
-        width = model.hidden_size + (model.moe.num_experts if logits_cross(model, runs[border].start) else 0)
+        logits = model.moe.num_experts if logits_cross(model, runs[border].start) else 0
         # Down from the stage before the border, up from the one behind it.
-        sent += width * sum((stage % sizes.pp == rank) for stage in (border - 1, border))
-    return FLOAT * sent * _tokens(sizes, train) // sizes.tp
+        sent += (_width(train) * model.hidden_size + FLOAT * logits) * sum(
+            (stage % sizes.pp == rank) for stage in (border - 1, border)
+        )
+    return sent * _tokens(sizes, train) // sizes.tp
 
 
 def _tensor(part: Transformer, sizes: ParallelSizes, train: TrainConfig) -> int:
     halves = sum(isinstance(module, tuple(LINEAR_MAPS)) for module in part.modules())
     ways = 2 * halves + (part.runs[0].start == 0) + (part.runs[-1].stop == part.config.layers)
-    return 2 * ways * FLOAT * _tokens(sizes, train) * part.config.hidden_size * (sizes.tp - 1) // sizes.tp
+    return 2 * ways * _width(train) * _tokens(sizes, train) * part.config.hidden_size * (sizes.tp - 1) // sizes.tp
 
 
 def _dispatch(part: Transformer, sizes: ParallelSizes, train: TrainConfig) -> int | None:

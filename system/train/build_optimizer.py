@@ -3,48 +3,97 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable, Collection
 
 import torch
+from torch import nn
 
 from expertmesh.parallel.fully_sharded import FullySharded, Units
 from expertmesh.parallel.optimizer import TrainingOptimizer
-from expertmesh.parallel.shard import WHOLE
+from expertmesh.parallel.shard import WHOLE, mark, shard_of
 from expertmesh.parallel.zero import build_zero
 from expertmesh.system.model.experts import RoutedExperts
 from expertmesh.system.model.transformer import Transformer
-from expertmesh.system.model.weights import weights
+from expertmesh.system.model.weights import Weight, weights
 from expertmesh.system.train.config import TrainConfig
 from expertmesh.system.train.loss import LanguageModelLoss
 
+Fill = Callable[[nn.Module, str, Collection[nn.Module]], None]
+"""Gives the weights of a part of a model, of that name, their values, but for those of some modules in it."""
 
-def build_optimizer(loss: LanguageModelLoss, config: TrainConfig) -> TrainingOptimizer:
-    """For the weights of `loss`, which have their values; every rank calls it. At stage 3 others take their place."""
-    held, tied = list(weights(loss.model)), loss.model.tied_weight
-    decayed = [weight.parameter for weight in held if weight.is_matrix]
-    clipping, decay, betas = config.gradient_clipping, config.weight_decay, config.adam_betas
+
+def build_optimizer(loss: LanguageModelLoss, config: TrainConfig, device: str, fill: Fill) -> TrainingOptimizer:
+    """For the weights of `loss`, which `fill` gives their values; every rank calls it.
+
+    At stage 3 shards take their place. Then `loss` may be on the meta device: its parts come
+    to `device` one after the other, so that a rank has room for its shards and one part.
+    """
     if config.zero_stage == 3:
-        units = units_of(loss.model)
-        dtype = getattr(torch, config.dtype)
-        return FullySharded(
-            loss, units, decayed, dtype=dtype, gradient_clipping=clipping, weight_decay=decay, betas=betas
-        )
-    dense = [weight for weight in held if not weight.is_expert and weight.parameter is not tied]
+        return _fully_sharded(loss, config, device, fill)
+    fill(loss.model, "", ())
+    held, tied = list(weights(loss.model)), loss.model.tied_weight
     return build_zero(
         loss,
         [weight.parameter for weight in held if weight.is_expert],
-        [weight.parameter for weight in dense if weight.shard == WHOLE],
-        decayed,
+        [weight.parameter for weight in held if _is_replicated(weight, loss.model)],
+        [weight.parameter for weight in held if weight.is_matrix],
         tied_parameters=[] if tied is None else [tied],
         ends=loss.groups.ends,
         stage=config.zero_stage,
-        gradient_clipping=clipping,
-        weight_decay=decay,
-        betas=betas,
+        gradient_clipping=config.gradient_clipping,
+        weight_decay=config.weight_decay,
+        betas=config.adam_betas,
     )
 
 
+def _fully_sharded(loss: LanguageModelLoss, config: TrainConfig, device: str, fill: Fill) -> FullySharded:
+    """No list of parameters outlives its line: it would keep whole what is to be shards."""
+    model = loss.model
+    name_of = {module: name for name, module in model.named_modules()}
+    done: list[nn.Module] = []
+
+    def begin(part: nn.Module) -> None:
+        part = model if part is loss else part
+        _to_device(part, device)
+        fill(part, name_of[part], done)
+        done.append(part)
+
+    def names(are_meant: Callable[[Weight], bool]) -> set[str]:
+        parameters = {weight.parameter for weight in weights(model) if are_meant(weight)}
+        return {name for name, parameter in loss.named_parameters() if parameter in parameters}
+
+    return FullySharded(
+        loss,
+        units_of(model),
+        device,
+        begin,
+        decayed=names(lambda weight: weight.is_matrix),
+        replicated=names(lambda weight: _is_replicated(weight, model)),
+        tied=names(lambda weight: weight.parameter is model.tied_weight),
+        dtype=getattr(torch, config.dtype),
+        gradient_clipping=config.gradient_clipping,
+        weight_decay=config.weight_decay,
+        betas=config.adam_betas,
+    )
+
+
+def _is_replicated(weight: Weight, model: Transformer) -> bool:
+    """Whether every rank of a tensor group has it whole."""
+    return not weight.is_expert and weight.shard == WHOLE and weight.parameter is not model.tied_weight
+
+
+def _to_device(part: nn.Module, device: str) -> None:
+    """Give parameters that are on the meta device memory; wherever they are held, they stay the same objects."""
+    for parameter in part.parameters():
+        if parameter.is_meta:
+            there = nn.Parameter(torch.empty_like(parameter, device=device), requires_grad=parameter.requires_grad)
+            mark(there, shard_of(parameter))
+            torch.utils.swap_tensors(parameter, there)
+
+
 def units_of(model: Transformer) -> Units:
-    """What of `model` is sharded together. Layers that share weights come with the rest of the model."""
-    holders = Counter(parameter for layer in model.layers for parameter in layer.parameters())
-    layers = [layer for layer in model.layers if all(holders[parameter] == 1 for parameter in layer.parameters())]
-    return Units([module for module in model.modules() if isinstance(module, RoutedExperts)], layers)
+    """What of `model` is sharded together. Parts that share weights come with the rest of the model."""
+    parts = [model.embed_tokens, *model.layers, model.lm_head]
+    holders = Counter(parameter for part in parts for parameter in part.parameters())
+    alone = [part for part in parts if {holders[parameter] for parameter in part.parameters()} == {1}]
+    return Units([module for module in model.modules() if isinstance(module, RoutedExperts)], alone)

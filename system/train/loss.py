@@ -69,11 +69,15 @@ class LanguageModelLoss(nn.Module):
     rank's tokens. Their mean over ranks is then the loss of the whole batch, so that the number of ranks does not
     change what is trained. Ranks of a tensor group have the same sequences and the same cross entropy, of which each
     has a part of the gradient; of the other losses each adds its own tokens' share.
+
+    `dtype`: what `model` computes in, and what crosses between its runs of layers.
     """
 
-    def __init__(self, model: Transformer, dispatcher: Dispatcher, groups: Groups) -> None:
+    def __init__(
+        self, model: Transformer, dispatcher: Dispatcher, groups: Groups, dtype: torch.dtype = torch.float32
+    ) -> None:
         super().__init__()
-        self.model, self.dispatcher, self.groups = model, dispatcher, groups
+        self.model, self.dispatcher, self.groups, self.dtype = model, dispatcher, groups, dtype
 
     def forward(
         self,

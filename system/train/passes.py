@@ -114,8 +114,7 @@ class Passes:
         layer = self._layers[task.stage].stop if task.backward else self._layers[task.stage].start
         ranks = self.groups.tensor_size * (self.groups.data_size // self.groups.batch_size)
         tokens = tokens_BS1[:, 1:].numel() // ranks
-        dtype = self.loss.model.layers[self.loss.model.runs[0].start].input_layernorm.weight.dtype
-        x_TD = torch.empty(tokens, config.hidden_size, dtype=dtype, device=tokens_BS1.device)
+        x_TD = torch.empty(tokens, config.hidden_size, dtype=self.loss.dtype, device=tokens_BS1.device)
         if not logits_cross(config, layer):
             return [x_TD]
         return [x_TD, x_TD.new_empty(tokens, config.moe.num_experts, dtype=torch.float32)]

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
+from torch import nn
 
 from expertmesh.parallel.groups import Groups
 from expertmesh.parallel.optimizer import AdamState, TrainingOptimizer
@@ -322,9 +323,13 @@ def read_state(folder: Path) -> RunState:
 
 def load_optimizer(folder: Path, state: RunState, model: Transformer, zero: TrainingOptimizer) -> None:
     """Give `zero` the moments of `model`'s weights, from a checkpoint that any layout may have written."""
-    training = folder / "training"
-    index = read_index(training / OPTIMIZER_INDEX)
-    states = {}
+    index = folder / "training" / OPTIMIZER_INDEX
+    zero.load_state(_states(index, model), state.step)
+
+
+def _states(index: Path, model: Transformer) -> Iterator[tuple[nn.Parameter, AdamState]]:
+    """One after the other, each read when it is asked for."""
+    weight_map = read_index(index)
     for weight in weights(model):
         if not weight.parameter.requires_grad:
             continue
@@ -332,9 +337,8 @@ def load_optimizer(folder: Path, state: RunState, model: Transformer, zero: Trai
         moments = {kind: torch.zeros(shape, device=device) for kind in AdamState._fields}
         for kind, whole in moments.items():
             views = {f"{kind}/{name}": view for name, view in weight.split(whole).items()}
-            fill(views, training / OPTIMIZER_INDEX, index, weight.shard)
-        states[weight.parameter] = AdamState(**moments)
-    zero.load_state(states, state.step)
+            fill(views, index, weight_map, weight.shard)
+        yield weight.parameter, AdamState(**moments)
 
 
 def _point_to(link: Path, target: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from expertmesh.parallel.dispatch_config import DispatchConfig
 from expertmesh.parallel.groups import Groups
 from expertmesh.parallel.placed_dispatcher import PlacedDispatcher
 from expertmesh.parallel.whereabouts import inside
-from expertmesh.system.model.checkpoint import Checkpoint, load_weights, write_tensors
+from expertmesh.system.model.checkpoint import Checkpoint, open_checkpoint, write_tensors
 from expertmesh.system.model.config import ModelConfig
 from expertmesh.system.model.context import TrainingStep
 from expertmesh.system.model.tensor_parallel import parallel_transformer
@@ -101,12 +101,13 @@ class Trainer:
         self.traffic = Traffic()
         dispatch = dispatch or DispatchConfig()
         dispatcher = build_dispatcher(groups, dispatch, self.traffic, device.name)
-        with torch.device(device.name):
+        # Shards are made part by part of what is nowhere whole.
+        with torch.device("meta" if config.zero_stage == 3 else device.name):
             self.model = parallel_transformer(model_config, groups)
             self.rebalancing = Rebalancing(self.model, groups) if config.rebalance_every else None
             if self.rebalancing:
                 dispatcher = PlacedDispatcher(dispatcher, self.rebalancing.placements, groups.expert_rank)
-            self.loss = LanguageModelLoss(self.model, dispatcher, groups)
+            self.loss = LanguageModelLoss(self.model, dispatcher, groups, getattr(torch, config.dtype))
         self.copying: Copying | None = None
         if config.expert_copies and groups.expert is not None:
             lane = build_weights_lane(groups.expert, dispatch, self.traffic, device.name)
@@ -116,14 +117,15 @@ class Trainer:
         self.kept: Kept | None = None  # by a forward, for its backward; measured once
         self.state = RunState(step=0, settings=settings)
         if resume_from is not None:
-            self.state = read_state(resume_from)
-            load_weights(self.model, resume_from)
-        elif begin_with is not None:
-            begin_with.load(self.model)
-        else:
-            initialise(self.model, config.seed, model_config.initializer_range)
+            self.state, begin_with = read_state(resume_from), open_checkpoint(resume_from)
 
-        self.zero = build_optimizer(self.loss, config)
+        def fill(part: torch.nn.Module, prefix: str, but: Collection[torch.nn.Module]) -> None:
+            if begin_with is None:
+                initialise(part, config.seed, model_config.initializer_range, prefix, but)
+            else:
+                begin_with.load(part, prefix, but)
+
+        self.zero = build_optimizer(self.loss, config, device.name, fill)
         if resume_from is not None:
             load_optimizer(resume_from, self.state, self.model, self.zero)
         if self.copying:
