@@ -10,7 +10,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -58,8 +58,8 @@ class Optimizer:
     def state(self, parameter: torch.nn.Parameter) -> AdamState:
         return AdamState(exp_avg=parameter.detach() * 2, exp_avg_sq=parameter.detach() ** 2)
 
-    def load_state(self, states: dict[torch.nn.Parameter, AdamState], steps: int) -> None:
-        self.loaded, self.steps = states, steps
+    def load_state(self, states: Iterable[tuple[torch.nn.Parameter, AdamState]], steps: int) -> None:
+        self.loaded, self.steps = dict(states), steps
 
 
 @functools.cache
