@@ -7,7 +7,7 @@ says; nothing wrong may be taken; and afterwards the engine answers as before, a
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import httpx
@@ -38,6 +38,7 @@ CHECKS = [
     checks.ignored_auth,
 ]
 TOLD = build_app(FakeEngine(lambda request: []), byte_tokenizer(), MODEL, KEY).openapi()
+LIMITS = settings(max_examples=25, deadline=None, database=None, suppress_health_check=list(HealthCheck))
 WHOLE_STREAMS = ProjectsConfig(default=ProjectConfig(max_stream_events=10_000))
 API = schemathesis.openapi.from_dict(TOLD, config=SchemathesisConfig(seed=1, projects=WHOLE_STREAMS))
 
@@ -81,14 +82,30 @@ def within(prompt: Any) -> Any:
     return abs(prompt) % VOCAB_SIZE if isinstance(prompt, int) else prompt or "a"
 
 
-@API.parametrize()
-@settings(max_examples=25, deadline=None, database=None, suppress_health_check=list(HealthCheck))
-def test_every_operation(case: schemathesis.Case, url: str) -> None:
-    if case.meta.generation.mode.is_positive and isinstance(case.body, dict):
-        aim(case.body)
-    response = case.call_and_validate(url, checks=CHECKS, headers=BEARER, timeout=DEADLINE_S)
-    if response.headers["content-type"][0].startswith("text/event-stream"):
-        check_events(response.text)
+def asked(path: str) -> Callable[..., None]:
+    """A test for each: pytest gives all that schemathesis makes of one test the same id."""
+
+    def ask(case: schemathesis.Case, url: str) -> None:
+        if case.meta.generation.mode.is_positive and isinstance(case.body, dict):
+            aim(case.body)
+        response = case.call_and_validate(url, checks=CHECKS, headers=BEARER, timeout=DEADLINE_S)
+        if response.headers["content-type"][0].startswith("text/event-stream"):
+            check_events(response.text)
+
+    return API.include(path=path).parametrize()(LIMITS(ask))
+
+
+test_health = asked("/health")
+test_metrics = asked("/metrics")
+test_dashboard = asked("/dashboard")
+test_models = asked("/v1/models")
+test_model = asked("/v1/models/{name}")
+test_completions = asked("/v1/completions")
+test_chat_completions = asked("/v1/chat/completions")
+
+
+def test_there_is_no_other_path():
+    assert len(TOLD["paths"]) == 7
 
 
 def check_events(text: str) -> None:
