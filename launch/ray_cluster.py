@@ -120,21 +120,28 @@ def cluster(address: str | None, cpus: int) -> Iterator[str]:
 def watched_head(seconds: float, lost: Callable[[str], None]) -> Iterator[None]:
     """Have `lost` called in a thread, with a line that says so, once the cluster's head has not answered for `seconds`.
 
-    Calls of Ray hang meanwhile, cannot be interrupted, and after 60 s end the process.
+    Calls of Ray hang meanwhile, cannot be interrupted, and after 60 s end the process. The system takes connections for
+    a process that is stopped, too; but a head that is at work says something first, as gRPC does (with TLS it is us).
     """
     address = ray.get_runtime_context().gcs_address
     host, port = address.rsplit(":", 1)
+    speaks = os.environ.get("RAY_USE_TLS", "0") == "0"
     done = threading.Event()
+
+    def answers() -> bool:
+        try:
+            with socket.create_connection((host.strip("[]"), int(port)), timeout=LOOK_EVERY_S) as line:
+                return not speaks or bool(line.recv(1))
+        except OSError:
+            return False
 
     def look() -> None:
         seen = time.monotonic()
         while not done.wait(LOOK_EVERY_S):
-            try:
-                socket.create_connection((host.strip("[]"), int(port)), timeout=LOOK_EVERY_S).close()
+            if answers():
                 seen = time.monotonic()
-            except OSError:
-                if time.monotonic() - seen > seconds:
-                    return lost(f"the head of the Ray cluster, {address}, has not answered for {seconds:g} s")
+            elif time.monotonic() - seen > seconds:
+                return lost(f"the head of the Ray cluster, {address}, has not answered for {seconds:g} s")
 
     thread = threading.Thread(target=look, name="watch the head", daemon=True)
     thread.start()

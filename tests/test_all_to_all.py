@@ -31,7 +31,7 @@ def rows(pairs: list[tuple[int, int]], splits: list[list[int]], dtype: torch.dty
 
 
 def flight_of(lane: Lane, send: list[int], receive: list[int]) -> Flight:
-    return Flight(AllToAll(lane, send, receive), AllToAll(lane, receive, send))
+    return Flight(AllToAll(lane, send, receive), AllToAll(lane, receive, send), "rows")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -96,7 +96,8 @@ def test_exchanges_overlap_and_the_backward_mirrors_them():
         lane = Lane(group, NATIVE, Traffic(), (False, False))
 
         def flight(name: str) -> Flight:
-            return Flight(Logged(name, log, lane, [1, 1], [1, 1]), Logged(f"{name}'", log, lane, [1, 1], [1, 1]))
+            there, back = Logged(name, log, lane, [1, 1], [1, 1]), Logged(f"{name}'", log, lane, [1, 1], [1, 1])
+            return Flight(there, back, name)
 
         x_RD = torch.randn(2, WIDTH, requires_grad=True)
         there, home = [flight("a"), flight("b")], [flight("A"), flight("B")]

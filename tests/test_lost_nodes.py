@@ -202,11 +202,16 @@ def test_workers_go_where_they_are_asked_to(nodes):
     elsewhere(place_pools, nodes.there.address, nodes.left, labelled, label)
 
 
-def lose_the_head(nodes: Nodes, folder: Path, how: signal.Signals) -> None:
-    """Whoever drives the run says so and ends, and so do its workers."""
+def test_a_run_outlives_its_driver_and_the_head(nodes, folder, whole):
+    """Last: no cluster is left."""
+    nodes.have(2)
+    command = start(nodes, folder, "driven")
+    command.kill()
+    command.communicate()
+    wait_until(lambda: not any(map(works, nodes.left)), "workers outlive the driver", ENDS_S)
     command = start(nodes, folder, "driven", "cluster.head_s=5")
     head, *others = nodes.left
-    strike(head, how)
+    strike(head, signal.SIGKILL)
     begun = time.monotonic()
     told = last_words(command)
     assert time.monotonic() - begun < ENDS_S and command.returncode == 1
@@ -214,17 +219,4 @@ def lose_the_head(nodes: Nodes, folder: Path, how: signal.Signals) -> None:
     # Those at work end at once; one that has just lost its peer ends with its node, which waits a minute for the head.
     wait_until(lambda: not any(map(works, others)), "workers outlive the driver, without a head too", 60 + ENDS_S)
     assert status_of(folder / "runs" / "driven")["state"] == "failed"
-
-
-def test_a_run_outlives_its_driver_and_the_head(nodes, folder, whole):
-    """Last: no cluster is left."""
-    nodes.have(3)
-    command = start(nodes, folder, "driven")
-    command.kill()
-    command.communicate()
-    wait_until(lambda: not any(map(works, nodes.left)), "workers outlive the driver", ENDS_S)
-    lose_the_head(nodes, folder, signal.SIGSTOP)
-    strike(nodes.left[0], signal.SIGCONT)
-    nodes.have(3)
-    lose_the_head(nodes, folder, signal.SIGKILL)
     assert_same_run(expertmesh_json(*RUN, "name=driven", folder=folder), whole)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import socket
+import threading
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from expertmesh.launch.ray_cluster import Wanted, told_of
+from expertmesh.launch import ray_cluster
+from expertmesh.launch.ray_cluster import Wanted, told_of, watched_head
 
 
 def node(name: str, cpus: float, gpus: float = 0, **labels: str) -> dict[str, Any]:
@@ -44,3 +48,32 @@ def test_what_is_asked_for_and_what_there_is():
     assert told_of(NODES[:2]) == "a has 4 CPU, 0 GPU; b (pool=ffn) has 3 CPU, 0 GPU"
     free = {"c": {"CPU": 1.5}}
     assert told_of(NODES[2:], free) == "c (pool=ffn, zone=1) has 1.5 of 5 CPU free, 0 of 2 GPU free"
+
+
+@pytest.mark.parametrize("speaks", [True, False], ids=["at work", "stopped"])
+def test_a_head_that_takes_connections_and_says_nothing_is_lost(monkeypatch, speaks):
+    """As one that is stopped, for which the system takes them."""
+    with socket.create_server(("127.0.0.1", 0), backlog=64) as head:
+        address = "127.0.0.1:%d" % head.getsockname()[1]
+        context = SimpleNamespace(gcs_address=address)
+        monkeypatch.setattr(ray_cluster.ray, "get_runtime_context", lambda: context)
+        monkeypatch.setattr(ray_cluster, "LOOK_EVERY_S", 0.05)
+        told: list[str] = []
+        over = threading.Event()
+
+        def lost(why: str) -> None:
+            told.append(why)
+            over.set()
+
+        def speak() -> None:
+            for _ in range(8):
+                line, _ = head.accept()
+                with line:
+                    line.sendall(b"SETTINGS")
+            over.set()
+
+        if speaks:
+            threading.Thread(target=speak, daemon=True).start()
+        with watched_head(0.2 if not speaks else 60, lost):
+            assert over.wait(30)
+        assert told == ([] if speaks else [f"the head of the Ray cluster, {address}, has not answered for 0.2 s"])

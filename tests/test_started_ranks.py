@@ -57,10 +57,10 @@ def srun(folder: Path, *words: str) -> list[subprocess.Popen[str]]:
 
 
 def ends(ranks: list[subprocess.Popen[str]]) -> list[tuple[int, str, str]]:
-    """Of each: exit code, standard output, and the last line of the other."""
+    """Of each: exit code, standard output, and the last line of the other that is ours: libraries may say more."""
     told = [rank.communicate(timeout=120) for rank in ranks]
     return [
-        (rank.returncode, out, (errors.strip().splitlines() or [""])[-1])
+        (rank.returncode, out, ([line for line in errors.splitlines() if line.startswith("expertmesh: ")] or [""])[-1])
         for rank, (out, errors) in zip(ranks, told, strict=True)
     ]
 
