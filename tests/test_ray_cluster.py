@@ -54,7 +54,7 @@ def test_what_is_asked_for_and_what_there_is():
 def test_a_head_that_takes_connections_and_says_nothing_is_lost(monkeypatch, speaks):
     """As one that is stopped, for which the system takes them."""
     with socket.create_server(("127.0.0.1", 0), backlog=64) as head:
-        address = "127.0.0.1:%d" % head.getsockname()[1]
+        address = f"127.0.0.1:{head.getsockname()[1]}"
         context = SimpleNamespace(gcs_address=address)
         monkeypatch.setattr(ray_cluster.ray, "get_runtime_context", lambda: context)
         monkeypatch.setattr(ray_cluster, "LOOK_EVERY_S", 0.05)
