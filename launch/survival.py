@@ -42,7 +42,9 @@ class Restarts:
 
 def tell_end(task: asyncio.Task[None]) -> None:
     """Nobody waits for those who watch: that they failed must not go unseen."""
-    if not task.cancelled() and (error := task.exception()) is not None:
+    if task.cancelled() or task.cancelling():  # told to end: a call that fails then, its worker gone, is no news
+        return
+    if (error := task.exception()) is not None:
         logger.error("workers are watched no more: %s", error, exc_info=error)
 
 
