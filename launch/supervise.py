@@ -1,7 +1,7 @@
 """A training job from its first epoch to its last: what `recovery` decides is done here, and it is told what happens.
 
-No decision is made in this file. Of launchers it knows one thing: ranks that the environment has started are not started
-anew by us, nor in another number.
+No decision is made in this file. Of launchers it knows one thing: ranks that the environment has started are not
+started anew by us, nor in another number.
 """
 
 from __future__ import annotations

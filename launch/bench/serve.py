@@ -300,7 +300,8 @@ def _ours(pools: Pools | None, config: ServeConfig, checkpoint: Path, case: Serv
         return await asyncio.gather(*(text(client, prompt, new_tokens) for prompt in prompts))
 
     with asyncio.Runner() as runner:
-        engine = bring_up(look_at(checkpoint), pools, config)
+        running = max(config.max_running, *case.concurrent)  # none waits for another's end
+        engine = bring_up(look_at(checkpoint), pools, config.model_copy(update={"max_running": running}))
         client = runner.run(engine.__aenter__()).client
         try:
             yield lambda prompts, new_tokens: runner.run(texts(client, prompts, new_tokens))
@@ -359,6 +360,7 @@ def everyone(dtype: str) -> list[Contender]:
         Contender(OURS, partial(_ours, None, ServeConfig())),
         split("1:1", 1),
         split("1:1, one micro-batch", 1, micro_batches=1),
+        split("1:1, two micro-batches", 1, micro_batches=2),
         split("1:2", 2),
         Contender("transformers generate", partial(_transformers, dtype, False)),
         Contender("transformers continuous batching", partial(_transformers, dtype, True), note),
