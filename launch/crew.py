@@ -28,6 +28,9 @@ LAST_RECORDS_S = 30.0
 class Crew(Protocol):
     """What `supervise` needs of a launcher."""
 
+    starts_workers: bool
+    """False: whoever has started them says how many there are, and starts them anew."""
+
     def form(self, epoch: Epoch, keep: tuple[int, ...], spares: tuple[int, ...]) -> None:
         """Have workers run `epoch`: ranks `keep` in their old processes, `spares` in those of spares, others in new.
 
@@ -91,6 +94,8 @@ class PoolCrew:
 
     The pool knows each process by its place. A rank moves to another place when a spare takes it; spares have none.
     """
+
+    starts_workers = True
 
     def __init__(
         self, host: str, make: Callable[..., WorkerPool], cpus: int, slots: int | None, spares: int = 0

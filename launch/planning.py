@@ -8,6 +8,8 @@ from typing import Any
 
 from expertmesh.launch.find_checkpoint import find_checkpoint
 from expertmesh.launch.recipe import Recipe, check_together
+from expertmesh.parallel.sizes import ParallelSizes
+from expertmesh.system.model.config import ModelConfig
 from expertmesh.system.plan.activations import activation_bytes
 from expertmesh.system.plan.membership import members
 from expertmesh.system.plan.rehearsal import calls_of, play, to_rehearse
@@ -36,7 +38,7 @@ def plan_recipe(recipe: Recipe, rank: int, check: bool) -> dict[str, Any]:
         "parameters": model.num_params(),
         "micro_batches": train.micro_batches,
         "rank": rank,
-        "groups": members(sizes, rank),
+        "groups": members(sizes, rank) | _of_narrower_layers(model, sizes, rank),
         "stages": [
             stage._asdict() | {"activation_bytes": None, "memory_bytes": stage.memory_bytes} for stage in stages
         ],
@@ -54,6 +56,17 @@ def plan_recipe(recipe: Recipe, rank: int, check: bool) -> dict[str, Any]:
     if problem := play(orders):
         raise RuntimeError(f"{recipe.name}: {problem}")
     return result | {"check": {"ranks": ranks, "calls": {each: len(calls) for each, calls in orders.items()}}}
+
+
+def _of_narrower_layers(model: ModelConfig, sizes: ParallelSizes, rank: int) -> dict[str, list[int]]:
+    """Groups of layers whose experts are on fewer ranks than others'."""
+    found = {}
+    for experts in model.moe.experts_of_layers:
+        own = sizes.with_expert_degree(experts)
+        if own.ep < sizes.ep:
+            groups = members(own, rank)
+            found.update({f"{name}, {experts} experts": groups.get(name, [rank]) for name in ("expert", "expert_data")})
+    return found
 
 
 def told(result: dict[str, Any]) -> list[str]:

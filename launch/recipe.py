@@ -274,12 +274,12 @@ def check_together(recipe: Recipe, model: ModelConfig) -> None:
         raise ValueError(f"{told}: quantised experts are not trained; train the model before `convert quantize`")
     tp, ep, dp = sizes.tp, sizes.ep, sizes.dp
     check_split(model, sizes)
-    for experts in moe.pyramid or (moe.ffn_experts,):
-        if experts % ep == 0:
-            continue
-        fits = [size for size in divisors(sizes.stage_size // sizes.etp) if experts % size == 0]
+    counts = moe.experts_of_layers
+    if all(experts % ep for experts in counts):
+        fits = [size for size in divisors(sizes.stage_size // sizes.etp) if any(each % size == 0 for each in counts)]
+        experts, them = (list(moe.pyramid), "any of them") if moe.pyramid else (moe.ffn_experts, "it")
         raise ValueError(
-            f"model.moe.ffn_experts={experts}: parallel.ep={ep} does not divide it; "
+            f"model.moe.ffn_experts={experts}: parallel.ep={ep} does not divide {them}; "
             f"take a multiple of {ep} experts, or ep one of {fits}"
         )
     train = recipe.train

@@ -122,7 +122,7 @@ class TrainerRole:
             dist.init_process_group(
                 device.backend, store=store, rank=rank, world_size=world, timeout=COLLECTIVE_TIMEOUT
             )
-            groups = build_groups(recipe.parallel)
+            groups = build_groups(recipe.parallel, model.moe.experts_of_layers)
             gc.freeze()  # the libraries stay: the collection at the end, which peers wait for, passes them over
             trainer = Trainer(
                 *(model, recipe.train, recipe.run_folder, groups, device, epoch.settings),

@@ -90,6 +90,8 @@ class OwnRank:
 class FirstRank:
     """Rank 0: the crew of a job that has one epoch."""
 
+    starts_workers = False
+
     def __init__(self, seat: Seat) -> None:
         """Meet the others: they see now when this process ends. Raises RuntimeError where one does not come."""
         try:

@@ -1,7 +1,6 @@
 """A training job from its first epoch to its last: what `recovery` decides is done here, and it is told what happens.
 
-No decision is made in this file. Of launchers it knows one thing: ranks that the environment has started are not
-started anew by us, nor in another number.
+No decision is made in this file, and it knows nothing of launchers but what a `Crew` says of itself.
 """
 
 from __future__ import annotations
@@ -80,7 +79,7 @@ class Job:
         self._run_folder = recipe.run_folder
         smaller = smaller_layouts(recipe.parallel, lambda sizes: self._allowed(sizes) is None)
         fault = recipe.fault
-        if recipe.cluster.launcher == "environment":  # whoever started the workers starts them anew
+        if not crew.starts_workers:
             fault = fault.model_copy(update={"policy": "end"})
         self._state = begin(fault, recipe.train.steps, recipe.parallel, smaller, time.monotonic())
         self._told: list[Record] = []  # what happened since an epoch was formed; the next one's log opens with it
@@ -228,7 +227,7 @@ class Job:
     def _allowed(self, sizes: ParallelSizes) -> str | None:
         """Why the job cannot have this layout; None: it can. A drill on a worker of another is no reason."""
         changed = self._last.recipe.model_copy(update={"parallel": sizes, "chaos": ChaosConfig()})
-        if changed.cluster.launcher == "environment":
+        if not self._crew.starts_workers:
             return "whoever started the workers says how many there are: stop the job, and start it with others"
         try:
             check_together(changed, self._last.model)

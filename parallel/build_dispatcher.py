@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import torch.distributed as dist
 
 from expertmesh.parallel.all_to_all import Lane, Traffic
 from expertmesh.parallel.dispatch_config import DispatchConfig
+from expertmesh.parallel.dispatcher_by_degree import DispatcherByDegree
 from expertmesh.parallel.dispatchers import (
     AllGatherDispatcher,
     AllToAllDispatcher,
@@ -26,7 +29,15 @@ def build_dispatcher(groups: Groups, config: DispatchConfig, traffic: Traffic, d
     Raises:
         ValueError: if `ranks_per_node` does not divide the ranks.
     """
+    if groups.expert_size % (config.ranks_per_node or 1):
+        raise ValueError(
+            f"parallel.dispatch.ranks_per_node={config.ranks_per_node} does not divide "
+            f"the {groups.expert_size} expert-parallel ranks"
+        )
     dispatcher = _between_shards(groups, config, traffic, device)
+    if groups.narrower:
+        narrower = {degree: _between_shards(of, config, traffic, device) for degree, of in groups.narrower.items()}
+        dispatcher = DispatcherByDegree(narrower | {groups.expert_size: dispatcher}, groups.expert_size)
     if groups.expert_tensor is not None:
         dispatcher = ExpertTensorDispatcher(dispatcher, groups.expert_tensor, traffic)
     return dispatcher
@@ -36,10 +47,6 @@ def _between_shards(groups: Groups, config: DispatchConfig, traffic: Traffic, de
     if groups.expert is None:
         return LocalDispatcher()
     group, per_node = groups.expert, _ranks_per_node(groups.expert, config, device)
-    if group.size() % per_node:
-        raise ValueError(
-            f"parallel.dispatch.ranks_per_node={per_node} does not divide the {group.size()} expert-parallel ranks"
-        )
     wire = WIRES[config.wire]
     if config.kind == "hierarchical":
         nodes = split_by_node(group, per_node)
@@ -54,4 +61,6 @@ def build_weights_lane(group: dist.ProcessGroup, config: DispatchConfig, traffic
 
 
 def _ranks_per_node(group: dist.ProcessGroup, config: DispatchConfig, device: str) -> int:
-    return config.ranks_per_node or find_ranks_per_node(group, device)
+    """Those of the group alone, which may be smaller than a node."""
+    told = config.ranks_per_node
+    return find_ranks_per_node(group, device) if told is None else math.gcd(told, group.size())

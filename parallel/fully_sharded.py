@@ -56,6 +56,8 @@ def largest_shard(shape: Sequence[int], ranks: int) -> int:
 class FullySharded(TorchAdam):
     """AdamW on shards. It puts others in place of the parameters of `module` that train and are not empty.
 
+    `copies_of`: of experts that are a unit, the ranks that hold the same; None: this one alone.
+
     `begin(part)` is called before the weights of a part become shards, of all parts one after the other, and the rest
     last: so that a `module` on the meta device is whole nowhere. To the same end parameters are given by their names in
     `module`: `decayed`, those that weight decay is for; `replicated`, those that all ranks of a tensor group hold, and
@@ -68,6 +70,7 @@ class FullySharded(TorchAdam):
         self,
         module: nn.Module,
         units: Units,
+        copies_of: Callable[[nn.Module], dist.ProcessGroup | None],
         device: str,
         begin: Callable[[nn.Module], None],
         *,
@@ -84,7 +87,9 @@ class FullySharded(TorchAdam):
         data = parallel_state.get_data_parallel_group(with_context_parallel=True)
         self._data_size = data.size()
         over_data = DeviceMesh.from_group(data, device)
-        over_copies = DeviceMesh.from_group(parallel_state.get_expert_data_parallel_group(), device)
+        # Who is alone with some experts is so with those that lie on the most ranks.
+        alone = parallel_state.get_expert_data_parallel_group()
+        over = {group: DeviceMesh.from_group(group, device) for group in {copies_of(e) or alone for e in units.experts}}
         as_they_are = {p for p in module.parameters() if not (p.requires_grad and p.numel())}
         marks = {name: shard_of(parameter) for name, parameter in module.named_parameters()}
         # What units are given stays as it is: logits are float32.
@@ -94,7 +99,7 @@ class FullySharded(TorchAdam):
         self._units: list[FSDPModule] = []
         for part in (*units.experts, *units.parts, module):
             begin(part)
-            mesh = over_copies if part in units.experts else over_data
+            mesh = over[copies_of(part) or alone] if part in units.experts else over_data
             unit = fully_shard(
                 part,
                 mesh=mesh,

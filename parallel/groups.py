@@ -5,12 +5,12 @@ Nothing below looks a group up globally: whoever needs one is given `Groups`, an
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch.distributed as dist
 
-from expertmesh.parallel.sizes import ParallelSizes
+from expertmesh.parallel.sizes import ParallelSizes, expert_degree
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,11 @@ class Groups:
     expert: dist.ProcessGroup | None = None  # ranks that together hold every expert once
     expert_tensor: dist.ProcessGroup | None = None  # ranks that split the weights of the same experts
     expert_data: dist.ProcessGroup | None = None  # ranks that hold the same parts of the same experts
+    narrower: Mapping[int, Groups] = field(default_factory=dict)  # by a smaller degree that some layers' experts have
+
+    def of_layer(self, experts: int) -> Groups:
+        """The same with `expert` and `expert_data` of a layer of that many FFN experts."""
+        return self.narrower.get(expert_degree(experts, self.expert_size), self)
 
     @property
     def tensor_size(self) -> int:
@@ -96,8 +101,11 @@ def _rank(group: dist.ProcessGroup | None) -> int:
     return group.rank() if group else 0
 
 
-def build_groups(sizes: ParallelSizes) -> Groups:
-    """Make the groups of `sizes` over the default process group, which must have `sizes.world_size` ranks."""
+def build_groups(sizes: ParallelSizes, experts_of_layers: Collection[int] = ()) -> Groups:
+    """Make the groups of `sizes` over the default process group, which must have `sizes.world_size` ranks.
+
+    `experts_of_layers`: how many FFN experts layers have, for those that do not lie on all `ep` ranks.
+    """
     from megatron.core import parallel_state
 
     world = dist.get_world_size()
@@ -120,7 +128,7 @@ def build_groups(sizes: ParallelSizes) -> Groups:
     def unless_alone(group: dist.ProcessGroup) -> dist.ProcessGroup | None:
         return group if group.size() > 1 else None
 
-    return Groups(
+    groups = Groups(
         rank=dist.get_rank(),
         tensor=unless_alone(parallel_state.get_tensor_model_parallel_group()),
         context=unless_alone(parallel_state.get_context_parallel_group()),
@@ -135,6 +143,18 @@ def build_groups(sizes: ParallelSizes) -> Groups:
         expert_tensor=unless_alone(parallel_state.get_expert_tensor_parallel_group()),
         expert_data=unless_alone(parallel_state.get_expert_data_parallel_group()),
     )
+    degrees = sorted({expert_degree(experts, sizes.ep) for experts in experts_of_layers} - {sizes.ep})
+    return replace(groups, narrower={degree: _with_degree(degree, groups, sizes) for degree in degrees})
+
+
+def _with_degree(degree: int, groups: Groups, sizes: ParallelSizes) -> Groups:
+    """Megatron has one expert-parallel degree at a time; these lie as it would lay them."""
+    world, stage, etp, once = sizes.world_size, sizes.stage_size, sizes.etp, sizes.etp * degree
+    share_out = [range(rank, rank + once, etp) for first in range(0, world, once) for rank in range(first, first + etp)]
+    hold_same = [
+        range(rank, first + stage, once) for first in range(0, world, stage) for rank in range(first, first + once)
+    ]
+    return replace(groups, expert=_one_of(share_out) if degree > 1 else None, expert_data=_one_of(hold_same))
 
 
 def _one_of(groups_of_ranks: Sequence[Sequence[int]]) -> dist.ProcessGroup | None:

@@ -9,6 +9,14 @@ Attention and experts choose their own degrees over the same ranks (parallel fol
                         heads, vocabulary   half half half half
                         sequences           a    a    b    b
                         experts             1st  2nd  3rd  4th quarter
+
+Layers of fewer experts, or of a number that ep does not divide, have a smaller degree of their own (PR-MoE,
+arXiv 2201.05596, section 4.1) and more copies; no rank is without experts, and none has more than another:
+
+    dp=4, ep=4:         rank                0    1    2    3
+                        layer of 4          1    2    3    4
+                        layer of 2          1    2    1    2
+                        layer of 6          123  456  123  456
 """
 
 from __future__ import annotations
@@ -27,7 +35,9 @@ class ParallelSizes(RecipeSection):
     tp: int = Field(1, ge=1, description="tensor parallel: ranks that split heads, hidden units, vocabulary and tokens")
     pp: int = Field(1, ge=1, description="pipeline parallel: ranks that split the layers")
     cp: int = Field(1, ge=1, description="context parallel: ranks that split each sequence in attention too")
-    ep: int = Field(1, ge=1, description="expert parallel: ranks that split the experts")
+    ep: int = Field(
+        1, ge=1, description="expert parallel: ranks that split the experts of a layer, or of those that it divides"
+    )
     etp: int = Field(1, ge=1, description="expert tensor parallel: ranks that split the hidden units of each expert")
     dp: int = Field(1, ge=1, description="data parallel: ranks that split the batch")
     interleave: int = Field(1, ge=1, description="runs of layers on each pipeline rank; more: less waiting, more sends")
@@ -46,6 +56,10 @@ class ParallelSizes(RecipeSection):
     def stages(self) -> int:
         """Runs of layers that a micro-batch goes through, one after the other."""
         return self.pp * self.interleave
+
+    def with_expert_degree(self, experts: int) -> ParallelSizes:
+        """The same as a layer of that many experts has it."""
+        return self.model_copy(update={"ep": expert_degree(experts, self.ep)})
 
     @model_validator(mode="after")
     def _runs_need_a_pipeline(self) -> ParallelSizes:
@@ -77,6 +91,11 @@ class ParallelSizes(RecipeSection):
                 f"with {beside}, ep may be one of {divisors(stage // self.etp)}"
             )
         return self
+
+
+def expert_degree(experts: int, ep: int) -> int:
+    """Over how many of `ep` ranks the experts of a layer lie: as many of them as can hold equally many."""
+    return math.gcd(experts, ep)
 
 
 def divisors(number: int) -> list[int]:

@@ -2,8 +2,8 @@
 
 DeepSpeed finds experts only inside its own `MoE` class and its own group tables, and it takes Megatron's groups only
 through an `mpu` object with methods that Megatron no longer has. Both gaps are closed here, so that a model knows
-nothing of DeepSpeed: `build_zero` takes any module whose expert parameters are named by the caller. DeepSpeed's flat
-partitions never reach a file.
+nothing of DeepSpeed: `build_zero` takes any module, and is told which ranks hold which of its parameters. DeepSpeed's
+flat partitions never reach a file.
 """
 
 from __future__ import annotations
@@ -21,8 +21,13 @@ from torch import nn
 from expertmesh.parallel.deepspeed_build import prepare_build
 from expertmesh.parallel.optimizer import AdamState, TorchAdam, TrainingOptimizer
 
-# Names under which DeepSpeed keeps the groups of parameters that are not reduced among the ranks that split the batch.
-EXPERTS, REPLICATED, TIED = "expertmesh_experts", "expertmesh_replicated", "expertmesh_tied"
+
+class Alike(NamedTuple):
+    """Parameters that the ranks of one group hold, and not just those that split the batch or its sequences."""
+
+    name: str  # for DeepSpeed's tables; each has its own
+    parameters: Sequence[nn.Parameter]
+    group: dist.ProcessGroup | None  # None: this rank alone
 
 
 def _megatron_adapter() -> SimpleNamespace:
@@ -43,16 +48,6 @@ def _megatron_adapter() -> SimpleNamespace:
     return adapter
 
 
-def _reduction_groups(ends: dist.ProcessGroup | None) -> dict[str, dist.ProcessGroup]:
-    """The ranks that hold the same parameters, by kind of parameters."""
-    from megatron.core import parallel_state
-
-    return {
-        EXPERTS: parallel_state.get_expert_data_parallel_group(),
-        REPLICATED: parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True),
-    } | ({} if ends is None else {TIED: ends})
-
-
 def _marked(module: nn.Module, held_by: dict[str, dist.ProcessGroup]) -> nn.Module:
     """`module` inside the one class whose parameters DeepSpeed reduces in groups of their own."""
     from deepspeed.moe.layer import MoE
@@ -64,7 +59,7 @@ def _marked(module: nn.Module, held_by: dict[str, dist.ProcessGroup]) -> nn.Modu
             nn.Module.__init__(self)  # MoE's own would build DeepSpeed's layer
             self.inner = module
             self.num_local_experts = self.num_experts = 1  # DeepSpeed's checkpoints alone read these
-            self.expert_group_name = EXPERTS
+            self.expert_group_name = next(iter(held_by))
 
         def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
             expert = parallel_state.get_expert_model_parallel_group()
@@ -80,12 +75,15 @@ def _marked(module: nn.Module, held_by: dict[str, dist.ProcessGroup]) -> nn.Modu
     return Marked()
 
 
+OTHERS = "others"  # are reduced among the ranks that split the batch or its sequences
+
+
 def _kind(parameter: nn.Parameter) -> str:
-    return getattr(parameter, "group_name", "others")
+    return getattr(parameter, "group_name", OTHERS)
 
 
 def _parameter_groups(
-    parameters: Sequence[nn.Parameter], decays: set[int], weight_decay: float
+    parameters: Sequence[nn.Parameter], kinds: Sequence[str], decays: set[int], weight_decay: float
 ) -> list[dict[str, Any]]:
     """AdamW's groups: apart by the ranks that hold the parameters, and by weight decay; the same order on every rank.
 
@@ -93,7 +91,7 @@ def _parameter_groups(
     and the collectives of one rank meet others of the next.
     """
     groups = []
-    for name in ("others", EXPERTS, REPLICATED, TIED):
+    for name in (OTHERS, *kinds):
         for decayed in (True, False):
             held = [
                 parameter
@@ -102,18 +100,15 @@ def _parameter_groups(
             ]
             if held:
                 decay = weight_decay if decayed else 0.0
-                groups.append({"params": held, "name": name, "weight_decay": decay, "moe": name != "others"})
+                groups.append({"params": held, "name": name, "weight_decay": decay, "moe": name != OTHERS})
     return groups
 
 
 def build_zero(
     module: nn.Module,
-    expert_parameters: Sequence[nn.Parameter],
-    replicated_parameters: Sequence[nn.Parameter],
+    held_alike: Sequence[Alike],
     decayed_parameters: Sequence[nn.Parameter],
     *,
-    tied_parameters: Sequence[nn.Parameter] = (),
-    ends: dist.ProcessGroup | None = None,
     stage: int,
     gradient_clipping: float,
     weight_decay: float,
@@ -121,16 +116,12 @@ def build_zero(
 ) -> TrainingOptimizer:
     """AdamW for `module`, with gradient reduction, partitioning and clipping of one of DeepSpeed's stages.
 
-    A gradient is summed over the ranks that hold the same parameter, and divided by the number of those that split the
-    batch or its sequences. Who holds the same one:
+    A gradient is summed over the ranks that hold the same parameter, as `held_alike` says, the same names in the same
+    order on every rank; of all others over those that split the batch or its sequences. Then it is divided by the
+    number of these. So no size changes what is trained.
 
-        `expert_parameters`        ranks with the same part of the same experts
-        `replicated_parameters`    all ranks of a pipeline stage; those of a tensor group see different tokens, or heads
-        `tied_parameters`          ranks of the first and the last pipeline stage with the same part of them: `ends`
-        all others                 ranks with the same part of dense weights
-
-    So no size changes what is trained. `decayed_parameters` are those that weight decay is for. `stage` 0 splits
-    nothing, 1 optimizer state, 2 gradients too.
+    `decayed_parameters` are those that weight decay is for. `stage` 0 splits nothing, 1 optimizer state, 2 gradients
+    too.
     """
     prepare_build()
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
@@ -144,11 +135,12 @@ def build_zero(
         # DeepSpeed would count others on the first rank of a tensor group alone.
         parameter.model_parallel = True  # type: ignore[attr-defined]
     marked = module
-    held_by = _reduction_groups(ends)
+    # Who is alone in any group is so in that of the widest experts, which has the fewest ranks.
+    alone = parallel_state.get_expert_data_parallel_group()
+    held_by = {name: group or alone for name, _, group in held_alike}
     data = parallel_state.get_data_parallel_group(with_context_parallel=True)
     others = dist.get_process_group_ranks(data)
-    kinds = ((EXPERTS, expert_parameters), (REPLICATED, replicated_parameters), (TIED, tied_parameters))
-    for name, held in kinds:
+    for name, held, _ in held_alike:
         if held and dist.get_process_group_ranks(held_by[name]) != others:
             marked = _marked(module, held_by)
             for parameter in held:
@@ -156,7 +148,8 @@ def build_zero(
                 parameter.group_name = name  # type: ignore[attr-defined]
     # DeepSpeed stumbles over empty parameters.
     parameters = [p for p in module.parameters() if p.numel() and p.requires_grad]
-    parameter_groups = _parameter_groups(parameters, {id(p) for p in decayed_parameters}, weight_decay)
+    decays = {id(parameter) for parameter in decayed_parameters}
+    parameter_groups = _parameter_groups(parameters, list(held_by), decays, weight_decay)
     adam = torch.optim.AdamW(parameter_groups, lr=0.0, betas=betas)
     engine, optimizer, *_ = deepspeed.initialize(
         model=marked,

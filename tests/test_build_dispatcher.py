@@ -15,7 +15,7 @@ from expertmesh.parallel.build_dispatcher import build_dispatcher
 from expertmesh.parallel.dispatch_config import DispatchConfig
 from expertmesh.parallel.dispatchers import LocalDispatcher
 from expertmesh.parallel.groups import Groups
-from expertmesh.system.model.transformer import Transformer
+from expertmesh.system.model.transformer import Transformer, shards
 from expertmesh.system.model.weights import initialise, weights
 from expertmesh.system.train.loss import LanguageModelLoss
 
@@ -60,7 +60,7 @@ def every_way() -> list[Result]:
     results = []
     for way in WAYS:
         traffic = Traffic()
-        model = Transformer(MODEL, world.rank(), world.size())
+        model = Transformer(MODEL, shards(MODEL, world.rank(), world.size()))
         initialise(model, seed=1, standard_deviation=0.2)
         loss = LanguageModelLoss(model, build_dispatcher(groups, way.config, traffic, "cpu"), groups)
         value, found = step(loss, TOKENS[world.rank() :][:1])

@@ -33,7 +33,7 @@ from expertmesh.system.model.checkpoint import (
 )
 from expertmesh.system.model.config import ModelConfig
 from expertmesh.system.model.tensor_parallel import parallel_transformer
-from expertmesh.system.model.transformer import ExpertPool, Transformer
+from expertmesh.system.model.transformer import ExpertPool, Transformer, shards
 from expertmesh.system.model.weights import initialise, weights
 
 CONFIG = tiny_model()
@@ -50,7 +50,7 @@ def write_checkpoint(folder: Path, size: int, config: ModelConfig = CONFIG) -> P
     write_config(folder, config)
     files = []
     for rank in range(size):
-        model = Transformer(config, rank, size)
+        model = Transformer(config, shards(config, rank, size))
         initialise(model, 3, 0.2)
         mine = [w for w in weights(model) if w.is_expert or rank == 0]
         tensors = {name: view for w in mine for name, view in w.split(w.parameter).items()}
@@ -74,10 +74,10 @@ def whole() -> dict[str, torch.Tensor]:
 
 READERS: list[tuple[Callable[[], torch.nn.Module], str]] = [
     (lambda: Transformer(CONFIG), "one rank with everything"),
-    (lambda: Transformer(CONFIG, 1, 2), "a rank of the layout that wrote it"),
-    (lambda: Transformer(CONFIG, 2, 3), "an uneven shard that crosses the files"),
-    (lambda: Transformer(CONFIG, 0, 6), "a rank without experts"),
-    (lambda: Transformer(CONFIG, expert_size=0), "an attention worker"),
+    (lambda: Transformer(CONFIG, shards(CONFIG, 1, 2)), "a rank of the layout that wrote it"),
+    (lambda: Transformer(CONFIG, shards(CONFIG, 2, 3)), "an uneven shard that crosses the files"),
+    (lambda: Transformer(CONFIG, shards(CONFIG, 0, 6)), "a rank without experts"),
+    (lambda: Transformer(CONFIG, shards(CONFIG, 0, 0)), "an attention worker"),
     (lambda: ExpertPool(CONFIG, 0, 1), "an FFN worker with all experts"),
     (lambda: ExpertPool(CONFIG, 1, 3), "an FFN worker with some"),
 ]

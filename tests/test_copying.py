@@ -20,7 +20,8 @@ from expertmesh.parallel.groups import Groups, build_groups
 from expertmesh.parallel.hot_experts import choose_copies
 from expertmesh.parallel.placement import Placement
 from expertmesh.parallel.sizes import ParallelSizes
-from expertmesh.system.model.transformer import Transformer
+from expertmesh.system.model.config import ModelConfig
+from expertmesh.system.model.transformer import Transformer, shards
 from expertmesh.system.train import copying
 from expertmesh.system.train.copying import Copying
 from expertmesh.system.train.snapshot import checkpoints_of, read_state
@@ -28,6 +29,10 @@ from expertmesh.system.train.trainer import Record, Trainer
 
 # Small experts beside long batches, and a loss that lets routers be as uneven as they like: copies pay at once.
 MODEL = tiny_model(layers=2, moe={"expert": {"hidden_size": 8}, "balance_loss_weight": 0.0, "ffn_experts": 8})
+# Experts of layers on four ranks, two and one.
+PYRAMID = tiny_model(
+    layers=3, moe=MODEL.moe.model_dump() | {"ffn_experts": [8, 6, 3], "gating_residual": False, "pyramid": ()}
+)
 STEPS, SAVED = 10, 8
 OFTEN = {"steps": STEPS, "sequence_length": 64, "learning_rate": 3e-3, "checkpoint_every": SAVED, "validate_every": 5}
 SAME_LOSS = 5e-6  # float32 sums in another order, growing with the steps
@@ -39,9 +44,13 @@ class Run(NamedTuple):
     changes: dict[str, Any] = {}
     dispatch: dict[str, Any] = {}
     resume: str | None = None  # the run whose checkpoint of step `SAVED` it goes on from
+    model: ModelConfig = MODEL
+    alone: str = "alone"  # the run of the same model on one rank
 
 
 COPIED = {"expert_copies": 2}
+BY_NODES = {"kind": "hierarchical", "ranks_per_node": 2, "chunks": 2}
+OF_PYRAMID = (PYRAMID, "a pyramid alone")
 SPREAD = {"dp": 4, "ep": 2}
 RUNS = [
     Run("without", SPREAD, {"zero_stage": 2}),
@@ -52,14 +61,18 @@ RUNS = [
         "four ranks, by nodes, ZeRO 0",
         {"dp": 4, "ep": 4},
         COPIED | {"zero_stage": 0},
-        {"kind": "hierarchical", "ranks_per_node": 2, "chunks": 2},
+        BY_NODES,
     ),
+    Run("a pyramid by nodes", {"dp": 4, "ep": 4}, COPIED, BY_NODES, None, *OF_PYRAMID),
+    # After it ranks have been in groups of other numbers, and torch would give those of nodes other names on each.
     Run(
         "a pipeline, computed twice",
         {"pp": 2, "dp": 2, "ep": 2},
         COPIED | {"micro_batch_size": 4, "recompute": "block"},
     ),
+    Run("a pyramid", {"dp": 4, "ep": 4}, COPIED | {"rebalance_every": 3}, {}, None, *OF_PYRAMID),
 ]
+ALONE = [Run("alone", {}), Run("a pyramid alone", {}, {}, {}, None, *OF_PYRAMID)]
 
 
 def trained(data: Path, folder: Path, run: Run, groups: Groups) -> list[Record]:
@@ -72,7 +85,7 @@ def trained(data: Path, folder: Path, run: Run, groups: Groups) -> list[Record]:
     start = None if run.resume is None else checkpoints_of(folder / run.resume)[0]
     dispatch = DispatchConfig(**run.dispatch)
     records: list[Record] = []
-    Trainer(MODEL, config, run_dir, groups, Device("cpu", "gloo"), {}, start, dispatch=dispatch).run(records.append)
+    Trainer(run.model, config, run_dir, groups, Device("cpu", "gloo"), {}, start, dispatch=dispatch).run(records.append)
     return records
 
 
@@ -82,14 +95,16 @@ def train_all(data: Path, folder: Path, runs: list[Run]) -> list[list[Record]]:
 
     found = []
     for run in runs:
-        found.append(trained(data, folder, run, build_groups(ParallelSizes(**run.sizes))))
+        found.append(
+            trained(data, folder, run, build_groups(ParallelSizes(**run.sizes), run.model.moe.experts_of_layers))
+        )
         parallel_state.destroy_model_parallel()
     return found
 
 
 class Trained(NamedTuple):
     folder: Path
-    alone: list[Record]
+    alone: dict[str, list[Record]]
     ranks: list[dict[str, list[Record]]]  # by name of the run
 
     @property
@@ -146,7 +161,8 @@ def test_what_a_choice_is_told(monkeypatch, sizes, changes, dispatch, model, sha
     config, (token, expert, cut) = tiny_model(layers=2, **model), sizes
     groups = Groups(token=Ranks(token), expert=Ranks(expert), expert_tensor=Ranks(cut) if cut > 1 else None)
     train = tiny_training(expert_copies=1, **changes)
-    chooser = Copying(Transformer(config, 0, 2), groups, train, DispatchConfig(**dispatch), None, None)
+    lanes, dispatch = {groups.expert: None}, DispatchConfig(**dispatch)
+    chooser = Copying(Transformer(config, shards(config, 0, 2)), groups, train, dispatch, lanes, None)
     load_N = torch.tensor([600, 100, 100, 100, 0, 0, 50, 50][: config.moe.num_experts])
     chooser.count([load_N, load_N])
     changed = chooser.choose()
@@ -164,9 +180,13 @@ def test_what_a_choice_is_told(monkeypatch, sizes, changes, dispatch, model, sha
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     folder = tmp_path_factory.mktemp("copies")
     prepare_tiny_data(folder)
-    ((alone,),) = run_ranks(train_all, 1, folder / "data", folder, [Run("alone", {})])
+    (alone,) = run_ranks(train_all, 1, folder / "data", folder, ALONE)
     ranks = run_ranks(train_all, 4, folder / "data", folder, RUNS, timeout=600)
-    return Trained(folder, alone, [dict(zip((run.name for run in RUNS), each, strict=True)) for each in ranks])
+    return Trained(
+        folder,
+        dict(zip((run.name for run in ALONE), alone, strict=True)),
+        [dict(zip((run.name for run in RUNS), each, strict=True)) for each in ranks],
+    )
 
 
 def steps_of(records: list[Record]) -> list[Record]:
@@ -179,14 +199,13 @@ def copied_events(records: list[Record]) -> list[Record]:
 
 @pytest.mark.parametrize("run", [run for run in RUNS if run.resume is None], ids=lambda run: run.name)
 def test_losses_and_norms_are_those_of_one_rank(runs, run):
-    expected, got = steps_of(runs.alone), steps_of(runs.first[run.name])
+    alone = runs.alone[run.alone]
+    expected, got = steps_of(alone), steps_of(runs.first[run.name])
     if run.changes.get("micro_batch_size"):
         assert MODEL.moe.balance_loss_weight == 0, "balance losses are of a micro-batch"
     assert [step["loss"] for step in got] == pytest.approx([step["loss"] for step in expected], rel=SAME_LOSS)
     assert [step["grad_norm"] for step in got] == pytest.approx([step["grad_norm"] for step in expected], rel=1e-4)
-    held_out = [
-        [r["loss"] for r in records if r["kind"] == "validation"] for records in (runs.alone, runs.first[run.name])
-    ]
+    held_out = [[r["loss"] for r in records if r["kind"] == "validation"] for records in (alone, runs.first[run.name])]
     assert held_out[1] == pytest.approx(held_out[0], rel=SAME_LOSS)
     for records in runs.ranks[1:]:
         assert copied_events(records[run.name]) == copied_events(runs.first[run.name]), "all ranks agree"
@@ -228,7 +247,16 @@ def test_a_resumed_run_goes_on_bit_for_bit(runs):
     assert all(torch.equal(tensor, expected[name]) for name, tensor in got.items())
 
 
-@pytest.mark.parametrize("name", [run.name for run in RUNS[3:]])
+def test_layers_of_a_pyramid_have_copies_where_experts_are_spread(runs):
+    """Not where each rank has all of them."""
+    for name in ("a pyramid", "a pyramid by nodes"):
+        why = [line for event in copied_events(runs.first[name]) for line in event["why"]]
+        assert {line.split(":")[0] for line in why} == {"layer 0", "layer 1"}, name
+    moved = [record for record in runs.first["a pyramid"] if record.get("what") == "rebalanced"]
+    assert len(moved[0]["why"]) == 2 and moved[0]["moved"] > 0
+
+
+@pytest.mark.parametrize("name", [run.name for run in RUNS[3:] if run.model is MODEL])
 def test_a_checkpoint_is_that_of_a_run_without(runs, name):
     """But for the choice of copies, which is saved with it."""
     without, copied = (checkpoints_of(runs.folder / run)[0] for run in ("without", name))

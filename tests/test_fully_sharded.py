@@ -36,6 +36,7 @@ SHARED = {"share_layers": True, "moe": {"gating_residual": False}}
 DEPTH = {"depth": {"layers": [1], "kept": 0.5, "shared_router": True}, "moe": {"gating_residual": False}}
 SIGMOID = {"moe": {"gate_mode": "sigmoid", "selection_bias": True, "ffn_experts": 6}}
 DEEP = {"layers": 5, "dense_layers": [2], "dense": {"hidden_size": 32}}
+PYRAMID = {"moe": {"ffn_experts": [4, 6, 3], "gating_residual": False}}
 BARE = {"moe": {"ffn_experts": 0}}
 
 TensorOf = Callable[[nn.Parameter], torch.Tensor]
@@ -69,6 +70,8 @@ ROWS = [
     Row({"pp": 2, "dp": 2, "ep": 2}, "a stage's weights over two ranks, its experts over one", TIED, 2, steps=STEPS),
     Row({"pp": 2, "tp": 2}, "tied embeddings on four ranks", TIED, 4, "moe"),
     Row({"dp": 4, "ep": 2}, "three experts a rank, over two: cut along another dimension", SIGMOID, 2),
+    Row({"dp": 4, "ep": 4}, "experts of layers over one rank, over two, over four", PYRAMID, 2, "block"),
+    Row({"pp": 2, "tp": 2, "dp": 2, "ep": 4}, "the same on stages of tensor ranks", PYRAMID, 2),
 ]
 
 
@@ -127,14 +130,17 @@ def check_shards(loss: LanguageModelLoss) -> None:
         if not weight.parameter.requires_grad:
             continue
         parameter, ranks = weight.parameter, groups.data_size
-        if weight.is_expert:
-            ranks = groups.token_size // (groups.expert_size * groups.expert_tensor_size)
+        if weight.experts is not None:
+            of_layer = groups.of_layer(weight.experts)
+            ranks = groups.token_size // (of_layer.expert_size * groups.expert_tensor_size)
         assert isinstance(parameter, DTensor) and parameter.device_mesh.size() == ranks
         assert parameter.to_local().untyped_storage().nbytes() <= largest_shard(parameter.shape, ranks) * 8
 
 
 def check_row(row: Row) -> None:
-    reference, loss = Reference(row), made(row, build_groups(ParallelSizes(**row.sizes)))
+    reference = Reference(row)
+    groups = build_groups(ParallelSizes(**row.sizes), reference.loss.model.config.moe.experts_of_layers)
+    loss = made(row, groups)
     optimizer = sharded(loss)
     held = [layer for layer in loss.model.layers if not isinstance(layer, Elsewhere)]
     watched = held[-1].register_forward_hook(lambda *_: check_shards_of_others(loss.model, held))
@@ -177,11 +183,20 @@ def sharded(loss: LanguageModelLoss, dtype: str = "float32") -> TrainingOptimize
     return build_optimizer(loss, config, "cpu", lambda *_: None)
 
 
+ROUNDED = [
+    Row({"dp": 2}, "", TIED),
+    Row({"dp": 2, "ep": 2}, "", SIGMOID),
+    Row({"tp": 2, "ep": 2}, "", TIED),
+    Row({"tp": 2, "etp": 2}, "", SIGMOID),
+    Row({"pp": 2}, "", TIED),
+]
+
+
 def check_bfloat16() -> None:
     """Near float32; and updates that are far too small for bfloat16 are made to float32 masters."""
     from megatron.core import parallel_state
 
-    for row in (Row({"dp": 2}, "", TIED), Row({"dp": 2, "ep": 2}, "", SIGMOID)):
+    for row in ROUNDED:
         groups = build_groups(ParallelSizes(**row.sizes))
         exact, loss = made(row, groups, torch.float32), made(row, groups, torch.float32)
         loss.dtype = torch.bfloat16
@@ -189,7 +204,8 @@ def check_bfloat16() -> None:
         optimizer_of = {exact: sharded(exact), loss: rounded}
         before = {name: part.tensor.clone() for name, part in named(loss.model, rounded.weight).items()}
         seen = set[torch.dtype]()
-        loss.model.layers[1].register_forward_hook(lambda module, given, answer, seen=seen: seen.add(answer[0].dtype))
+        held = [layer for layer in loss.model.layers if not isinstance(layer, Elsewhere)]
+        held[-1].register_forward_hook(lambda module, given, answer, seen=seen: seen.add(answer[0].dtype))
         for step in range(3):
             norms, entropies = [], []
             for each, optimizer in optimizer_of.items():

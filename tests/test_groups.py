@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import fields
 from typing import NamedTuple
 
@@ -18,6 +19,8 @@ class Case(NamedTuple):
     sizes: dict[str, int]
     members: dict[str, list[int]]  # of each group that is not this rank alone
     reason: str
+    experts: tuple[int, ...] = ()  # of each layer
+    narrower: dict[int, dict[str, list[int]]] = {}  # by degree, the members of its groups
 
 
 CASES = [
@@ -108,8 +111,39 @@ CASES = [
         },
         "a world of 1024",
     ),
+    Case(
+        6,
+        {"dp": 8, "ep": 4},
+        {"expert": [4, 5, 6, 7], "expert_data": [2, 6]} | dict.fromkeys(("batch", "data", "token"), list(range(8))),
+        "layers of fewer experts, of an odd number, and of one that is cut evenly",
+        (4, 2, 3, 6, 8),
+        {2: {"expert": [6, 7], "expert_data": [0, 2, 4, 6]}, 1: {"expert_data": list(range(8))}},
+    ),
+    Case(
+        13,
+        {"pp": 2, "dp": 8, "ep": 4, "etp": 2},
+        {
+            **{"pipeline": [5, 13], "pipeline_back": [5, 13], "ends": list(range(16))},
+            **dict.fromkeys(("batch", "data", "token"), list(range(8, 16))),
+            **{"expert": [9, 11, 13, 15], "expert_tensor": [12, 13]},
+        },
+        "the same where experts are cut, on the second stage",
+        (2, 4, 1),
+        {2: {"expert": [13, 15], "expert_data": [9, 13]}, 1: {"expert_data": [9, 11, 13, 15]}},
+    ),
+    Case(
+        100,
+        {"dp": 128, "ep": 128},
+        {"expert": list(range(128))} | dict.fromkeys(("batch", "data", "token"), list(range(128))),
+        "DeepSpeed-MoE's own example",
+        (32, 64, 128),
+        {
+            32: {"expert": list(range(96, 128)), "expert_data": [4, 36, 68, 100]},
+            64: {"expert": list(range(64, 128)), "expert_data": [36, 100]},
+        },
+    ),
 ]
-NAMES = [field.name for field in fields(Groups) if field.name not in ("rank", "interleave")]
+NAMES = [field.name for field in fields(Groups) if field.name not in ("rank", "interleave", "narrower")]
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
@@ -117,10 +151,18 @@ NAMES = [field.name for field in fields(Groups) if field.name not in ("rank", "i
 def test_members(case):
     sizes = ParallelSizes(**case.sizes)
     with fake_world(case.rank, sizes.world_size):
-        groups = build_groups(sizes)
-        for name in NAMES:
-            group, members = getattr(groups, name), case.members.get(name, [])
-            assert (dist.get_process_group_ranks(group) if group else []) == members, name
+        groups = build_groups(sizes, case.experts)
+        assert groups.narrower.keys() == case.narrower.keys()
+        apart = dict.fromkeys(("expert", "expert_data"), [])
+        for made, expected in (
+            (groups, case.members),
+            *((groups.narrower[degree], case.members | apart | its) for degree, its in case.narrower.items()),
+        ):
+            for name in NAMES:
+                group, members = getattr(made, name), expected.get(name, [])
+                assert (dist.get_process_group_ranks(group) if group else []) == members, name
+        for experts in case.experts:
+            assert groups.of_layer(experts).expert_size == math.gcd(experts, sizes.ep)
         assert groups.rank == case.rank
         assert (groups.batch_size, groups.data_size) == (sizes.dp, sizes.cp * sizes.dp)
         assert (groups.tensor_size, groups.token_size) == (sizes.tp, sizes.stage_size)

@@ -32,6 +32,20 @@ def test_members_are_megatrons(sizes, ranks, reason):
         assert members(layout, rank) == expected
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("rank", [0, 13, 31])
+def test_members_of_layers_with_other_degrees(rank):
+    layout = ParallelSizes(tp=2, pp=2, dp=8, ep=8, etp=2)
+    with fake_world(rank, layout.world_size):
+        groups = build_groups(layout, (2, 3, 8, 12))
+        assert sorted(groups.narrower) == [1, 2, 4]
+        for experts in (2, 3, 8, 12):
+            of_layer = groups.of_layer(experts)
+            made = {name: getattr(of_layer, name) for name in NAMES}
+            expected = {name: dist.get_process_group_ranks(group) for name, group in made.items() if group}
+            assert members(layout.with_expert_degree(experts), rank) == expected
+
+
 def test_all_members_of_a_group_have_the_same_one():
     layout = ParallelSizes(tp=2, pp=2, cp=2, dp=8, ep=8, etp=2)
     found = [members(layout, rank) for rank in range(layout.world_size)]

@@ -16,7 +16,7 @@ from numerics import assert_close
 from ranks import run_ranks
 from tiny import losses, prepare_tiny_data, tiny_model, tiny_training, train
 
-from expertmesh.parallel.all_to_all import Traffic
+from expertmesh.parallel.all_to_all import Lane, Traffic
 from expertmesh.parallel.build_dispatcher import build_weights_lane
 from expertmesh.parallel.dispatch_config import DispatchConfig
 from expertmesh.parallel.expert_copies import ExpertCopies
@@ -71,6 +71,21 @@ ONE = {"moe": {"gate_mode": "sigmoid", "selection_bias": True, "top_k": 1}}
 
 
 PYRAMID = {"moe": {"ffn_experts": [2, 3, 6], "gating_residual": False, "shared": {"hidden_size": 16}}}
+SIX = {"moe": {"ffn_experts": [2, 3, 6], "gating_residual": False, "capacity": {"factor": 0.6, "order": "random"}}}
+NARROWING = {
+    **{"layers": 4, "dense_layers": [1], "dense": {"hidden_size": 32}},
+    "moe": {"ffn_experts": [4, 6, 3], "gating_residual": False, "capacity": {"factor": 1.0}},
+}
+LONELY = {
+    "layers": 2,
+    "moe": {
+        "ffn_experts": [4, 1],
+        "gating_residual": False,
+        "gate_mode": "sigmoid",
+        "selection_bias": True,
+        "top_k": 1,
+    },
+}
 FACTORS = {
     "moe": {"expert": {"kind": "structured", "hidden_size": 32, "form": "block_shuffle", "blocks": 2, "guided": True}}
 }
@@ -96,6 +111,7 @@ class Row(NamedTuple):
     favourite: int | None = None  # an FFN expert that every token chooses
     micro_batches: int = 1
     copied: tuple[int, ...] = ()  # experts of each layer that every rank has a copy of, on the layout
+    batch: int = BATCH
 
 
 ROWS = [
@@ -127,7 +143,12 @@ ROWS = [
     Row({"tp": 2, "dp": 4, "ep": 2, "etp": 2}, "all of them, experts twice"),
     Row({"tp": 4, "dp": 2, "ep": 4, "etp": 2}, "all of them, experts once", {"attention": {"heads": 4, "kv_heads": 4}}),
     Row({"tp": 2, "dp": 4, "ep": 4}, "latent attention on eight", LATENT),
-    Row({"dp": 4, "ep": 4}, "layers of fewer experts than ranks, and of a number that is cut unevenly", PYRAMID),
+    Row({"dp": 4, "ep": 4}, "experts of a layer on two ranks, of the next on each, of the last on two", PYRAMID),
+    Row({"dp": 6, "ep": 6}, "experts of layers on two, three and six ranks", SIX, batch=6),
+    Row({"tp": 2, "dp": 2, "ep": 4}, "experts of a layer once on a tensor group, of the next twice", NARROWING),
+    Row({"dp": 8, "ep": 4, "etp": 2}, "cut experts of a layer on four, two and one of the ranks", NARROWING, batch=8),
+    Row({"pp": 2, "dp": 4, "ep": 4}, "degrees of layers on each stage", NARROWING, micro_batches=2, batch=8),
+    Row({"dp": 4, "ep": 4}, "all tokens on one expert of each layer, of one on every rank too", LONELY, 0),
     Row({"dp": 2, "ep": 2}, "gradients of two micro-batches are added up", MIXTURE, micro_batches=2),
     Row(
         {"dp": 2, "ep": 2},
@@ -144,7 +165,9 @@ ROWS = [
     Row({"dp": 2, "ep": 2}, "copies of scales and shifts with biases", MODULATED, copied=(3,)),
     Row({"tp": 2, "dp": 2, "ep": 2, "etp": 2}, "copies of experts that are cut", MLPS, copied=(2, 1)),
     Row({"tp": 2, "cp": 2, "ep": 4}, "copies of all experts but one", MIXTURE, copied=(3, 1, 2)),
-    Row({"dp": 4, "ep": 4}, "copies of experts of ranks of which some have none", PYRAMID, copied=(1, 0)),
+    Row(
+        {"dp": 4, "ep": 4}, "copies of experts of layers on two ranks, and none of one on each", PYRAMID, copied=(1, 0)
+    ),
     Row({"pp": 2, "dp": 2, "ep": 2}, "copies on each stage", DEEP | TIED, micro_batches=2, copied=(3,)),
     Row({"pp": 2}, "three layers on two stages: a gating residual crosses", micro_batches=4),
     Row({"pp": 2}, "one micro-batch; the embedding is the head on the other stage", TIED),
@@ -171,21 +194,22 @@ def made(row: Row, groups: Groups) -> LanguageModelLoss:
     if row.favourite is not None:
         for layer in loss.model.config.moe_layers:
             loss.model.layers[layer].mlp.gate.e_score_correction_bias.data[row.favourite] = 100.0
-    if groups.expert is not None and row.copied:
-        for moe in (module for module in loss.modules() if isinstance(module, MoE)):
-            layer, experts = moe.experts_of_layer.layer, moe.experts_of_layer.num_experts
-            lane = build_weights_lane(groups.expert, DispatchConfig(), Traffic(), "cpu")
-            moe.copy_experts(ExpertCopies(layer, row.copied, Placement.contiguous(experts, groups.expert_size), lane))
+    for moe in (module for module in loss.modules() if isinstance(module, MoE)):
+        layer, experts = moe.experts_of_layer.layer, moe.experts_of_layer.num_experts
+        of_layer = groups.of_layer(experts)
+        if row.copied and of_layer.expert is not None:
+            lane, placement = _lane(of_layer.expert), Placement.contiguous(experts, of_layer.expert_size)
+            moe.copy_experts(ExpertCopies(layer, row.copied, placement, lane))
     return loss
 
 
-def all_tokens() -> torch.Tensor:
-    return batch(BATCH, LENGTH, seed=2)
+def _lane(group: dist.ProcessGroup) -> Lane:
+    return build_weights_lane(group, DispatchConfig(), Traffic(), "cpu")
 
 
-def trained(loss: LanguageModelLoss, micro_batches: int) -> Tally:
+def trained(loss: LanguageModelLoss, tokens_BS1: torch.Tensor, micro_batches: int) -> Tally:
     """Gradients are on the parameters."""
-    passes = Passes(loss, micro_batches_of(loss.groups, all_tokens(), micro_batches, step=3))
+    passes = Passes(loss, micro_batches_of(loss.groups, tokens_BS1, micro_batches, step=3))
     for total in passes.totals():
         total.backward()
     return tally(passes.answers, micro_batches, loss.model.config, loss.groups)
@@ -226,27 +250,28 @@ def gradients(loss: LanguageModelLoss) -> dict[str, torch.Tensor]:
 
 def _alike(weight: Weight, model: Transformer, groups: Groups) -> dist.ProcessGroup | None:
     """The ranks that have parts of a weight's gradient."""
-    if weight.is_expert:
-        return groups.expert_data
+    if weight.experts is not None:
+        return groups.of_layer(weight.experts).expert_data
     if weight.parameter is model.tied_weight:
         return groups.ends
     return groups.token if weight.shard == WHOLE else groups.data
 
 
 def check_layout(row: Row) -> None:
-    alone, groups = made(row, Groups()), build_groups(ParallelSizes(**row.sizes))
+    alone = made(row, Groups())
+    groups = build_groups(ParallelSizes(**row.sizes), alone.model.config.moe.experts_of_layers)
     spread = made(row, groups)
-    expected, got = trained(alone, row.micro_batches), trained(spread, row.micro_batches)
+    tokens_BS1 = batch(row.batch, LENGTH, seed=2)
+    expected, got = (trained(loss, tokens_BS1, row.micro_batches) for loss in (alone, spread))
     for name in MEANS:
         assert_close(torch.tensor(got.means_L[name]), torch.tensor(expected.means_L[name]), what=name)
     assert got.cross_entropy == pytest.approx(expected.cross_entropy, rel=1e-6)
     assert got.dropped_L == expected.dropped_L
     assert all(torch.equal(mine, all_) for mine, all_ in zip(got.loads_N, expected.loads_N, strict=True))
     if row.favourite is not None:
-        assert all(load_N[row.favourite] == BATCH * LENGTH for load_N in expected.loads_N)
+        assert all(load_N[row.favourite] == row.batch * LENGTH for load_N in expected.loads_N)
 
     # One sequence in all, so that some ranks that split the batch have none; then with one token a rank.
-    tokens_BS1 = all_tokens()
     fewest = groups.tensor_size if groups.context is None else LENGTH
     for few_BS1 in (tokens_BS1[:1], tokens_BS1[:1, : fewest + 1]):
         assert_close(
@@ -271,27 +296,42 @@ def test_outputs_losses_and_every_gradient_are_those_of_one_rank(problems, numbe
         assert problem is None, f"rank {rank}: {problem}"
 
 
+class Layout(NamedTuple):
+    sizes: dict[str, int]
+    zero_stage: int
+    reason: str
+    alone: int = 0  # the row of the same model on one rank
+
+
 RUNS = [
-    ({}, 1, "one rank"),
-    ({"tp": 2, "ep": 2}, 1, "tensor and expert parallel"),
-    ({"dp": 2, "etp": 2}, 2, "data and expert tensor parallel, ZeRO 2"),
-    ({"tp": 2, "cp": 2, "ep": 2, "etp": 2}, 2, "tensors, sequences and experts both ways, ZeRO 2"),
-    ({"pp": 2, "dp": 2, "ep": 2}, 2, "a pipeline of two, each stage's experts on two ranks, ZeRO 2"),
-    ({"pp": 2, "tp": 2, "ep": 2}, 0, "a pipeline of two tensor groups, ZeRO 0"),
-    ({"dp": 4, "ep": 2}, 3, "data and expert parallel, fully sharded"),
+    Layout({}, 1, "one rank"),
+    Layout({"tp": 2, "ep": 2}, 1, "tensor and expert parallel"),
+    Layout({"dp": 2, "etp": 2}, 2, "data and expert tensor parallel, ZeRO 2"),
+    Layout({"tp": 2, "cp": 2, "ep": 2, "etp": 2}, 2, "tensors, sequences and experts both ways, ZeRO 2"),
+    Layout({"pp": 2, "dp": 2, "ep": 2}, 2, "a pipeline of two, each stage's experts on two ranks, ZeRO 2"),
+    Layout({"pp": 2, "tp": 2, "ep": 2}, 0, "a pipeline of two tensor groups, ZeRO 0"),
+    Layout({"dp": 4, "ep": 2}, 3, "data and expert parallel, fully sharded"),
+    Layout({"tp": 2, "dp": 2, "ep": 2}, 3, "tensor, data and expert parallel, fully sharded"),
+    Layout({}, 1, "a pyramid on one rank", 8),
+    Layout({"dp": 4, "ep": 4}, 2, "a pyramid's layers on four ranks, two and one, ZeRO 2", 8),
+    Layout({"pp": 2, "dp": 2, "ep": 2}, 0, "a pyramid on two stages, ZeRO 0", 8),
+    Layout({"tp": 2, "dp": 2, "ep": 4}, 3, "a pyramid on tensor ranks, fully sharded", 8),
 ]
 # Who writes a checkpoint, who reads it.
 PAIRS = [*itertools.permutations(range(4), 2), (0, 4), (4, 0), (3, 4), (4, 3)]
-PAIRS += [(5, 3), (3, 5), (6, 4), (5, 6), (6, 0), (0, 6)]
+PAIRS += [(5, 3), (3, 5), (6, 4), (5, 6), (6, 0), (0, 6), (7, 4), (4, 7)]
+PAIRS += [(8, 9), (9, 10), (10, 11), (11, 9), (9, 8)]
 STEPS, HALF = 20, 10
 # Float32 sums in another order: about 1e-7 a step, growing with the steps.
 SAME_LOSS, SAME_NORM = 3e-6, 3e-5
 
 
-def run_model() -> ModelConfig:
+def run_model(pyramid: bool) -> ModelConfig:
     """Something of each kind: whole and split weights, biases that no gradient moves, dropped slots."""
     moe = {"gate_mode": "sigmoid", "selection_bias": True, "capacity": {"factor": 1.0}, "shared": {"hidden_size": 24}}
-    return ModelConfig(**tiny_model(layers=2, moe=moe, dense_layers=(), tie_embeddings=True).model_dump())
+    if pyramid:
+        return tiny_model(layers=3, moe=moe | {"ffn_experts": [4, 6, 3], "gating_residual": False})
+    return tiny_model(layers=2, moe=moe, tie_embeddings=True)
 
 
 class Job(NamedTuple):
@@ -313,10 +353,10 @@ def run_jobs(jobs: list[Job]) -> list[Result]:
 
     results = []
     for job in jobs:
-        sizes, stage, _ = RUNS[job.row]
+        sizes, stage, _, alone = RUNS[job.row]
         often = {"validate_every": STEPS, "checkpoint_every": HALF, "keep_checkpoints": 3}
         config = tiny_training(steps=STEPS, micro_batch_size=4, zero_stage=stage, gradient_clipping=0.5, **often)
-        records = train(job.run_dir, ParallelSizes(**sizes), run_model(), config, job.resume_from)
+        records = train(job.run_dir, ParallelSizes(**sizes), run_model(alone > 0), config, job.resume_from)
         norms = [record["grad_norm"] for record in records if record["kind"] == "step"]
         results.append(Result(losses(records), norms))
         parallel_state.destroy_model_parallel()
@@ -326,8 +366,8 @@ def run_jobs(jobs: list[Job]) -> list[Result]:
 def run_all(jobs: list[Job]) -> dict[Job, Result]:
     """What rank 0 tells of each; those of one world size by one set of processes."""
     results = {}
-    for world in sorted({ParallelSizes(**RUNS[job.row][0]).world_size for job in jobs}):
-        mine = [job for job in jobs if ParallelSizes(**RUNS[job.row][0]).world_size == world]
+    for world in sorted({ParallelSizes(**RUNS[job.row].sizes).world_size for job in jobs}):
+        mine = [job for job in jobs if ParallelSizes(**RUNS[job.row].sizes).world_size == world]
         results.update(zip(mine, run_ranks(run_jobs, world, mine, timeout=600)[0], strict=True))
     return results
 
@@ -353,9 +393,12 @@ def runs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Pat
     return [(job.run_dir, results[job]) for job in jobs]
 
 
-@pytest.mark.parametrize("row", range(1, len(RUNS)), ids=[reason for *_, reason in RUNS[1:]])
+SPREAD = [row for row, layout in enumerate(RUNS) if layout.alone != row]
+
+
+@pytest.mark.parametrize("row", SPREAD, ids=[RUNS[row].reason for row in SPREAD])
 def test_a_run_has_the_losses_and_norms_of_one_rank(runs, row):
-    (_, alone), (_, spread) = runs[0], runs[row]
+    (_, alone), (_, spread) = runs[RUNS[row].alone], runs[row]
     assert len(alone.losses) == STEPS
     assert max(alone.norms) > 0.5, "clipping is not active"
     assert spread.losses == pytest.approx(alone.losses, rel=SAME_LOSS)
@@ -374,7 +417,7 @@ def resumed(data: Path, runs: list[tuple[Path, Result]], tmp_path_factory: pytes
     return {pair: results[job] for pair, job in jobs.items()}
 
 
-@pytest.mark.parametrize("writer, reader", PAIRS, ids=[f"{RUNS[w][2]} -> {RUNS[r][2]}" for w, r in PAIRS])
+@pytest.mark.parametrize("writer, reader", PAIRS, ids=[f"{RUNS[w].reason} -> {RUNS[r].reason}" for w, r in PAIRS])
 def test_any_layout_goes_on_from_what_any_other_saved(runs, resumed, writer, reader):
     whole, second_half = runs[writer][1], resumed[writer, reader]
     assert second_half.losses == pytest.approx(whole.losses[HALF:], rel=SAME_LOSS)

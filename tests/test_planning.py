@@ -30,6 +30,16 @@ def test_json():
     assert result["check"]["ranks"] == [0, 1, 2, 3] and min(result["check"]["calls"].values()) > 0
 
 
+def test_groups_of_a_pyramid():
+    words = ["parallel.dp=4", "parallel.ep=4", "model.moe.ffn_experts=[4,6,8,1]", "model.moe.gating_residual=false"]
+    code, out, err = run(*words, "train.batch_size=8", "--rank", "3", "--check", "--json")
+    assert code == 0, err
+    groups = json.loads(out)["groups"]
+    assert groups["expert"] == [0, 1, 2, 3] and "expert_data" not in groups
+    assert (groups["expert, 6 experts"], groups["expert_data, 6 experts"]) == ([2, 3], [1, 3])
+    assert (groups["expert, 1 experts"], groups["expert_data, 1 experts"]) == ([3], [0, 1, 2, 3])
+
+
 def test_lines():
     code, out, _ = run(*PIPELINE, "--check")
     assert code == 0 and "4 ranks rehearsed" in out and "rank 0 pipeline: [0, 2]" in out

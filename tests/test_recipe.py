@@ -18,6 +18,12 @@ WRONG = [
     ),
     ("an unknown section", ["banana.x=1"], "unknown key banana; known keys: name, about, run_dir, start_from"),
     ("experts that ep does not divide", ["model.moe.ffn_experts=7"], "model.moe.ffn_experts=7: parallel.ep=2 does not"),
+    (
+        "a pyramid of which ep divides nothing",
+        ["parallel.dp=4", "parallel.ep=4", "model.moe.ffn_experts=[2,6,2,6]", "model.moe.gating_residual=false"],
+        "model.moe.ffn_experts=[2, 6, 2, 6]: parallel.ep=4 does not divide any of them; "
+        "take a multiple of 4 experts, or ep one of [1, 2]",
+    ),
     ("nowhere to move", ["parallel.ep=1", "train.rebalance_every=5"], "train.rebalance_every=5: with parallel.ep=1"),
     (
         "copies of experts that are everywhere",

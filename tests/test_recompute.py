@@ -11,7 +11,7 @@ from tiny import tiny_model, training_step
 from expertmesh.parallel.all_to_all import Traffic
 from expertmesh.parallel.dispatchers import AllToAllDispatcher, Dispatcher, LocalDispatcher
 from expertmesh.parallel.groups import Groups
-from expertmesh.system.model.transformer import Transformer
+from expertmesh.system.model.transformer import Transformer, shards
 from expertmesh.system.model.weights import initialise
 from expertmesh.system.train.loss import LanguageModelLoss
 from expertmesh.system.train.recompute import counting_kept, recompute
@@ -28,7 +28,7 @@ LENGTH = 16
 
 def step(what, config, dispatcher: Dispatcher, groups: Groups, sequences: range):
     """The loss of a batch, all gradients, and how many bytes were kept."""
-    model = Transformer(config, groups.expert_rank, groups.expert_size)
+    model = Transformer(config, shards(config, groups.expert_rank, groups.expert_size))
     initialise(model, seed=1, standard_deviation=0.2)
     recompute(model, what)
     loss = LanguageModelLoss(model, dispatcher, groups)

@@ -20,6 +20,7 @@ from expertmesh.system.train.passes import Passes
 from expertmesh.system.train.tally import tally
 
 MODEL = tiny_model(layers=4, tie_embeddings=True)
+PYRAMID = tiny_model(layers=4, moe={"ffn_experts": [4, 6, 3, 1], "gating_residual": False})
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
 LAYOUTS = [
@@ -28,14 +29,16 @@ LAYOUTS = [
     ({"tp": 2, "etp": 2}, "tensors of both kinds"),
     ({"pp": 2, "interleave": 2}, "the next stage is the one before"),
     ({"pp": 2, "tp": 2, "dp": 2, "ep": 2}, "eight ranks"),
+    ({"tp": 2, "dp": 2, "ep": 4}, "experts once on a stage"),
 ]
 
 
 @pytest.mark.parametrize("zero_stage", [1, 3])
+@pytest.mark.parametrize("model", [MODEL, PYRAMID], ids=["one degree", "a pyramid"])
 @pytest.mark.parametrize("sizes, reason", LAYOUTS, ids=[reason for _, reason in LAYOUTS])
-def test_ranks_agree(sizes, reason, zero_stage):
+def test_ranks_agree(sizes, reason, model, zero_stage):
     layout = ParallelSizes(**sizes)
-    orders = {rank: calls_of(rank, layout, MODEL, 4, 8, zero_stage) for rank in to_rehearse(layout)}
+    orders = {rank: calls_of(rank, layout, model, 4, 8, zero_stage) for rank in to_rehearse(layout)}
     assert play(orders) is None
     # Fully sharded, a rank alone takes its norm's sum over itself.
     assert all(orders.values()) == (layout.world_size > 1 or zero_stage == 3)

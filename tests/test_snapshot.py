@@ -25,7 +25,7 @@ from expertmesh.parallel.optimizer import AdamState
 from expertmesh.system.model import checkpoint
 from expertmesh.system.model.attention_config import AttentionConfig
 from expertmesh.system.model.checkpoint import CheckpointError, load_weights, read_config
-from expertmesh.system.model.transformer import Transformer
+from expertmesh.system.model.transformer import Transformer, shards
 from expertmesh.system.model.weights import initialise, weights
 from expertmesh.system.train import snapshot
 from expertmesh.system.train.snapshot import (
@@ -64,7 +64,7 @@ class Optimizer:
 
 @functools.cache
 def model_of(rank: int = 0, size: int = 1, seed: int = 1) -> Transformer:
-    model = Transformer(CONFIG, rank, size)
+    model = Transformer(CONFIG, shards(CONFIG, rank, size))
     initialise(model, seed, 0.3)
     return model
 
@@ -154,7 +154,7 @@ def test_any_layout_reads_what_any_wrote(tmp_path, tokenizer, monkeypatch, ranks
         len(list(folder.glob("model-*"))) == len(list(folder.glob("training/optimizer-*.safetensors"))) == expert_size
     )
     for rank, size in ((0, 1), (1, 2), (2, 3)):
-        model, expected, optimizer = Transformer(CONFIG, rank, size), model_of(rank, size), Optimizer()
+        model, expected, optimizer = Transformer(CONFIG, shards(CONFIG, rank, size)), model_of(rank, size), Optimizer()
         load_weights(model, folder)
         load_optimizer(folder, run_state(2), model, optimizer)  # type: ignore[arg-type]
         for parameter, wanted in zip(model.parameters(), expected.parameters(), strict=True):

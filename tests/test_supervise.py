@@ -26,6 +26,8 @@ from expertmesh.system.train.trainer import Record
 class Script:
     """A crew that acts by the epoch: each has rounds of (who leaves, who beats)."""
 
+    starts_workers = True
+
     def __init__(self, *epochs: list[tuple[list[Left], list[Beat]]]) -> None:
         self._epochs = [list(rounds) for rounds in epochs]
         self.formed: list[tuple[Epoch, tuple[int, ...]]] = []
@@ -225,11 +227,19 @@ def test_a_request_that_cannot_be_met_is_told_and_changes_nothing(first, request
 
 def test_ranks_that_somebody_else_has_started_stay_as_many(first):
     (first.recipe.run_folder / REQUEST).write_text('{"experts_parallel": 4}')
-    place = first.recipe.cluster.model_copy(update={"launcher": "environment"})
     crew = Script([WORK, END])
-    run(first._replace(recipe=first.recipe.model_copy(update={"cluster": place})), crew)
+    crew.starts_workers = False
+    run(first, crew)
     (why,) = [event["why"] for event in read_events(first.recipe.run_folder) if event["what"] == "not resized"]
     assert why == "whoever started the workers says how many there are: stop the job, and start it with others"
+
+
+def test_ranks_that_somebody_else_has_started_are_not_started_anew(first):
+    crew = Script([WORK, LOSS])
+    crew.starts_workers = False
+    with pytest.raises(JobFailed, match="trainer 1"):
+        run(first, crew)
+    assert len(crew.formed) == 1
 
 
 def test_a_request_to_stop(first):

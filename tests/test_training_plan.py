@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 from expertmesh.kernels.device import Device
 from expertmesh.parallel.groups import build_groups
 from expertmesh.parallel.sizes import ParallelSizes
+from expertmesh.system.model.config import ModelConfig
 from expertmesh.system.model.experts import RoutedExperts
 from expertmesh.system.model.tensor_parallel import SplitEmbedding
 from expertmesh.system.plan.rehearsal import calls_of
@@ -63,9 +64,9 @@ def test_bytes_are_those_that_a_rank_asks_to_send(sizes, reason, model):
         assert plan.sent_bytes["context"] == 4 * (layout.cp - 1) * (gathered + scattered // layout.cp)
 
 
-def trained(run_dir, sizes: ParallelSizes, train: TrainConfig) -> dict[str, int]:
-    groups = build_groups(sizes)
-    trainer = Trainer(MODEL, train, run_dir, groups, Device("cpu", "gloo"), {}, None, dispatch=sizes.dispatch)
+def trained(run_dir, sizes: ParallelSizes, train: TrainConfig, model: ModelConfig = MODEL) -> dict[str, int]:
+    groups = build_groups(sizes, model.moe.experts_of_layers)
+    trainer = Trainer(model, train, run_dir, groups, Device("cpu", "gloo"), {}, None, dispatch=sizes.dispatch)
     records: list[Record] = []
     trainer.run(records.append)
     (step,) = [record for record in records if record["kind"] == "step"]
@@ -81,21 +82,32 @@ def trained(run_dir, sizes: ParallelSizes, train: TrainConfig) -> dict[str, int]
     }
 
 
-def test_four_real_ranks(tmp_path):
+# Experts of one layer on both ranks of a stage, of the other on each; and on four, two and one.
+STEEP = tiny_model(layers=4, moe={"ffn_experts": [3, 4, 2, 5], "gating_residual": False})
+REAL = [
+    (MODEL, {"pp": 2, "dp": 2, "ep": 2}, "two stages"),
+    (STEEP, {"pp": 2, "dp": 2, "ep": 2}, "two stages of a pyramid"),
+    (STEEP, {"dp": 4, "ep": 4}, "a pyramid's layers"),
+]
+
+
+@pytest.mark.parametrize("model, sizes, reason", REAL, ids=[reason for *_, reason in REAL])
+def test_four_real_ranks(tmp_path, model, sizes, reason):
     prepare_tiny_data(tmp_path)
-    sizes, train = ParallelSizes(pp=2, dp=2, ep=2), tiny_training(steps=1, micro_batch_size=4, warmup_steps=0)
-    plans = plan_training(MODEL, sizes, train)
+    sizes, train = ParallelSizes(**sizes), tiny_training(steps=1, micro_batch_size=4, warmup_steps=0)
+    plans = plan_training(model, sizes, train)
     (tmp_path / "run").mkdir()
     shutil.move(tmp_path / "data", tmp_path / "run" / "data")
-    ranks = run_ranks(trained, 4, tmp_path / "run", sizes, train)
+    ranks = run_ranks(trained, 4, tmp_path / "run", sizes, train, model)
     for rank, real in enumerate(ranks):
-        plan = plans[rank // 2]
+        plan = plans[rank // sizes.stage_size]
         assert real["weights"] == plan.weight_bytes
         # DeepSpeed rounds a partition up to a few numbers.
-        assert real["masters"] + real["moments"] == pytest.approx(plan.optimizer_bytes * 3 / 4, abs=6 * 3 * 4 * 8)
+        assert real["masters"] + real["moments"] == pytest.approx(plan.optimizer_bytes * 3 / 4, abs=10 * 3 * 4 * 8)
         # Experts are not chosen quite evenly yet.
-        assert real["dispatch"] == pytest.approx(sum(p.sent_bytes["dispatch"] for p in plans) * 2, rel=0.1)
-        assert real["pipeline"] == 2 * sum(p.sent_bytes["pipeline"] for p in plans)
+        dispatch = sum(p.sent_bytes["dispatch"] for p in plans) * sizes.stage_size
+        assert real["dispatch"] == pytest.approx(dispatch, rel=0.1)
+        assert real["pipeline"] == sizes.stage_size * sum(p.sent_bytes["pipeline"] for p in plans)
     assert {plan.sent_bytes["tensor"] for plan in plans} == {0}
 
 

@@ -15,7 +15,7 @@ from twin import transformer as transformer_twin
 from expertmesh.kernels.rows import Rows
 from expertmesh.parallel.placement import Placement, shard_sizes
 from expertmesh.system.model.config import ModelConfig
-from expertmesh.system.model.transformer import ExpertPool, Transformer
+from expertmesh.system.model.transformer import ExpertPool, Transformer, shards
 from expertmesh.system.model.weights import initialise, weights
 
 SEQUENCES = [[3, 1, 4, 1, 5, 9], [2, 7, 1, 8, 2, 8]]
@@ -86,7 +86,7 @@ def test_no_tokens():
 def test_each_rank_holds_its_part_of_the_experts(size, held):
     config = tiny_model()
     with torch.device("meta"):
-        models = [Transformer(config, rank, size) for rank in range(max(size, 1))]
+        models = [Transformer(config, shards(config, rank, size)) for rank in range(max(size, 1))]
     assert [len(model.layers[0].mlp.experts.gate_up) for model in models] == held
     assert size == 0 or held == shard_sizes(4, size)
 
@@ -96,7 +96,7 @@ def test_expert_pool_is_the_ffn_half_of_the_model():
     rows_RD = torch.randn(6, 32, generator=torch.Generator().manual_seed(0))
     counts_E = torch.tensor([3, 3])
     for rank in range(2):
-        model, pool = Transformer(config, rank, 2), ExpertPool(config, rank, 2)
+        model, pool = Transformer(config, shards(config, rank, 2)), ExpertPool(config, rank, 2)
         for module in (model, pool):
             initialise(module, 1, 0.2)
         names = [{n for w in weights(m) if w.is_expert for n in w.split(w.parameter)} for m in (model, pool)]

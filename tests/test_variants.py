@@ -26,7 +26,7 @@ from expertmesh.parallel.groups import Groups
 from expertmesh.system.model.checkpoint import open_checkpoint
 from expertmesh.system.model.config import ModelConfig
 from expertmesh.system.model.context import TrainingStep
-from expertmesh.system.model.transformer import Transformer
+from expertmesh.system.model.transformer import Transformer, shards
 from expertmesh.system.model.weights import initialise, weights
 from expertmesh.system.serve.config import ServeConfig
 from expertmesh.system.serve.request import Request, Sampling
@@ -144,7 +144,7 @@ EACH = pytest.mark.parametrize(
 
 
 def made(config: ModelConfig, rank: int = 0, size: int = 1) -> Transformer:
-    model = Transformer(config, rank, size)
+    model = Transformer(config, shards(config, rank, size))
     initialise(model, seed=5, standard_deviation=0.2)
     for layer in config.moe_layers:
         bias = model.layers[layer].mlp.gate.e_score_correction_bias

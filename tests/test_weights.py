@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny import tiny_model
 
-from expertmesh.system.model.transformer import ExpertPool, Transformer
+from expertmesh.system.model.transformer import ExpertPool, Transformer, shards
 from expertmesh.system.model.weights import initialise, weights
 
 CONFIG = tiny_model()
@@ -17,7 +17,7 @@ def by_name(module: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def initialised(rank: int = 0, size: int = 1, seed: int = 5) -> Transformer:
-    model = Transformer(CONFIG, rank, size)
+    model = Transformer(CONFIG, shards(CONFIG, rank, size))
     initialise(model, seed, 0.02)
     return model
 
@@ -107,7 +107,7 @@ def test_split_views_write_through():
 
 def test_split_follows_a_tensor_shaped_like_the_parameter():
     """Optimizer moments and gradients have the same names."""
-    model = Transformer(CONFIG, 1, 2)
+    model = Transformer(CONFIG, shards(CONFIG, 1, 2))
     for weight in weights(model):
         moments = torch.arange(weight.parameter.numel()).view_as(weight.parameter)
         views, own = weight.split(moments), weight.split(weight.parameter)

@@ -21,7 +21,7 @@ from expertmesh.parallel.rebalance import Decision
 from expertmesh.parallel.sizes import ParallelSizes
 from expertmesh.parallel.whereabouts import HERE, Place, inside
 from expertmesh.system.model.tensor_parallel import parallel_transformer
-from expertmesh.system.model.transformer import Transformer
+from expertmesh.system.model.transformer import Transformer, shards
 from expertmesh.system.plan.rehearsal import calls_of
 from expertmesh.system.train import snapshot
 from expertmesh.system.train.rebalancing import Rebalancing
@@ -150,7 +150,7 @@ def test_moves_of_experts(way):
     config, asked = tiny_model(layers=2), list[Place]()
 
     def move(group: dist.ProcessGroup) -> list[Decision]:
-        rebalancing = Rebalancing(Transformer(config, group.rank(), 2), Groups(expert=group))
+        rebalancing = Rebalancing(Transformer(config, shards(config, group.rank(), 2)), Groups(expert=group))
         rebalancing.count([torch.tensor([9, 9, 0, 0] + [0] * config.moe.zero_computation_experts)] * 2)
         return rebalancing.rebalance(Optimizer(asked), 10**6)  # type: ignore[arg-type]
 

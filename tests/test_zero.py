@@ -15,9 +15,9 @@ from expertmesh.parallel.dispatchers import AllToAllDispatcher, LocalDispatcher
 from expertmesh.parallel.groups import Groups, build_groups
 from expertmesh.parallel.optimizer import AdamState, TrainingOptimizer
 from expertmesh.parallel.sizes import ParallelSizes
-from expertmesh.parallel.zero import build_zero
+from expertmesh.parallel.zero import Alike, build_zero
 from expertmesh.system.model.config import ModelConfig
-from expertmesh.system.model.transformer import Transformer
+from expertmesh.system.model.transformer import Transformer, shards
 from expertmesh.system.model.weights import initialise, weights
 from expertmesh.system.train.loss import LanguageModelLoss
 
@@ -31,7 +31,7 @@ def batch(step: int) -> torch.Tensor:
 
 
 def loss_of(config: ModelConfig, groups: Groups) -> LanguageModelLoss:
-    model = Transformer(config, groups.expert_rank, groups.expert_size)
+    model = Transformer(config, shards(config, groups.expert_rank, groups.expert_size))
     initialise(model, seed=1, standard_deviation=0.1)
     dispatcher = AllToAllDispatcher(groups.expert, Traffic()) if groups.expert else LocalDispatcher()
     return LanguageModelLoss(model, dispatcher, groups)
@@ -67,11 +67,12 @@ class Reference:
 
 
 def zero_of(loss: LanguageModelLoss, stage: int) -> TrainingOptimizer:
-    expert_parameters = [w.parameter for w in weights(loss.model) if w.is_expert]
+    experts = [w.parameter for w in weights(loss.model) if w.is_expert]
     replicated = [w.parameter for w in weights(loss.model) if not w.is_expert]
+    alike = [Alike("experts", experts, loss.groups.expert_data), Alike("replicated", replicated, loss.groups.token)]
     decayed = [w.parameter for w in weights(loss.model) if w.is_matrix]
     settings = {"gradient_clipping": CLIPPING, "weight_decay": DECAY, "betas": BETAS}
-    return build_zero(loss, expert_parameters, replicated, decayed, stage=stage, **settings)
+    return build_zero(loss, alike, decayed, stage=stage, **settings)
 
 
 def make_step(loss: LanguageModelLoss, zero: TrainingOptimizer, step: int) -> float:

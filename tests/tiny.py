@@ -79,7 +79,7 @@ def train(
     begin_with: Checkpoint | None = None,
 ) -> list[Record]:
     """One rank of a training run over the default process group; returns its records."""
-    groups = build_groups(sizes)
+    groups = build_groups(sizes, model.moe.experts_of_layers)
     records: list[Record] = []
     settings = {"model": model.model_dump(mode="json")}
     trainer = Trainer(model, config, run_dir, groups, Device("cpu", "gloo"), settings, resume_from, begin_with)

@@ -1,7 +1,8 @@
 """`expertmesh bench cluster`: what a lost worker costs, a cold start, checkpoints, and a slow link.
 
     recovery     a job of two workers on a Ray of its own, one of which is killed: with a spare, and without
-    checkpoint   one process writes and reads a state as we do, and as torch.distributed.checkpoint does
+    checkpoint   one process writes and reads a state as we do, and as torch.distributed.checkpoint does; and reads the
+                 part that one of two expert-parallel ranks goes on with
     saving       steps with a save after each, beside steps without
     first step   from `submit`, or `train`, to the first step (first_step.py)
     network      exchanges of expert rows between emulated nodes (slow_link.py), where the machine can
@@ -21,7 +22,8 @@ import shutil
 import signal
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -89,7 +91,7 @@ def bench_cluster(case: ClusterCase, say: Say) -> Iterator[list[Row]]:
     """The rows of one table after another. Every row has `table`, `what` and `rounds`.
 
     recovery      `noticed_seconds, reformed_seconds, step_seconds`, all from the kill, and `lost_steps`: made twice
-    checkpoint    `bytes` on disk, `write_seconds, read_seconds`, and `write_ratio, read_ratio`: speeds beside ours
+    checkpoint    `bytes` on disk, `write_seconds, read_seconds, part_seconds`, and speeds beside ours, `write_ratio`...
     saving        `seconds` of a step, and `ratio`: its speed beside a step without saving
     first step    `seconds` until then
     network       see `bench_slow_link`; no table where nodes cannot be emulated, which is said
@@ -260,6 +262,7 @@ def _checkpoint(case: ClusterCase, tokens: Path, folder: Path) -> list[Row]:
     import torch.distributed.checkpoint as dcp
 
     from expertmesh.system.model.checkpoint import load_weights
+    from expertmesh.system.model.transformer import Transformer, shards
     from expertmesh.system.model.weights import weights
     from expertmesh.system.train.snapshot import RunState, Saver, last_whole, load_optimizer
 
@@ -272,6 +275,10 @@ def _checkpoint(case: ClusterCase, tokens: Path, folder: Path) -> list[Row]:
             state["weights"][name] = tensor
         for kind, moment in trainer.zero.state(weight.parameter)._asdict().items():
             state[kind].update(weight.split(moment))
+    config = trainer.model.config
+    part = Transformer(config, shards(config, 0, 2))
+    held = {name for weight in weights(part) for name in weight.split(weight.parameter)}
+    state_of_part = {kind: {name: state[kind][name] for name in held} for kind in state}
     step = 1
     with Saver(run_folder, trainer.groups, run_folder / "data" / "tokenizer", 1, lambda *_: None) as saver:
 
@@ -279,36 +286,48 @@ def _checkpoint(case: ClusterCase, tokens: Path, folder: Path) -> list[Row]:
             saver.save(RunState(step, trainer.state.settings), trainer.model, trainer.zero)
             saver.wait()
 
-        def read() -> None:
+        def read(model: Transformer, zero: Any) -> None:
             whole, _ = last_whole(run_folder)
             assert whole is not None
-            load_weights(trainer.model, whole)
-            load_optimizer(whole, trainer.state, trainer.model, trainer.zero)
+            load_weights(model, whole)
+            load_optimizer(whole, trainer.state, model, zero)
 
-        calls: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
-            OURS: (write, read),
-            TORCH: (lambda: dcp.save(state, checkpoint_id=theirs), lambda: dcp.load(state, checkpoint_id=theirs)),
+        calls: dict[str, tuple[Callable[[], Any], ...]] = {
+            OURS: (write, lambda: read(trainer.model, trainer.zero), lambda: read(part, _MomentsRead())),
+            TORCH: (
+                lambda: dcp.save(state, checkpoint_id=theirs),
+                lambda: dcp.load(state, checkpoint_id=theirs),
+                lambda: dcp.load(state_of_part, checkpoint_id=theirs),
+            ),
         }
-        written, got = ({what: list[float]() for what in calls} for _ in range(2))
+        seconds = {what: [list[float]() for _ in each] for what, each in calls.items()}
         for step in range(1, case.rounds + 2):
             for what in sorted(calls, reverse=step % 2 == 0):
                 taken = [_seconds(call) for call in calls[what]]
                 if step > 1:  # the first warms up
-                    written[what].append(taken[0])
-                    got[what].append(taken[1])
+                    for kept, one in zip(seconds[what], taken, strict=True):
+                        kept.append(one)
     return [
         {
             "table": "checkpoint",
             "what": what,
             "bytes": sum(path.stat().st_size for path in where.rglob("*") if path.is_file()),
-            "write_seconds": median(written[what]),
-            "write_ratio": speed(written[what], written[OURS]),
-            "read_seconds": median(got[what]),
-            "read_ratio": speed(got[what], got[OURS]),
             "rounds": case.rounds,
+        }
+        | {
+            key: figure
+            for done, mine, ours in zip(("write", "read", "part"), seconds[what], seconds[OURS], strict=True)
+            for key, figure in ((f"{done}_seconds", median(mine)), (f"{done}_ratio", speed(mine, ours)))
         }
         for what, where in ((OURS, run_folder / "checkpoint"), (TORCH, theirs))
     ]
+
+
+class _MomentsRead:
+    """Takes what `load_optimizer` reads for an optimizer that is not there."""
+
+    def load_state(self, states: Iterable[Any], steps: int) -> None:
+        deque(states, maxlen=0)
 
 
 def _seconds(call: Callable[[], Any]) -> float:

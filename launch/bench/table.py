@@ -102,6 +102,8 @@ CLUSTER_TABLES: dict[str, tuple[str, tuple[tuple[str, str, float], ...]]] = {
             ("speed", "write_ratio", 1),
             ("read, ms", "read_seconds", 1e3),
             ("speed", "read_ratio", 1),
+            ("a part, ms", "part_seconds", 1e3),
+            ("speed", "part_ratio", 1),
         ),
     ),
     "saving": ("a step, on one rank", (("ms", "seconds", 1e3), ("speed", "ratio", 1))),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import nn
@@ -118,7 +118,7 @@ class Elsewhere(nn.Module):
     """Stands where another pipeline rank has a part of the model, so that names and numbers are those of the whole."""
 
 
-def build_blocks(config: ModelConfig, shards: list[range], held: Collection[int]) -> nn.ModuleList:
+def build_blocks(config: ModelConfig, shards: Sequence[range], held: Collection[int]) -> nn.ModuleList:
     """The blocks of layers `held`, each at its place; `shards` are the FFN experts of each layer that are held here."""
     blocks: list[nn.Module] = []
     depth, router = config.depth, None

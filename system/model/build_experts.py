@@ -21,6 +21,12 @@ from expertmesh.system.model.structured_experts import StructuredExperts
 
 def build_experts(config: MoEConfig, hidden_size: int, shard: Sequence[int]) -> RoutedExperts:
     """The FFN experts of `shard` of a layer of `config`; weights are uninitialised."""
+    experts = _of_kind(config, hidden_size, shard)
+    experts.experts_of_layer = config.ffn_experts
+    return experts
+
+
+def _of_kind(config: MoEConfig, hidden_size: int, shard: Sequence[int]) -> RoutedExperts:
     expert = config.expert
     if isinstance(expert, SwiGLUConfig):
         if config.quantization:

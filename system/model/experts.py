@@ -31,6 +31,9 @@ class RoutedExperts(nn.Module):
 
     PARTS: ClassVar[dict[str, tuple[str, ...]]]
 
+    experts_of_layer: int
+    """How many FFN experts the layer has on all ranks; `build_experts` says it."""
+
     def __init__(self, shard: Sequence[int]) -> None:
         super().__init__()
         self.shard = shard

@@ -125,6 +125,11 @@ class MoEConfig(RecipeSection):
     z_loss_weight: float = Field(0.0, ge=0, description="of the squared log-sum-exp of the router's logits")
 
     @property
+    def experts_of_layers(self) -> tuple[int, ...]:
+        """FFN experts of each MoE layer; of all, where they are alike."""
+        return self.pyramid or (self.ffn_experts,)
+
+    @property
     def zero_computation_experts(self) -> int:
         return self.constant_experts + self.copy_experts + self.zero_experts
 
@@ -166,7 +171,7 @@ class MoEConfig(RecipeSection):
 
     @model_validator(mode="after")
     def _choices_are_possible(self) -> MoEConfig:
-        fewest = min(self.pyramid, default=self.ffn_experts) + self.zero_computation_experts
+        fewest = min(self.experts_of_layers) + self.zero_computation_experts
         if self.top_k > fewest:
             raise ValueError(f"top_k={self.top_k} is more than all {fewest} experts of a layer")
         if self.pyramid and self.ffn_experts != max(self.pyramid):
@@ -201,7 +206,7 @@ class MoEConfig(RecipeSection):
         if self.groups is None:
             return self
         count, chosen = self.groups.count, self.groups.chosen
-        for experts in {layer + self.zero_computation_experts for layer in self.pyramid or (self.ffn_experts,)}:
+        for experts in {layer + self.zero_computation_experts for layer in self.experts_of_layers}:
             if experts % count or experts // count < 2:
                 raise ValueError(f"groups.count={count} must cut {experts} experts into equal groups of 2 or more")
             if chosen > count or chosen * (experts // count) < self.top_k:

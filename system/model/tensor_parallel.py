@@ -29,6 +29,7 @@ from torch import nn
 
 from expertmesh.parallel.groups import Groups
 from expertmesh.parallel.pipeline import runs_of_layers
+from expertmesh.parallel.placement import expert_shard
 from expertmesh.parallel.shard import Shard, mark
 from expertmesh.parallel.sizes import ParallelSizes, divisors
 from expertmesh.parallel.token_split import TokenSplit
@@ -64,13 +65,23 @@ def parallel_transformer(config: ModelConfig, groups: Groups) -> Transformer:
     narrow = _narrow(config, groups.tensor_size, groups.expert_tensor_size)
     stages = groups.pipeline_size * groups.interleave
     runs = runs_of_layers(config.layers, stages)[groups.pipeline_rank :: groups.pipeline_size]
-    model = Transformer(narrow, groups.expert_rank, groups.expert_size, runs)
+    model = Transformer(narrow, _shards(config, groups), runs)
     model.config = config
     if groups.expert_tensor is not None:
         _mark_experts(model, groups)
     if groups.tensor is not None:
         _split_halves(model, groups)
     return model
+
+
+def _shards(config: ModelConfig, groups: Groups) -> list[range]:
+    """The FFN experts of each layer that a rank holds."""
+    held = [range(0)] * config.layers
+    for layer in config.moe_layers:
+        experts = config.moe_of(layer).ffn_experts
+        of_layer = groups.of_layer(experts)
+        held[layer] = expert_shard(experts, of_layer.expert_rank, of_layer.expert_size)
+    return held
 
 
 def check_split(config: ModelConfig, sizes: ParallelSizes) -> None:

@@ -40,14 +40,14 @@ class ModelOutput(NamedTuple):
 
 
 class Transformer(nn.Module):
-    """`expert_rank` of `expert_size` says which part of every layer's FFN experts is held here.
+    """`held`: which of each layer's FFN experts are held here, as `shards` gives them; None: all.
 
-    `expert_size` 0 holds none. `runs`: the layers held here; None: all. A tied embedding is held by the ranks of the
-    first and of the last run. Weights are uninitialised: `weights.initialise` or `checkpoint.load_weights` fills them.
+    `runs`: the layers held here; None: all. A tied embedding is held by the ranks of the first and of the last run.
+    Weights are uninitialised: `weights.initialise` or `checkpoint.load_weights` fills them.
     """
 
     def __init__(
-        self, config: ModelConfig, expert_rank: int = 0, expert_size: int = 1, runs: Sequence[range] | None = None
+        self, config: ModelConfig, held: Sequence[range] | None = None, runs: Sequence[range] | None = None
     ) -> None:
         super().__init__()
         assert config.vocab_size is not None, "the vocabulary is not known yet"
@@ -58,8 +58,8 @@ class Transformer(nn.Module):
             self.embed_tokens: nn.Module = nn.Embedding(config.vocab_size, config.hidden_size)
         else:
             self.embed_tokens = Elsewhere()
-        held = {layer for run in self.runs for layer in run}
-        self.layers = build_blocks(config, shards(config, expert_rank, expert_size), held)
+        layers = {layer for run in self.runs for layer in run}
+        self.layers = build_blocks(config, shards(config, 0, 1) if held is None else held, layers)
         self.norm = build_norm(config) if ends else Elsewhere()
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False) if ends else Elsewhere()
         if ends and config.tie_embeddings:

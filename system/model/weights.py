@@ -24,10 +24,14 @@ class Weight(NamedTuple):
 
     name: str  # of the parameter, in the module
     parameter: nn.Parameter
-    is_expert: bool
+    experts: int | None  # of routed experts: how many FFN experts their layer has on all ranks
     is_matrix: bool  # or a stack of them; vectors, such as norms and biases, are not decayed
     split: Split  # a tensor shaped like the parameter -> views of it by shared name
     shard: Shard  # which part of the full tensor of its name each of these views is
+
+    @property
+    def is_expert(self) -> bool:
+        return self.experts is not None
 
 
 def weights(model: nn.Module, prefix: str = "", but: Collection[nn.Module] = ()) -> Iterator[Weight]:
@@ -43,10 +47,10 @@ def weights(model: nn.Module, prefix: str = "", but: Collection[nn.Module] = ())
             told.add(id(parameter))
             full_name = f"{place}.{name}" if place else name
             if isinstance(module, RoutedExperts):
-                split = _expert_split(place, module.PARTS[name], module.shard)
-                yield Weight(full_name, parameter, True, parameter.ndim > 2, split, shard_of(parameter))
+                split, experts = _expert_split(place, module.PARTS[name], module.shard), module.experts_of_layer
+                yield Weight(full_name, parameter, experts, parameter.ndim > 2, split, shard_of(parameter))
             else:
-                yield Weight(full_name, parameter, False, parameter.ndim > 1, _whole(full_name), shard_of(parameter))
+                yield Weight(full_name, parameter, None, parameter.ndim > 1, _whole(full_name), shard_of(parameter))
 
 
 def _whole(name: str) -> Split:

@@ -56,7 +56,8 @@ def activation_bytes(model: ModelConfig, sizes: ParallelSizes, train: TrainConfi
         alike = tuple(_kind(model, run) for run in runs_of_layers(model.layers, sizes.stages)[stage :: sizes.pp])
         if alike not in known:
             with fake_world(stage * sizes.stage_size, sizes.world_size):
-                known[alike] = _of_runs(model, sizes, train, build_groups(sizes), per_rank)
+                groups = build_groups(sizes, model.moe.experts_of_layers)
+                known[alike] = _of_runs(model, sizes, train, groups, per_rank)
         found.append(_most_at_once(known[alike], stage, sizes, train.micro_batches))
     return found
 

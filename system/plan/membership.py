@@ -12,7 +12,10 @@ from expertmesh.parallel.sizes import ParallelSizes
 
 
 def members(sizes: ParallelSizes, rank: int) -> dict[str, list[int]]:
-    """The ranks of each group of `Groups` that `rank` is in, in order; those of one rank are left out."""
+    """The ranks of each group of `Groups` that `rank` is in, in order; those of one rank are left out.
+
+    Of layers with another expert degree: by the sizes that they have (`sizes.with_expert_degree`).
+    """
     dense = {"tensor": sizes.tp, "context": sizes.cp, "batch": sizes.dp, "pipeline": sizes.pp}
     copies = sizes.stage_size // (sizes.etp * sizes.ep)
     experts = {"expert_tensor": sizes.etp, "expert": sizes.ep, "expert_data": copies}

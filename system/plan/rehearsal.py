@@ -113,7 +113,7 @@ def calls_of(
 ) -> list[Call]:
     """What rank `rank` asks for in one update, with one sequence of `length` a data-parallel rank and micro-batch."""
     with fake_world(rank, sizes.world_size):
-        groups = build_groups(sizes)
+        groups = build_groups(sizes, model.moe.experts_of_layers)
         part = parallel_transformer(resized(model, narrowest(model, sizes)), groups)
         initialise(part, 0, 0.02)
         loss = LanguageModelLoss(part, build_dispatcher(groups, sizes.dispatch, Traffic(), "cpu"), groups)

@@ -30,9 +30,10 @@ and a step sends from a rank, M micro-batches of T tokens a data-parallel and co
                         Then 8 (m - 1)/m of each shard that m tensor ranks, or both ends of a pipeline, have: a sum
 
 Dispatch is an expectation: K of all N experts chosen evenly, zero-computation ones too, of which E/ep are on a rank.
-The ranks that a token goes to are then (ep - 1) (1 - C(N - E/ep, K) / C(N, K)). There is no count for an exchange by
-nodes, nor for the keys and values of other attentions than grouped ones. What train.recompute computes
-again crosses again, which is not counted; nor are copies of experts (train.expert_copies), which go by the load.
+The ranks that a token goes to are then (ep - 1) (1 - C(N - E/ep, K) / C(N, K)), with each layer's own ep. There is no
+count for an exchange by nodes, nor for the keys and values of other attentions than grouped ones. What train.recompute
+computes again crosses again, which is not counted; nor are copies of experts (train.expert_copies), which go by the
+load.
 
 Activations are not in here: activations.py counts them.
 
@@ -102,11 +103,8 @@ def plan_training(model: ModelConfig, sizes: ParallelSizes, train: TrainConfig) 
 
 
 def _plan_rank(model: ModelConfig, sizes: ParallelSizes, train: TrainConfig, stage: int) -> RankPlan:
-    rank = stage * sizes.stage_size
-    held_by = {name: _Members(ranks, rank) for name, ranks in members(sizes, rank).items()}
-    groups = Groups(rank=rank, interleave=sizes.interleave, **held_by)  # type: ignore[arg-type]
     with torch.device("meta"):
-        part = parallel_transformer(model, groups)
+        part = parallel_transformer(model, _groups(sizes, stage * sizes.stage_size, model.moe.experts_of_layers))
     held = _parameters(part, sizes, train)
     total = sum(parameter.numel() for parameter, _ in held)
     reduced = sum(FLOAT * parameter.numel() * (ranks - 1) / ranks for parameter, ranks in held)
@@ -139,6 +137,13 @@ def _plan_rank(model: ModelConfig, sizes: ParallelSizes, train: TrainConfig, sta
     )
 
 
+def _groups(sizes: ParallelSizes, rank: int, experts_of_layers: Iterable[int] = ()) -> Groups:
+    held_by = {name: _Members(ranks, rank) for name, ranks in members(sizes, rank).items()}
+    own = {each.ep: each for each in map(sizes.with_expert_degree, experts_of_layers) if each.ep < sizes.ep}
+    narrower = {degree: _groups(each, rank) for degree, each in own.items()}
+    return Groups(rank=rank, interleave=sizes.interleave, narrower=narrower, **held_by)  # type: ignore[arg-type]
+
+
 def _parameters(part: Transformer, sizes: ParallelSizes, train: TrainConfig) -> list[tuple[nn.Parameter, int]]:
     """Those of a rank that train, each with over how many ranks that hold the same it is reduced, and split."""
     found = []
@@ -146,8 +151,8 @@ def _parameters(part: Transformer, sizes: ParallelSizes, train: TrainConfig) -> 
         if not weight.parameter.requires_grad:
             continue
         ranks = sizes.cp * sizes.dp
-        if weight.is_expert:
-            ranks = sizes.stage_size // (sizes.etp * sizes.ep)
+        if weight.experts is not None:
+            ranks = sizes.stage_size // (sizes.etp * sizes.with_expert_degree(weight.experts).ep)
         elif train.zero_stage < 3:
             ranks *= _held_besides(weight, part, sizes)
         found.append((weight.parameter, ranks))
@@ -228,8 +233,9 @@ def _dispatch(part: Transformer, sizes: ParallelSizes, train: TrainConfig) -> in
         if any(layer in run for run in part.runs):
             moe = config.moe_of(layer)
             N, K = moe.num_experts, moe.top_k
-            wanted = (sizes.ep - 1) * (1 - math.comb(N - moe.ffn_experts // sizes.ep, K) / math.comb(N, K))
-            there = sizes.ep - 1 if dispatch.kind == "all_gather" else wanted
+            ep = sizes.with_expert_degree(moe.ffn_experts).ep
+            wanted = (ep - 1) * (1 - math.comb(N - moe.ffn_experts // ep, K) / math.comb(N, K))
+            there = ep - 1 if dispatch.kind == "all_gather" else wanted
             sent += there * (on_wire + FLOAT * (2 * K + 1)) + wanted * (3 * on_wire + FLOAT * K)
             sent += (sizes.etp - 1) * 4 * whole * K * moe.ffn_experts / N
     return round(sent * _tokens(sizes, train) / sizes.tp)

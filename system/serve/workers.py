@@ -32,7 +32,7 @@ from expertmesh.parallel.wire import WIRES
 from expertmesh.system.model.checkpoint import Checkpoint
 from expertmesh.system.model.gate import LinearGate, TwoLayerGate
 from expertmesh.system.model.router import Router
-from expertmesh.system.model.transformer import ExpertPool, Transformer
+from expertmesh.system.model.transformer import ExpertPool, Transformer, shards
 from expertmesh.system.serve.config import ServeConfig
 from expertmesh.system.serve.constraint import Constraints
 from expertmesh.system.serve.draft import build_drafter
@@ -108,7 +108,8 @@ class AttentionWorker:
         device = choose_device().name
         self._config, self._rank, self._store = config, rank, store
         self._shared = Shared(wire_layout(checkpoint, config, device), Turns(Timeline(trace)), Traffic())
-        model = held(Transformer(checkpoint.config, expert_size=0), checkpoint, device)  # while the pool loads, too
+        no_experts = shards(checkpoint.config, 0, 0)
+        model = held(Transformer(checkpoint.config, no_experts), checkpoint, device)  # while the pool loads, too
         self._present = _Linked(pool, self._link_up(pool))
         self._prepared: _Linked | None = None
         tokenizer = Tokenizer.load(checkpoint.folder)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Collection
 
 import torch
@@ -11,7 +11,7 @@ from torch import nn
 from expertmesh.parallel.fully_sharded import FullySharded, Units
 from expertmesh.parallel.optimizer import TrainingOptimizer
 from expertmesh.parallel.shard import WHOLE, mark, shard_of
-from expertmesh.parallel.zero import build_zero
+from expertmesh.parallel.zero import Alike, build_zero
 from expertmesh.system.model.experts import RoutedExperts
 from expertmesh.system.model.transformer import Transformer
 from expertmesh.system.model.weights import Weight, weights
@@ -31,19 +31,32 @@ def build_optimizer(loss: LanguageModelLoss, config: TrainConfig, device: str, f
     if config.zero_stage == 3:
         return _fully_sharded(loss, config, device, fill)
     fill(loss.model, "", ())
-    held, tied = list(weights(loss.model)), loss.model.tied_weight
     return build_zero(
         loss,
-        [weight.parameter for weight in held if weight.is_expert],
-        [weight.parameter for weight in held if _is_replicated(weight, loss.model)],
-        [weight.parameter for weight in held if weight.is_matrix],
-        tied_parameters=[] if tied is None else [tied],
-        ends=loss.groups.ends,
+        _held_alike(loss),
+        [weight.parameter for weight in weights(loss.model) if weight.is_matrix],
         stage=config.zero_stage,
         gradient_clipping=config.gradient_clipping,
         weight_decay=config.weight_decay,
         betas=config.adam_betas,
     )
+
+
+def _held_alike(loss: LanguageModelLoss) -> list[Alike]:
+    """All but dense weights that ranks with the same part of them hold, which split the batch or its sequences."""
+    groups, model = loss.groups, loss.model
+    experts = defaultdict[int, list[nn.Parameter]](list)  # by the degree of their layers
+    for weight in weights(model):
+        if weight.experts is not None:
+            experts[groups.of_layer(weight.experts).expert_size].append(weight.parameter)
+    # Ranks of a tensor group see different tokens, or heads.
+    replicated = [weight.parameter for weight in weights(model) if _is_replicated(weight, model)]
+    tied = [] if model.tied_weight is None else [model.tied_weight]
+    found = [Alike("replicated", replicated, groups.token), Alike("tied", tied, groups.ends)]
+    for of_layer in (groups, *groups.narrower.values()):
+        degree = of_layer.expert_size
+        found.append(Alike(f"experts on {degree} ranks", experts[degree], of_layer.expert_data))
+    return found
 
 
 def _fully_sharded(loss: LanguageModelLoss, config: TrainConfig, device: str, fill: Fill) -> FullySharded:
@@ -65,6 +78,7 @@ def _fully_sharded(loss: LanguageModelLoss, config: TrainConfig, device: str, fi
     return FullySharded(
         loss,
         units_of(model),
+        lambda experts: loss.groups.of_layer(experts.experts_of_layer).expert_data,
         device,
         begin,
         decayed=names(lambda weight: weight.is_matrix),

@@ -27,13 +27,14 @@ class Rebalancing:
     """`placements` says where the experts of each layer lie, for the dispatcher that brings rows there."""
 
     def __init__(self, model: Transformer, groups: Groups) -> None:
-        self.groups, self._hidden_size = groups, model.config.hidden_size
+        self._hidden_size = model.config.hidden_size
         # Layers that share their weights have one place for them, under the number of the first.
         self._owners = [model.layers[layer].mlp for layer in model.config.moe_layers]
         self._moe = {owner.experts_of_layer.layer: owner for owner in self._owners}
+        self._groups = {layer: groups.of_layer(moe.experts_of_layer.num_experts) for layer, moe in self._moe.items()}
         self.placements = {
-            layer: Placement.contiguous(owner.experts_of_layer.num_experts, groups.expert_size)
-            for layer, owner in self._moe.items()
+            layer: Placement.contiguous(moe.experts_of_layer.num_experts, self._groups[layer].expert_size)
+            for layer, moe in self._moe.items()
         }
         self._forget()
 
@@ -69,9 +70,10 @@ class Rebalancing:
         decision = decide(layer, load_E, self.placements[layer], prices)
         log.info("%s", decision)
         if decision.moves:
-            assert self.groups.expert is not None
+            groups = self._groups[layer]
+            assert groups.expert is not None
             with inside(f"layer {layer} moves of experts"):
-                move_experts(parameters, zero, decision.before, decision.after, self.groups.expert)
+                move_experts(parameters, zero, decision.before, decision.after, groups.expert)
             self.placements[layer] = decision.after
-            experts.shard = decision.after.held(self.groups.expert_rank)
+            experts.shard = decision.after.held(groups.expert_rank)
         return decision

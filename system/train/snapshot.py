@@ -179,7 +179,8 @@ class Saver:
                 held = zero.weight(weight.parameter)
                 # A frozen weight has no moments.
                 moments = zero.state(weight.parameter)._asdict() if weight.parameter.requires_grad else {}
-            if groups.expert_data_rank if weight.is_expert else groups.data_rank:
+            alone = groups.data_rank if weight.experts is None else groups.of_layer(weight.experts).expert_data_rank
+            if alone > 0:
                 continue  # another rank has the same
             if weight.parameter is model.tied_weight and groups.pipeline_rank:
                 continue

@@ -110,9 +110,13 @@ class Trainer:
             self.loss = LanguageModelLoss(self.model, dispatcher, groups, getattr(torch, config.dtype))
         self.copying: Copying | None = None
         if config.expert_copies and groups.expert is not None:
-            lane = build_weights_lane(groups.expert, dispatch, self.traffic, device.name)
+            lanes = {
+                of.expert: build_weights_lane(of.expert, dispatch, self.traffic, device.name)
+                for of in (groups, *groups.narrower.values())
+                if of.expert is not None
+            }
             placements = self.rebalancing.placements if self.rebalancing else None
-            self.copying = Copying(self.model, groups, config, dispatch, lane, placements)
+            self.copying = Copying(self.model, groups, config, dispatch, lanes, placements)
         recompute(self.model, config.recompute)
         self.kept: Kept | None = None  # by a forward, for its backward; measured once
         self.state = RunState(step=0, settings=settings)
