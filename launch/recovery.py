@@ -296,7 +296,10 @@ def _look_for_a_hang(state: JobState, now: float) -> tuple[JobState, list[Action
         note = Note({"what": "not saved", "epoch": state.epoch, "why": f"not done in grace_s={state.config.grace_s:g}"})
         return replace(state, phase=Phase.OVER), [note, Finish(complete=False)]
     at_work = {rank: member for rank, member in enumerate(state.members) if not member.left}
-    limit = state.config.stall_s if state.step else max(state.config.stall_s, START_S)
+    stall_s = state.config.stall_s
+    # A job that starts has longer, but not a worker that was heard of and is no more.
+    ceased = any(member.beat and now - member.beat_at > stall_s for member in at_work.values())
+    limit = stall_s if state.step or ceased else max(stall_s, START_S)
     if now - state.progress_at <= limit:
         return state, []
     seen = {

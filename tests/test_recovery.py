@@ -364,8 +364,21 @@ def test_each_step_that_is_not_finite_is_left_out():
 
 def test_a_job_that_is_starting_has_longer():
     state = begin(FaultConfig(stall_s=1), 20, TWO, (), 0.0)
-    state, actions, _ = play(state, (1, Beat(0, 1, 0, 0)), (100, Tick()), (1.5 + START_S, Tick()))
-    assert actions == [Dump((0, 1)), Kill((0, 1))]
+    state, actions, _ = play(state, (1, Beat(0, 1, 0, 0)), (100, Beat(0, 2, 0, 0)), (100, Tick()))
+    assert not actions
+    _, actions, _ = play(state, (1.4 + START_S, Beat(0, 3, 0, 0)), (1.5 + START_S, Tick()))
+    assert actions == [Dump((0, 1)), Kill((1,))], "the one that was never heard of"
+
+
+def test_a_worker_that_stops_while_it_starts_does_not_have_longer():
+    beats = [(second, Beat(1, second, 0, 0)) for second in range(1, 12)]
+    state = begin(FaultConfig(stall_s=5), 20, TWO, (), 0.0)
+    starting, actions, _ = play(state, *beats, (11.5, Tick()))
+    assert not actions, "one that was never heard of may still be on its way"
+    state, actions, noted = play(state, (1, Beat(0, 1, 0, 0)), *beats[:5], (5.9, Tick()))
+    assert not actions and not noted
+    _, actions, _ = play(state, (6.1, Beat(1, 6, 0, 0)), (6.2, Tick()))
+    assert actions == [Dump((0, 1)), Kill((0,))]
 
 
 def test_a_job_shrinks_as_little_as_may_be():
