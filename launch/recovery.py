@@ -36,6 +36,7 @@ from expertmesh.parallel.whereabouts import Place
 SETTLE_S = 3.0  # from a failure until those who still hang on a peer are not waited for
 SILENT_S = 3.0  # without a heartbeat, of which there is one a second
 START_S = 600.0  # until the first step begins: a cold process imports torch, and a large model is loaded
+IMPORTS_S = 30.0  # without a heartbeat while it starts: imports hold it up, on a busy machine for many seconds
 BUDGET_S = 3600.0  # the time in which failures are counted
 REFILL_S = 10.0  # from one start of spares to the next: one that dies as it starts would keep cores busy for ever
 
@@ -298,8 +299,9 @@ def _look_for_a_hang(state: JobState, now: float) -> tuple[JobState, list[Action
     at_work = {rank: member for rank, member in enumerate(state.members) if not member.left}
     stall_s = state.config.stall_s
     # A job that starts has longer, but not a worker that was heard of and is no more.
-    ceased = any(member.beat and now - member.beat_at > stall_s for member in at_work.values())
-    limit = stall_s if state.step or ceased else max(stall_s, START_S)
+    heard_again = max(stall_s, IMPORTS_S)
+    ceased = any(member.beat and now - member.beat_at > heard_again for member in at_work.values())
+    limit = stall_s if state.step else heard_again if ceased else max(stall_s, START_S)
     if now - state.progress_at <= limit:
         return state, []
     seen = {

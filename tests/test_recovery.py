@@ -9,6 +9,7 @@ import pytest
 
 from expertmesh.launch.recovery import (
     BUDGET_S,
+    IMPORTS_S,
     REFILL_S,
     SETTLE_S,
     START_S,
@@ -370,14 +371,15 @@ def test_a_job_that_is_starting_has_longer():
     assert actions == [Dump((0, 1)), Kill((1,))], "the one that was never heard of"
 
 
-def test_a_worker_that_stops_while_it_starts_does_not_have_longer():
-    beats = [(second, Beat(1, second, 0, 0)) for second in range(1, 12)]
-    state = begin(FaultConfig(stall_s=5), 20, TWO, (), 0.0)
-    starting, actions, _ = play(state, *beats, (11.5, Tick()))
+@pytest.mark.parametrize("stall_s, noticed", [(5, IMPORTS_S), (50, 50)])
+def test_a_worker_that_stops_while_it_starts_does_not_have_longer(stall_s, noticed):
+    beats = [(second, Beat(1, second, 0, 0)) for second in range(1, int(noticed) + 2)]
+    state = begin(FaultConfig(stall_s=stall_s), 20, TWO, (), 0.0)
+    _, actions, _ = play(state, *beats, (noticed + 1.5, Tick()))
     assert not actions, "one that was never heard of may still be on its way"
-    state, actions, noted = play(state, (1, Beat(0, 1, 0, 0)), *beats[:5], (5.9, Tick()))
+    state, actions, noted = play(state, (1, Beat(0, 1, 0, 0)), *beats[:-1], (noticed + 0.9, Tick()))
     assert not actions and not noted
-    _, actions, _ = play(state, (6.1, Beat(1, 6, 0, 0)), (6.2, Tick()))
+    _, actions, _ = play(state, beats[-1], (noticed + 1.1, Tick()))
     assert actions == [Dump((0, 1)), Kill((0,))]
 
 
