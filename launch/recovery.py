@@ -344,6 +344,9 @@ def _settle(state: JobState, now: float) -> tuple[JobState, list[Action]]:
     why = f"trainer {guilty} {state.members[guilty].why or 'died or hangs: it has fallen silent'}"
     failed = {"what": "failed", "epoch": state.epoch, "step": state.step, "rank": guilty, "why": why}
     actions.append(Note(failed))
+    if state.ending:  # the last checkpoint is what the job goes on from, when it is started again
+        not_saved = Note({"what": "not saved", "epoch": state.epoch, "why": why})
+        return replace(state, phase=Phase.OVER), [*actions, not_saved, Finish(complete=False)]
     state, reason = _judge(state, why, state.members[guilty].hopeless, now)
     if reason is not None:
         return replace(state, phase=Phase.OVER), [*actions, GiveUp(reason)]

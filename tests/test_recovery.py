@@ -383,6 +383,12 @@ def test_a_worker_that_stops_while_it_starts_does_not_have_longer(stall_s, notic
     assert actions == [Dump((0, 1)), Kill((0,))]
 
 
+def test_a_job_that_is_told_to_end_and_then_loses_a_worker_ends():
+    _, actions, noted = play(job(), (1, Interrupt()), (1.2, DIED), (1.3, REFUSED))
+    assert actions == [AskToLeave(), Finish(complete=False)]
+    assert [record["what"] for record in noted] == ["told to end", "failed", "not saved"]
+
+
 def test_a_job_shrinks_as_little_as_may_be():
     three = ParallelSizes(dp=3)
     state = begin(FaultConfig(policy="shrink"), 20, FOUR, (three, ONE), 0.0)
