@@ -299,9 +299,9 @@ def _look_for_a_hang(state: JobState, now: float) -> tuple[JobState, list[Action
     at_work = {rank: member for rank, member in enumerate(state.members) if not member.left}
     stall_s = state.config.stall_s
     # A job that starts has longer, but not a worker that was heard of and is no more.
-    heard_again = max(stall_s, IMPORTS_S)
-    ceased = any(member.beat and now - member.beat_at > heard_again for member in at_work.values())
-    limit = stall_s if state.step else heard_again if ceased else max(stall_s, START_S)
+    silent_s = max(stall_s, IMPORTS_S)
+    ceased = any(member.beat and now - member.beat_at > silent_s for member in at_work.values())
+    limit = stall_s if state.step else silent_s if ceased else max(stall_s, START_S)
     if now - state.progress_at <= limit:
         return state, []
     seen = {
@@ -344,12 +344,12 @@ def _settle(state: JobState, now: float) -> tuple[JobState, list[Action]]:
     why = f"trainer {guilty} {state.members[guilty].why or 'died or hangs: it has fallen silent'}"
     failed = {"what": "failed", "epoch": state.epoch, "step": state.step, "rank": guilty, "why": why}
     actions.append(Note(failed))
-    if state.ending:  # the last checkpoint is what the job goes on from, when it is started again
-        not_saved = Note({"what": "not saved", "epoch": state.epoch, "why": why})
-        return replace(state, phase=Phase.OVER), [*actions, not_saved, Finish(complete=False)]
     state, reason = _judge(state, why, state.members[guilty].hopeless, now)
     if reason is not None:
         return replace(state, phase=Phase.OVER), [*actions, GiveUp(reason)]
+    if state.ending:  # the last checkpoint is what the job goes on from, when it is started again
+        not_saved = Note({"what": "not saved", "epoch": state.epoch, "why": why})
+        return replace(state, phase=Phase.OVER), [*actions, not_saved, Finish(complete=False)]
     sizes = state.leave_for or state.sizes
     if state.config.policy == "shrink" and dead:
         left = state.sizes.world_size - len(dead)

@@ -89,7 +89,8 @@ class FullySharded(TorchAdam):
         over_data = DeviceMesh.from_group(data, device)
         # Who is alone with some experts is so with those that lie on the most ranks.
         alone = parallel_state.get_expert_data_parallel_group()
-        over = {group: DeviceMesh.from_group(group, device) for group in {copies_of(e) or alone for e in units.experts}}
+        of_copies = dict.fromkeys(copies_of(experts) or alone for experts in units.experts)
+        over = {group: DeviceMesh.from_group(group, device) for group in of_copies}
         as_they_are = {p for p in module.parameters() if not (p.requires_grad and p.numel())}
         marks = {name: shard_of(parameter) for name, parameter in module.named_parameters()}
         # What units are given stays as it is: logits are float32.

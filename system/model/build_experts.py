@@ -22,7 +22,7 @@ from expertmesh.system.model.structured_experts import StructuredExperts
 def build_experts(config: MoEConfig, hidden_size: int, shard: Sequence[int]) -> RoutedExperts:
     """The FFN experts of `shard` of a layer of `config`; weights are uninitialised."""
     experts = _of_kind(config, hidden_size, shard)
-    experts.experts_of_layer = config.ffn_experts
+    experts.num_experts = config.ffn_experts
     return experts
 
 

@@ -31,7 +31,7 @@ class RoutedExperts(nn.Module):
 
     PARTS: ClassVar[dict[str, tuple[str, ...]]]
 
-    experts_of_layer: int
+    num_experts: int
     """How many FFN experts the layer has on all ranks; `build_experts` says it."""
 
     def __init__(self, shard: Sequence[int]) -> None:

@@ -47,7 +47,7 @@ def weights(model: nn.Module, prefix: str = "", but: Collection[nn.Module] = ())
             told.add(id(parameter))
             full_name = f"{place}.{name}" if place else name
             if isinstance(module, RoutedExperts):
-                split, experts = _expert_split(place, module.PARTS[name], module.shard), module.experts_of_layer
+                split, experts = _expert_split(place, module.PARTS[name], module.shard), module.num_experts
                 yield Weight(full_name, parameter, experts, parameter.ndim > 2, split, shard_of(parameter))
             else:
                 yield Weight(full_name, parameter, None, parameter.ndim > 1, _whole(full_name), shard_of(parameter))

@@ -78,7 +78,7 @@ def _fully_sharded(loss: LanguageModelLoss, config: TrainConfig, device: str, fi
     return FullySharded(
         loss,
         units_of(model),
-        lambda experts: loss.groups.of_layer(experts.experts_of_layer).expert_data,
+        lambda experts: loss.groups.of_layer(experts.num_experts).expert_data,
         device,
         begin,
         decayed=names(lambda weight: weight.is_matrix),

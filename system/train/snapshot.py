@@ -179,9 +179,9 @@ class Saver:
                 held = zero.weight(weight.parameter)
                 # A frozen weight has no moments.
                 moments = zero.state(weight.parameter)._asdict() if weight.parameter.requires_grad else {}
-            alone = groups.data_rank if weight.experts is None else groups.of_layer(weight.experts).expert_data_rank
-            if alone > 0:
-                continue  # another rank has the same
+            copy = groups.data_rank if weight.experts is None else groups.of_layer(weight.experts).expert_data_rank
+            if copy > 0:
+                continue  # another rank has the same, and writes it
             if weight.parameter is model.tied_weight and groups.pipeline_rank:
                 continue
             for name, view in _whole(weight, held, groups, number).items():
