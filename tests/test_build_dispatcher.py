@@ -14,8 +14,10 @@ from expertmesh.parallel.all_to_all import Traffic
 from expertmesh.parallel.build_dispatcher import build_dispatcher
 from expertmesh.parallel.dispatch_config import DispatchConfig
 from expertmesh.parallel.dispatchers import LocalDispatcher
-from expertmesh.parallel.groups import Groups
-from expertmesh.system.model.transformer import Transformer, shards
+from expertmesh.parallel.groups import Groups, build_groups
+from expertmesh.parallel.sizes import ParallelSizes
+from expertmesh.system.model.tensor_parallel import parallel_transformer
+from expertmesh.system.model.transformer import Transformer
 from expertmesh.system.model.weights import initialise, weights
 from expertmesh.system.train.loss import LanguageModelLoss
 
@@ -54,13 +56,17 @@ def step(loss: LanguageModelLoss, tokens_BS1: torch.Tensor) -> tuple[float, dict
     return batch.total.item(), found
 
 
-def every_way() -> list[Result]:
+def every_way(degrees: bool) -> list[Result]:
+    """`degrees`: layers have degrees of their own, 4, 2 and 1; else all lie on all ranks, unevenly."""
     world = dist.group.WORLD
     groups = Groups(rank=world.rank(), data=world, token=world, expert=world)
+    if degrees:
+        groups = build_groups(ParallelSizes(dp=RANKS, ep=RANKS), MODEL.moe.experts_of_layers)
+        assert sorted(groups.narrower) == [1, 2]
     results = []
     for way in WAYS:
         traffic = Traffic()
-        model = Transformer(MODEL, shards(MODEL, world.rank(), world.size()))
+        model = parallel_transformer(MODEL, groups)
         initialise(model, seed=1, standard_deviation=0.2)
         loss = LanguageModelLoss(model, build_dispatcher(groups, way.config, traffic, "cpu"), groups)
         value, found = step(loss, TOKENS[world.rank() :][:1])
@@ -68,11 +74,12 @@ def every_way() -> list[Result]:
     return results
 
 
-def test_a_whole_model_by_every_way():
+@pytest.mark.parametrize("degrees", [False, True], ids=["on all ranks", "degrees of their own"])
+def test_a_whole_model_by_every_way(degrees):
     whole = Transformer(MODEL)
     initialise(whole, seed=1, standard_deviation=0.2)
     expected_loss, expected = step(LanguageModelLoss(whole, LocalDispatcher(), Groups()), TOKENS)
-    ranks = run_ranks(every_way, RANKS)
+    ranks = run_ranks(every_way, RANKS, degrees)
 
     def of_all(number: int) -> tuple[float, dict[str, torch.Tensor], int]:
         mean = sum(ways[number][0] for ways in ranks) / RANKS
