@@ -31,12 +31,10 @@ class RoutedExperts(nn.Module):
 
     PARTS: ClassVar[dict[str, tuple[str, ...]]]
 
-    num_experts: int
-    """How many FFN experts the layer has on all ranks; `build_experts` says it."""
-
     def __init__(self, shard: Sequence[int]) -> None:
         super().__init__()
         self.shard = shard
+        self.num_experts = len(shard)  # of the layer on all ranks; `build_experts` says where there are more
 
     def forward(self, rows: Rows, context: AnyContext = AS_TRAINED) -> torch.Tensor:
         """The weighted answers to rows of the shard's experts, one for each.
