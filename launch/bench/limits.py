@@ -20,6 +20,7 @@ from typing import NamedTuple
 import torch
 
 from expertmesh.kernels.float32_products import ONEDNN, is_exact
+from expertmesh.kernels.packed_weights import is_packable
 from expertmesh.launch.bench.cases import Problem, choose
 
 
@@ -51,9 +52,9 @@ def _linear_pointwise(products: list[Product]) -> None:
 
 
 def libraries(dtype: torch.dtype) -> dict[str, Library]:
-    """By name; those that this torch lacks, or that round float32 to bfloat16, are left out."""
+    """By name; those that this torch or machine lacks, or that round float32 to bfloat16, are left out."""
     found: dict[str, Library] = {"mm": _mm}
-    if hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+    if is_packable(dtype):  # the same operator multiplies by packed weights
         found["oneDNN"] = _linear_pointwise
     if dtype is torch.float32 and is_exact(ONEDNN):
         found["mm by oneDNN"] = _permitted_mm
