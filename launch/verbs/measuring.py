@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from expertmesh.launch.terminal import JsonOption, failures, show_json, wrong_input
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 
 def compile_kernels(
@@ -50,7 +54,7 @@ def tune_kernels(
     with failures():
         from expertmesh.launch.tuning import tune_all
 
-        rows = tune_all(plan, lambda line: typer.echo(line, err=True))
+        rows = tune_all(plan, _say)
     if as_json:
         typer.echo(json.dumps(rows))
     else:
@@ -73,17 +77,10 @@ def bench_parallel(
         from expertmesh.launch.bench import parallel
 
         case = parallel.ParallelCase(ranks, tokens, experts, top_k, hidden_size, ffn_size, dtype, rounds)
-    from rich.console import Console
-
     from expertmesh.launch.bench.table import parallel_table
 
     with failures():
-        tables = parallel.bench_parallel(case, lambda line: typer.echo(line, err=True))
-    if as_json:
-        typer.echo(json.dumps([row for rows in tables for row in rows]))
-        return
-    for rows in tables:
-        Console().print(parallel_table(rows))
+        _show_tables(parallel.bench_parallel(case, _say), parallel_table, as_json)
 
 
 def bench_serve(
@@ -107,18 +104,10 @@ def bench_serve(
         at_once = whole_numbers("concurrent", concurrent)
         sizes = (prompt_tokens, new_tokens, layers, hidden_size, ffn_size, experts, top_k)
         case = serve.ServeCase(at_once, *sizes, dtype, rounds)
-    from rich.console import Console
-
     from expertmesh.launch.bench.table import serve_table
 
-    console, rows = Console(), []
     with failures():
-        for of_table in serve.bench_serve(case, lambda line: typer.echo(line, err=True)):
-            rows += of_table
-            if not as_json:
-                console.print(serve_table(of_table))
-    if as_json:
-        typer.echo(json.dumps(rows))
+        _show_tables(serve.bench_serve(case, _say), serve_table, as_json)
 
 
 def bench_cluster(
@@ -135,18 +124,10 @@ def bench_cluster(
         from expertmesh.launch.bench import cluster
 
         case = cluster.ClusterCase(rounds, steps, layers, hidden_size, ffn_size, experts)
-    from rich.console import Console
-
     from expertmesh.launch.bench.table import cluster_table
 
-    console, rows = Console(), []
     with failures():
-        for of_table in cluster.bench_cluster(case, lambda line: typer.echo(line, err=True)):
-            rows += of_table
-            if not as_json:
-                console.print(cluster_table(of_table))
-    if as_json:
-        typer.echo(json.dumps(rows))
+        _show_tables(cluster.bench_cluster(case, _say), cluster_table, as_json)
 
 
 def bench_moe(
@@ -168,19 +149,29 @@ def bench_moe(
         grid = change_grid(quick, tokens, experts, top_k, dtype, hidden_size, ffn_size)
         if keep_memory and not keep_freed_memory():
             raise ValueError("--keep-memory: the C library of this machine has no such setting")
-    from rich.console import Console
-
     from expertmesh.launch.bench import moe
     from expertmesh.launch.bench.table import table
 
-    console, rows = Console(), []
     with failures():
-        for of_table in moe.bench_moe(grid, lambda line: typer.echo(line, err=True)):
-            rows += of_table
-            if not as_json:
-                console.print(table(of_table))
+        _show_tables(moe.bench_moe(grid, _say), table, as_json)
+
+
+def _show_tables(
+    tables: Iterable[list[dict[str, Any]]], as_table: Callable[[list[dict[str, Any]]], Table], as_json: bool
+) -> None:
+    """Each table as it is measured; with --json on standard error, and all rows as one document at the end."""
+    from rich.console import Console
+
+    console, rows = Console(stderr=as_json), []
+    for of_table in tables:
+        rows += of_table
+        console.print(as_table(of_table))
     if as_json:
         typer.echo(json.dumps(rows))
+
+
+def _say(line: str) -> None:
+    typer.echo(line, err=True)
 
 
 def doctor(as_json: JsonOption = False) -> None:
