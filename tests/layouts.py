@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from ranks import run_ranks
+from ranks import new_world, run_ranks
 from tiny import tiny_model
 
 from expertmesh.parallel.all_to_all import Traffic
@@ -70,8 +70,6 @@ def problems_of_rows(check: Callable[[Any], None], rows: Sequence[Any]) -> dict[
 
 
 def _check_each(check: Callable[[Any], None], rows: Sequence[Any]) -> list[str | None]:
-    from megatron.core import parallel_state
-
     problems: list[str | None] = []
     for row in rows:
         try:
@@ -79,5 +77,5 @@ def _check_each(check: Callable[[Any], None], rows: Sequence[Any]) -> list[str |
             problems.append(None)
         except Exception:
             problems.append(traceback.format_exc())
-        parallel_state.destroy_model_parallel()
+        new_world()
     return problems

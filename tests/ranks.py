@@ -6,6 +6,7 @@ Megatron themselves take a minute of two cores.
 
 from __future__ import annotations
 
+import gc
 import os
 import traceback
 from collections.abc import Callable
@@ -17,17 +18,20 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from expertmesh.parallel.groups import destroy_groups
 from expertmesh.parallel.nodes import Nodes
 
 IMPORTED = ["torch", "megatron.core.tensor_parallel", "expertmesh.system.train.trainer", "pytest"]
+TIMEOUT = timedelta(seconds=60)
 
 
 def _rank_main(rank: int, world: int, port: int, results: Any, fn: Callable[..., Any], args: tuple[Any, ...]) -> None:
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), GLOO_SOCKET_IFNAME="lo")
     torch.set_num_threads(1)
-    store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=60))
+    gc.freeze()  # what was imported is not looked through again by each collection
+    store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=TIMEOUT)
     try:
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=60))
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=TIMEOUT)
         results.put((rank, fn(*args), None))
     except BaseException:
         results.put((rank, None, traceback.format_exc()))
@@ -63,6 +67,21 @@ def run_ranks(fn: Callable[..., Any], world: int, *args: Any, timeout: float = 2
             process.join(timeout=10)
             if process.is_alive():
                 process.kill()
+
+
+def new_world() -> None:
+    """On ranks that go through several layouts, after each: once all are here, leave every group and form a new world.
+
+    A gloo group has a thread that wakes a hundred times a second, used or not: those of ten layouts take a core.
+    """
+    store, rank, world = dist.distributed_c10d._get_default_store(), dist.get_rank(), dist.get_world_size()
+    if store.add("left", 1) == world:  # by the store: a rank that leaves may cut off what peers have yet to read
+        store.set("all left", "")
+    store.wait(["all left"], TIMEOUT)
+    destroy_groups()
+    gc.collect()  # a model may hold the last of a group
+    store = dist.PrefixStore("next", store)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=TIMEOUT)
 
 
 def run_threads(fn: Callable[[dist.ProcessGroup], Any], world: int) -> list[Any]:

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from numerics import assert_close
-from ranks import run_ranks
+from ranks import new_world, run_ranks
 from safetensors.torch import load_file
 from tiny import losses, prepare_tiny_data, tiny_model, tiny_training
 
@@ -91,14 +91,12 @@ def trained(data: Path, folder: Path, run: Run, groups: Groups) -> list[Record]:
 
 def train_all(data: Path, folder: Path, runs: list[Run]) -> list[list[Record]]:
     """All on the same ranks: starting those takes longer than training."""
-    from megatron.core import parallel_state
-
     found = []
     for run in runs:
         found.append(
             trained(data, folder, run, build_groups(ParallelSizes(**run.sizes), run.model.moe.experts_of_layers))
         )
-        parallel_state.destroy_model_parallel()
+        new_world()
     return found
 
 

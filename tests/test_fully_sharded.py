@@ -10,7 +10,7 @@ import pytest
 import torch
 from layouts import batch, micro_batches_of, problems_of_rows
 from numerics import assert_close
-from ranks import run_ranks
+from ranks import new_world, run_ranks
 from tiny import tiny_training
 from torch import nn
 from torch.distributed.tensor import DTensor
@@ -194,8 +194,6 @@ ROUNDED = [
 
 def check_bfloat16() -> None:
     """Near float32; and updates that are far too small for bfloat16 are made to float32 masters."""
-    from megatron.core import parallel_state
-
     for row in ROUNDED:
         groups = build_groups(ParallelSizes(**row.sizes))
         exact, loss = made(row, groups, torch.float32), made(row, groups, torch.float32)
@@ -218,7 +216,7 @@ def check_bfloat16() -> None:
         for name, (after, _) in named(loss.model, rounded.weight).items():
             moved = (after - before[name]).abs()
             assert after.dtype == torch.float32 and 0 < moved.max() < 1e-5, name
-        parallel_state.destroy_model_parallel()
+        new_world()
 
 
 def test_bfloat16_with_float32_masters():

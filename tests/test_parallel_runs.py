@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from ranks import run_ranks
+from ranks import new_world, run_ranks
 from tiny import losses, prepare_tiny_data, tiny_model, tiny_training, train
 
 from expertmesh.parallel.sizes import ParallelSizes
@@ -69,8 +69,6 @@ class Result(NamedTuple):
 
 def run_jobs(jobs: list[Job]) -> list[Result]:
     """One rank of several runs, one after the other."""
-    from megatron.core import parallel_state
-
     results = []
     for job in jobs:
         sizes, stage, _, alone = RUNS[job.row]
@@ -79,7 +77,7 @@ def run_jobs(jobs: list[Job]) -> list[Result]:
         records = train(job.run_dir, ParallelSizes(**sizes), run_model(alone > 0), config, job.resume_from)
         norms = [record["grad_norm"] for record in records if record["kind"] == "step"]
         results.append(Result(losses(records), norms))
-        parallel_state.destroy_model_parallel()
+        new_world()
     return results
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch.distributed as dist
-from ranks import run_ranks
+from ranks import new_world, run_ranks
 from tiny import tiny_model
 
 from expertmesh.parallel.all_to_all import Traffic
@@ -51,12 +51,10 @@ def test_ranks_agree(sizes, reason, model, zero_stage):
 
 def real_calls(layouts: list[ParallelSizes]) -> list[list[Call]]:
     """What this rank asks for in each, of ranks that are there."""
-    from megatron.core import parallel_state
-
     found = []
     for sizes in layouts:
         found.append(calls_in(sizes))
-        parallel_state.destroy_model_parallel()
+        new_world()
     return found
 
 

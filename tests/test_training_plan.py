@@ -7,7 +7,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from ranks import run_ranks
+from ranks import new_world, run_ranks
 from tiny import prepare_tiny_data, tiny_model, tiny_training
 from torch import nn
 from torch.distributed.tensor import DTensor
@@ -130,12 +130,10 @@ def test_bytes_of_other_roads_to_the_experts(sizes, reason, tmp_path):
 
 def most_weights(layouts: list[ParallelSizes], train: TrainConfig, run_dir: Path) -> list[dict[str, int]]:
     """Of a fully sharded rank, in each: bytes of weights, shards and whole ones, when there are most; what is sent."""
-    from megatron.core import parallel_state
-
     found = []
     for sizes in layouts:
         found.append(most_weights_in(sizes, train, run_dir))
-        parallel_state.destroy_model_parallel()
+        new_world()
     return found
 
 

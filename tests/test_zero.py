@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from numerics import assert_close
-from ranks import run_ranks
+from ranks import new_world, run_ranks
 from tiny import tiny_model
 
 from expertmesh.parallel.all_to_all import Traffic
@@ -93,11 +93,9 @@ def compare(loss: LanguageModelLoss, zero: TrainingOptimizer, reference: Referen
 
 
 def check_stages(pairs: list[tuple[int, int, int]]) -> None:
-    from megatron.core import parallel_state
-
     for ep, first, second in pairs:
         check_updates(build_groups(ParallelSizes(dp=2, ep=ep)), first, second)
-        parallel_state.destroy_model_parallel()
+        new_world()
 
 
 def check_updates(groups: Groups, first: int, second: int) -> None:
