@@ -167,7 +167,9 @@ def _one_of(groups_of_ranks: Sequence[Sequence[int]]) -> dist.ProcessGroup | Non
 def destroy_groups() -> None:
     """Leave all groups, so that this process can be in others. Peers that wait for it lose their connection."""
     from megatron.core import parallel_state
+    from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
     parallel_state.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()
+    _clear_sharding_prop_cache()  # DTensors find in it, by an equal mesh, groups that are no more

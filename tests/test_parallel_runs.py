@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from ranks import new_world, run_ranks
+from ranks import run_ranks
 from tiny import losses, prepare_tiny_data, tiny_model, tiny_training, train
 
 from expertmesh.parallel.sizes import ParallelSizes
@@ -67,27 +67,18 @@ class Result(NamedTuple):
     norms: list[float]
 
 
-def run_jobs(jobs: list[Job]) -> list[Result]:
-    """One rank of several runs, one after the other."""
-    results = []
-    for job in jobs:
-        sizes, stage, _, alone = RUNS[job.row]
-        often = {"validate_every": STEPS, "checkpoint_every": HALF, "keep_checkpoints": 3}
-        config = tiny_training(steps=STEPS, micro_batch_size=4, zero_stage=stage, gradient_clipping=0.5, **often)
-        records = train(job.run_dir, ParallelSizes(**sizes), run_model(alone > 0), config, job.resume_from)
-        norms = [record["grad_norm"] for record in records if record["kind"] == "step"]
-        results.append(Result(losses(records), norms))
-        new_world()
-    return results
+def run_job(job: Job) -> Result:
+    """On one rank."""
+    sizes, stage, _, alone = RUNS[job.row]
+    often = {"validate_every": STEPS, "checkpoint_every": HALF, "keep_checkpoints": 3}
+    config = tiny_training(steps=STEPS, micro_batch_size=4, zero_stage=stage, gradient_clipping=0.5, **often)
+    records = train(job.run_dir, ParallelSizes(**sizes), run_model(alone > 0), config, job.resume_from)
+    return Result(losses(records), [record["grad_norm"] for record in records if record["kind"] == "step"])
 
 
 def run_all(jobs: list[Job]) -> dict[Job, Result]:
-    """What rank 0 tells of each; those of one world size by one set of processes."""
-    results = {}
-    for world in sorted({ParallelSizes(**RUNS[job.row].sizes).world_size for job in jobs}):
-        mine = [job for job in jobs if ParallelSizes(**RUNS[job.row].sizes).world_size == world]
-        results.update(zip(mine, run_ranks(run_jobs, world, mine, timeout=600)[0], strict=True))
-    return results
+    """What rank 0 tells of each; its ranks are new ones, for what DeepSpeed and FSDP keep keeps groups."""
+    return {job: run_ranks(run_job, ParallelSizes(**RUNS[job.row].sizes).world_size, job)[0] for job in jobs}
 
 
 @pytest.fixture(scope="module")
