@@ -37,7 +37,9 @@ def test_answers_are_those_of_the_weights(counts, d, f, why, dtype):
     want = grouped_swiglu_ref(rows_RD.double(), index_R, counts_E, *wide)
     with torch.inference_mode():
         plain, first, again = (grouped_swiglu(rows_RD, index_R, counts_E, gate_up, down, weights_R) for _ in range(3))
-        assert packed(gate_up) is not None
+        # A CPU without bfloat16 products has no order for them: nothing is kept, and answers are the same.
+        kept = dtype is torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        assert (packed(gate_up) is not None) == kept
     for got in (plain, first):
         assert_close(got, want, **({"max_error": 4e-2, "rms_error": 2e-2} if dtype == torch.bfloat16 else {}))
     assert torch.equal(first, again)
