@@ -25,7 +25,8 @@ from expertmesh.kernels.quantise import (
     quantise_blocks,
     quantise_rows,
 )
-from expertmesh.kernels.quantised_weights import QuantisedWeights, Scheme, dequantise_expert
+from expertmesh.kernels.quantised_weights import QuantisedWeights, dequantise_expert
+from expertmesh.kernels.scheme import Scheme
 
 AnyRows = QuantisedRows | QuantisedBlocks
 

@@ -28,7 +28,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from expertmesh.kernels.grouped_gemm_triton import GROUP
 from expertmesh.kernels.quantise import BLOCK, QuantisedBlocks, QuantisedRows
-from expertmesh.kernels.quantised_weights import QuantisedWeights, Scheme
+from expertmesh.kernels.quantised_weights import QuantisedWeights
+from expertmesh.kernels.scheme import Scheme
 from expertmesh.kernels.tiles import (
     Build,
     Chip,

@@ -14,7 +14,8 @@ import torch
 
 from expertmesh.kernels.quantise import quantise_hidden_blocks, quantise_hidden_rows
 from expertmesh.kernels.quantised_gemm import quantised_gemm, rows_for
-from expertmesh.kernels.quantised_weights import QuantisedWeights, Scheme, dequantise_expert
+from expertmesh.kernels.quantised_weights import QuantisedWeights, dequantise_expert
+from expertmesh.kernels.scheme import Scheme
 
 
 def quantised_swiglu(

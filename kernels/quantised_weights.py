@@ -22,24 +22,16 @@ Legend: E experts, N output width, K inner width, P parts: matrices that lie one
 from __future__ import annotations
 
 import math
-from enum import StrEnum
 from typing import NamedTuple
 
 import torch
 from torch.nn import functional
 
 from expertmesh.kernels.quantise import BLOCK, FP8, FP8_MAX, LEAST_SCALE, quantise_rows, widened
+from expertmesh.kernels.scheme import Scheme
 
 LEAST_INT4_SCALE = 2.0**-9  # the least positive number of E4M3
 LARGEST_INT4 = 7
-
-
-class Scheme(StrEnum):
-    """How weights are quantised, see above."""
-
-    FP8_BLOCK = "fp8-block"
-    FP8_CHANNEL = "fp8-channel"
-    INT4_FP8 = "int4-fp8"
 
 
 class QuantisedWeights(NamedTuple):

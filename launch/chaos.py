@@ -13,13 +13,14 @@ from __future__ import annotations
 import os
 import re
 import signal
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import torch
 from pydantic import Field, field_validator
-from torch import nn
 
 from expertmesh.parallel.recipe_section import RecipeSection
+
+if TYPE_CHECKING:  # settings are read without torch
+    from torch import nn
 
 _PLACE = re.compile(r"trainer:(\d+)@step=(\d+)")
 
@@ -67,8 +68,7 @@ def strike(chaos: ChaosConfig, rank: int, step: int, skip: frozenset[int], model
     """Do to this process what a drill has for `rank` before `step`. `skip`: steps whose batches are left out."""
     here = {key for key, place in chaos.places().items() if place == (rank, step)}
     if "nan" in here and step not in skip:
-        with torch.no_grad():
-            next(model.parameters()).fill_(torch.nan)
+        next(model.parameters()).data.fill_(float("nan"))
     for key, number in (("kill", signal.SIGKILL), ("stop", signal.SIGSTOP)):
         if key in here:
             os.kill(os.getpid(), number)

@@ -14,8 +14,8 @@ from expertmesh.launch.chaos import ChaosConfig
 from expertmesh.launch.recovery import FaultConfig
 from expertmesh.parallel.recipe_section import RecipeSection
 from expertmesh.parallel.sizes import ParallelSizes, divisors
+from expertmesh.system.model.check_split import check_split
 from expertmesh.system.model.config import ModelConfig
-from expertmesh.system.model.tensor_parallel import check_split
 from expertmesh.system.serve.config import ServeConfig
 from expertmesh.system.train.config import DataConfig, TrainConfig
 

@@ -24,8 +24,8 @@ from expertmesh.launch.heartbeat import Pulse
 from expertmesh.launch.lifeline import Lifeline
 from expertmesh.launch.recipe import Recipe
 from expertmesh.launch.rendezvous import join
-from expertmesh.parallel.deepspeed_build import prepare_build
 from expertmesh.parallel.groups import build_groups, destroy_groups
+from expertmesh.parallel.import_engines import import_engines
 from expertmesh.parallel.timeline import Busy, Span
 from expertmesh.system.model.checkpoint import Checkpoint
 from expertmesh.system.model.config import ModelConfig
@@ -93,10 +93,7 @@ class TrainerRole:
     def prepare(self) -> None:
         """What takes time and needs no rank: imports, and a GPU's first use. Once is enough."""
         with self._preparing:  # two threads must not import the same
-            prepare_build()
-            import deepspeed  # noqa: F401
-            from megatron.core import parallel_state  # noqa: F401
-
+            import_engines()
             torch.empty(0, device=choose_device(self._place).name)
 
     def stand_by(self) -> None:

@@ -7,13 +7,13 @@ request.json      {"experts_parallel": 4} or {"stop": true}; the job takes it aw
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import time
 from pathlib import Path
 from typing import Any
 
 from expertmesh.launch.event_log import STATUS, read_events
-from expertmesh.system.model.checkpoint import write_json
 
 REQUEST = "request.json"
 
@@ -53,7 +53,7 @@ def ask_to_scale(run_dir: Path, experts_parallel: int) -> None:
 def ask(run_dir: Path, request: dict[str, Any]) -> None:
     """Leave a request; the job looks for one several times a second."""
     writing = run_dir / f"{REQUEST}.writing"
-    write_json(request, writing)
+    writing.write_text(json.dumps(request))
     os.replace(writing, run_dir / REQUEST)
 
 

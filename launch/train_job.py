@@ -19,9 +19,9 @@ from expertmesh.launch.run_folder import lock_of
 from expertmesh.launch.started_ranks import FirstRank
 from expertmesh.launch.supervise import supervise
 from expertmesh.parallel.deepspeed_build import is_built, prepare_build
+from expertmesh.system.model.check_split import check_split
 from expertmesh.system.model.checkpoint import Checkpoint, open_checkpoint
 from expertmesh.system.model.config import ModelConfig
-from expertmesh.system.model.tensor_parallel import check_split
 from expertmesh.system.train.corpus import check_source
 from expertmesh.system.train.dataset import TokenDataset, prepare_tokens
 from expertmesh.system.train.read_run import read_run

@@ -7,7 +7,9 @@ from typing import Literal
 from pydantic import Field
 
 from expertmesh.parallel.recipe_section import RecipeSection
-from expertmesh.parallel.wire import WireName
+
+WireName = Literal["native", "bf16", "fp8"]
+"""Formats of rows between ranks: see wire.py."""
 
 
 class DispatchConfig(RecipeSection):

@@ -18,13 +18,13 @@ Legend: R rows, D width, W what a row has on the wire.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from expertmesh.kernels.quantise import FP8, QuantisedRows, dequantise_rows, quantise_rows
+from expertmesh.parallel.dispatch_config import WireName
 
-WireName = Literal["native", "bf16", "fp8"]
 SCALE_BYTES = torch.float32.itemsize
 
 

@@ -6,6 +6,8 @@ import json
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -57,3 +59,18 @@ def start_expertmesh(*words: str | Path, folder: Path) -> subprocess.Popen[str]:
         text=True,
         start_new_session=True,
     )
+
+
+def wait_until(condition: Callable[[], bool], what: str, seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.02)
+
+
+def assert_same_run(run: dict[str, Any], other: dict[str, Any]) -> None:
+    """Losses, and a file of weights, bit for bit."""
+    assert run["losses"] == other["losses"]
+    assert run["validation_loss"] == other["validation_loss"]
+    mine, theirs = (Path(each["checkpoint"]) / "model-00002-of-00002.safetensors" for each in (run, other))
+    assert mine.read_bytes() == theirs.read_bytes()

@@ -1,6 +1,9 @@
-"""Settings of the test run itself: Triton kernels run in Triton's interpreter, nothing leaves this machine."""
+"""Settings of the test run itself (Triton kernels run in Triton's interpreter, nothing leaves this machine), and a run
+that tests of commands begin with."""
 
 import os
+from pathlib import Path
+from typing import Any
 
 # Before anything imports triton: the same kernels, executed on CPU tensors.
 os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -11,11 +14,27 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import memory_bounds
 import pytest
 import torch
+from commands import TINY_RECIPE, expertmesh_json
 
 # Tests are small: threads that wait for each other cost more than they bring, above all where ranks are threads too.
 torch.set_num_threads(1)
 
 memory_bounds.watch()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where a user works."""
+    folder = tmp_path_factory.mktemp("user")
+    (folder / "tiny.yaml").write_text(TINY_RECIPE)
+    (folder / "short.txt").write_text("too short to train on\n" * 20)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(folder: Path) -> dict[str, Any]:
+    """The result of a small run there."""
+    return expertmesh_json("train", "tiny.yaml", folder=folder)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

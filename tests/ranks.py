@@ -21,7 +21,7 @@ import torch.multiprocessing as mp
 from expertmesh.parallel.groups import destroy_groups
 from expertmesh.parallel.nodes import Nodes
 
-IMPORTED = ["torch", "megatron.core.tensor_parallel", "expertmesh.system.train.trainer", "pytest"]
+IMPORTED = ["torch", "deepspeed", "megatron.core.tensor_parallel", "expertmesh.system.train.trainer", "pytest"]
 TIMEOUT = timedelta(seconds=60)
 
 

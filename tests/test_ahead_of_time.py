@@ -16,7 +16,7 @@ import pytest
 from commands import expertmesh
 
 from expertmesh.kernels import ahead_of_time
-from expertmesh.kernels.quantised_weights import Scheme
+from expertmesh.kernels.scheme import Scheme
 from expertmesh.kernels.tiles import CHIPS
 
 KEYS = {

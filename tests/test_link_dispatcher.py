@@ -16,6 +16,7 @@ from expertmesh.kernels.routing import Routing
 from expertmesh.kernels.rows import Rows
 from expertmesh.kernels.zero_computation import ZeroComputation
 from expertmesh.parallel.all_to_all import Traffic
+from expertmesh.parallel.dispatch_config import WireName
 from expertmesh.parallel.dispatchers import ExpertLayer, LocalDispatcher
 from expertmesh.parallel.exchange import FORMS, Answered, Layout, tell
 from expertmesh.parallel.expert_server import Experts, ExpertServer
@@ -23,7 +24,7 @@ from expertmesh.parallel.link import Link, LinkBroken, Listener, Seat, connect
 from expertmesh.parallel.link_dispatcher import DISPATCHERS, Shared
 from expertmesh.parallel.placement import expert_shard
 from expertmesh.parallel.timeline import Timeline, Turns
-from expertmesh.parallel.wire import WIRES, WireName
+from expertmesh.parallel.wire import WIRES
 
 WIDTH, EXPERTS = 6, 5
 LAYER = ExpertLayer(2, EXPERTS, 0.3)

@@ -16,9 +16,10 @@ from expertmesh.kernels.grouped_gemm import grouped_gemm
 from expertmesh.kernels.grouped_swiglu import grouped_swiglu
 from expertmesh.kernels.paged_attention import paged_attention
 from expertmesh.kernels.quantised_gemm import quantised_gemm, rows_for
-from expertmesh.kernels.quantised_weights import QuantisedWeights, Scheme, quantise_weights
+from expertmesh.kernels.quantised_weights import QuantisedWeights, quantise_weights
 from expertmesh.kernels.router_sums import router_sums
 from expertmesh.kernels.routing import route
+from expertmesh.kernels.scheme import Scheme
 from expertmesh.kernels.zero_computation import ZeroComputation
 
 T, D, F, E, R = 5, 8, 6, 3, 7

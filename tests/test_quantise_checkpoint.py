@@ -12,8 +12,9 @@ from commands import expertmesh, expertmesh_json
 from safetensors.torch import load_file
 from tiny import prepare_tiny_data, tiny_model, write_random_checkpoint
 
-from expertmesh.kernels.quantised_weights import Scheme, quantise_weights
+from expertmesh.kernels.quantised_weights import quantise_weights
 from expertmesh.kernels.rows import Rows
+from expertmesh.kernels.scheme import Scheme
 from expertmesh.launch.held_out import held_out_tokens
 from expertmesh.launch.recipe import load_recipe
 from expertmesh.launch.train_job import find_start

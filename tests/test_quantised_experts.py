@@ -8,8 +8,9 @@ from numerics import assert_close
 from pydantic import ValidationError
 
 from expertmesh.kernels.quantised_swiglu import quantised_swiglu_ref
-from expertmesh.kernels.quantised_weights import Scheme, quantise_weights
+from expertmesh.kernels.quantised_weights import quantise_weights
 from expertmesh.kernels.rows import Rows
+from expertmesh.kernels.scheme import Scheme
 from expertmesh.system.model.build_experts import build_experts
 from expertmesh.system.model.moe_config import MoEConfig
 from expertmesh.system.model.quantised_experts import QuantisedExperts

@@ -14,7 +14,8 @@ from numerics import assert_close
 from expertmesh.kernels import quantised_gemm_triton as kernels
 from expertmesh.kernels.quantise import FP8, QuantisedBlocks, QuantisedRows, quantise_blocks, quantise_rows
 from expertmesh.kernels.quantised_gemm import quantised_gemm, quantised_gemm_ref, rows_for
-from expertmesh.kernels.quantised_weights import Scheme, quantise_weights
+from expertmesh.kernels.quantised_weights import quantise_weights
+from expertmesh.kernels.scheme import Scheme
 from expertmesh.kernels.tiles import GFX942, SM_80, SM_90
 
 

@@ -12,7 +12,8 @@ from expertmesh.kernels import quantised_gemm as module
 from expertmesh.kernels.quantise import dequantise_rows
 from expertmesh.kernels.quantised_gemm import quantised_gemm_ref, rows_for
 from expertmesh.kernels.quantised_swiglu import quantised_swiglu, quantised_swiglu_ref
-from expertmesh.kernels.quantised_weights import Scheme, quantise_weights
+from expertmesh.kernels.quantised_weights import quantise_weights
+from expertmesh.kernels.scheme import Scheme
 
 COUNTS = [
     pytest.param([0, 0], id="no rows"),

@@ -9,13 +9,8 @@ import pytest
 import torch
 
 from expertmesh.kernels.quantise import FP8, round_to_fp8_ref
-from expertmesh.kernels.quantised_weights import (
-    Scheme,
-    dequantise_expert,
-    layout,
-    lifting_factor,
-    quantise_weights,
-)
+from expertmesh.kernels.quantised_weights import dequantise_expert, layout, lifting_factor, quantise_weights
+from expertmesh.kernels.scheme import Scheme
 
 
 class Case(NamedTuple):

@@ -9,14 +9,12 @@ import signal
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
-from commands import COMMAND, TINY_RECIPE, environment, expertmesh_json
+from commands import COMMAND, TINY_RECIPE, environment, expertmesh_json, wait_until
 
 from expertmesh.system.train.snapshot import read_state
 
@@ -63,13 +61,6 @@ def ends(ranks: list[subprocess.Popen[str]]) -> list[tuple[int, str, str]]:
         (rank.returncode, out, ([line for line in errors.splitlines() if line.startswith("expertmesh: ")] or [""])[-1])
         for rank, (out, errors) in zip(ranks, told, strict=True)
     ]
-
-
-def wait_until(condition: Callable[[], bool], what: str, seconds: float = 120) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.02)
 
 
 def saved(run_dir: Path) -> int:

@@ -20,8 +20,9 @@ from expertmesh.parallel.groups import Groups, build_groups
 from expertmesh.parallel.shard import WHOLE
 from expertmesh.parallel.sizes import ParallelSizes
 from expertmesh.parallel.token_split import TokenSplit
+from expertmesh.system.model.check_split import check_split
 from expertmesh.system.model.config import ModelConfig
-from expertmesh.system.model.tensor_parallel import SplitEmbedding, check_split, parallel_transformer
+from expertmesh.system.model.tensor_parallel import SplitEmbedding, parallel_transformer
 from expertmesh.system.model.transformer import Transformer
 from expertmesh.system.model.weights import initialise, weights
 

@@ -70,7 +70,7 @@ def quantize(
 ) -> None:
     """Write a checkpoint with its routed experts in FP8 or INT4, and say what that costs in quality."""
     with failures(), wrong_input():
-        from expertmesh.kernels.quantised_weights import Scheme
+        from expertmesh.kernels.scheme import Scheme
         from expertmesh.launch.find_checkpoint import find_checkpoint
         from expertmesh.launch.held_out import held_out_tokens
         from expertmesh.system.convert.quantise_checkpoint import quantise

@@ -120,10 +120,12 @@ def plan_train(
 ) -> None:
     """Say who is in which group, what memory a rank needs, and how many bytes it sends; nothing is started."""
     with failures(), wrong_input():
-        from expertmesh.launch.planning import plan_recipe, told
         from expertmesh.launch.recipe import load_recipe
 
-        result = plan_recipe(load_recipe(recipe, list(overrides or [])), rank, check)
+        checked = load_recipe(recipe, list(overrides or []))
+        from expertmesh.launch.planning import plan_recipe, told
+
+        result = plan_recipe(checked, rank, check)
     if as_json:
         show_json(result)
     else:

@@ -16,7 +16,8 @@ from pathlib import Path
 import torch
 from pydantic import ValidationError
 
-from expertmesh.kernels.quantised_weights import Scheme, layout, quantise_weights
+from expertmesh.kernels.quantised_weights import layout, quantise_weights
+from expertmesh.kernels.scheme import Scheme
 from expertmesh.system.convert.huggingface import HuggingFaceCheckpoint, copy_texts, match_tensors, tensor_shapes
 from expertmesh.system.convert.quality import Quality, compare
 from expertmesh.system.convert.stream import (

@@ -13,7 +13,6 @@ from __future__ import annotations
 import math
 from typing import Literal
 
-import torch
 from pydantic import Field, model_validator
 
 from expertmesh.parallel.recipe_section import RecipeSection
@@ -76,17 +75,6 @@ class ModelConfig(RecipeSection):
             return self.moe
         count = self.moe.pyramid[self.moe_layers.index(layer)]
         return self.moe.model_copy(update={"ffn_experts": count, "pyramid": ()})
-
-    def side_by_side(self, loads_N: list[torch.Tensor]) -> torch.Tensor:
-        """[L, N] counts of the layers with experts, each expert in the column of its name in `moe.expert_names`.
-
-        Layers of a pyramid that have fewer FFN experts show 0 for those they lack.
-        """
-        rows_LN = torch.zeros(len(loads_N), self.moe.num_experts, dtype=torch.int64)
-        for row_N, load_N in zip(rows_LN, loads_N, strict=True):
-            ffn = len(load_N) - self.moe.zero_computation_experts
-            row_N[:ffn], row_N[self.moe.ffn_experts :] = load_N[:ffn], load_N[ffn:]
-        return rows_LN
 
     def num_params(self) -> int:
         """All parameters, embedding and output head included."""

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, NonNegativeInt, model_validator
 
-from expertmesh.kernels.quantised_weights import Scheme
+from expertmesh.kernels.scheme import Scheme
 from expertmesh.parallel.recipe_section import RecipeSection, kind_or
 from expertmesh.system.model.experts_config import AnyExpert, MLPConfig, ModulatedConfig, SwiGLUConfig
 

@@ -17,8 +17,9 @@ import torch
 from torch import nn
 
 from expertmesh.kernels.quantised_swiglu import quantised_swiglu
-from expertmesh.kernels.quantised_weights import QuantisedWeights, Scheme, layout
+from expertmesh.kernels.quantised_weights import QuantisedWeights, layout
 from expertmesh.kernels.rows import Rows
+from expertmesh.kernels.scheme import Scheme
 from expertmesh.system.model.context import AS_TRAINED, AnyContext
 from expertmesh.system.model.experts import RoutedExperts, SwiGLUExperts
 from expertmesh.system.model.experts_config import SwiGLUConfig

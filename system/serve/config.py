@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from pydantic import Field, model_validator
 
+from expertmesh.parallel.dispatch_config import WireName
 from expertmesh.parallel.recipe_section import RecipeSection
-from expertmesh.parallel.wire import WireName
 from expertmesh.system.model.config import ModelConfig
-from expertmesh.system.model.skip_ffn import SkipRule
+
+if TYPE_CHECKING:  # settings are read without torch
+    from expertmesh.system.model.skip_ffn import SkipRule
 
 
 class Skipping(NamedTuple):
@@ -73,6 +75,8 @@ class ServeConfig(RecipeSection):
             return None
         if model.block == "parallel" or model.depth is not None:
             raise ValueError("serve.skip_ffn_above: it goes with block=sequential and without depth")
+        from expertmesh.system.model.skip_ffn import SkipRule
+
         warm = range(self.skip_ffn_cold, model.layers - self.skip_ffn_cold)
         if len(warm) < 2:
             ends = f"serve.skip_ffn_cold={self.skip_ffn_cold} at both ends"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -51,3 +52,15 @@ def summarise(
         balance_loss=balance_loss,
         z_loss=z_loss,
     )
+
+
+def side_by_side(loads_N: Sequence[torch.Tensor], moe: MoEConfig) -> torch.Tensor:
+    """[L, N] counts of the layers with experts, each expert in the column of its name in `moe.expert_names`.
+
+    Layers of a pyramid that have fewer FFN experts show 0 for those they lack.
+    """
+    rows_LN = torch.zeros(len(loads_N), moe.num_experts, dtype=torch.int64)
+    for row_N, load_N in zip(rows_LN, loads_N, strict=True):
+        ffn = len(load_N) - moe.zero_computation_experts
+        row_N[:ffn], row_N[moe.ffn_experts :] = load_N[:ffn], load_N[ffn:]
+    return rows_LN

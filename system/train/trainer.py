@@ -28,7 +28,7 @@ from expertmesh.system.train.build_optimizer import build_optimizer
 from expertmesh.system.train.config import TrainConfig
 from expertmesh.system.train.copying import Copying
 from expertmesh.system.train.dataset import TokenDataset
-from expertmesh.system.train.layer_summary import summarise
+from expertmesh.system.train.layer_summary import side_by_side, summarise
 from expertmesh.system.train.loss import LanguageModelLoss
 from expertmesh.system.train.passes import MicroBatch, Passes
 from expertmesh.system.train.rebalancing import Rebalancing
@@ -223,7 +223,7 @@ class Trainer:
                 model.moe_layers, told.loads_N, told.dropped_L, entropy_L, balance_L, z_L, strict=True
             )
         ]
-        moe, load_LN = model.moe, model.side_by_side(told.loads_N)
+        moe, load_LN = model.moe, side_by_side(told.loads_N, model.moe)
         slots = int(load_LN.sum())
         ffn_share = float(load_LN[:, : moe.ffn_experts].sum()) / slots if slots else 0.0
         seconds = time.perf_counter() - began
