@@ -8,8 +8,9 @@ import logging
 import os
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,13 +19,13 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from expertmesh.kernels.device import choose_device
+from expertmesh.kernels.device import Device, choose_device
 from expertmesh.launch.chaos import strike
 from expertmesh.launch.heartbeat import Pulse
 from expertmesh.launch.lifeline import Lifeline
 from expertmesh.launch.recipe import Recipe
 from expertmesh.launch.rendezvous import join
-from expertmesh.parallel.groups import build_groups, destroy_groups
+from expertmesh.parallel.groups import Groups, build_groups, destroy_groups
 from expertmesh.parallel.import_engines import import_engines
 from expertmesh.parallel.timeline import Busy, Span
 from expertmesh.system.model.checkpoint import Checkpoint
@@ -121,13 +122,27 @@ class TrainerRole:
             )
             groups = build_groups(recipe.parallel, model.moe.experts_of_layers)
             gc.freeze()  # the libraries stay: the collection at the end, which peers wait for, passes them over
-            trainer = Trainer(
-                *(model, recipe.train, recipe.run_folder, groups, device, epoch.settings),
-                *(epoch.resume_from, epoch.begin_with),
-                dispatch=recipe.parallel.dispatch,
-                skip=epoch.skip,
-            )
-            watch = _Watch(rank, epoch, pulse, lambda: self._leave == epoch.number)
+            return self._train(epoch, rank, groups, device, pulse)
+        except BaseException as error:
+            _let_go(error)
+            raise
+        finally:
+            pulse.close()
+            destroy_groups()
+            gc.collect()  # what is left of the model goes before the next epoch builds its own
+            line.close()
+
+    def _train(self, epoch: Epoch, rank: int, groups: Groups, device: Device, pulse: Pulse) -> int:
+        """A frame of its own: its trainer goes with it."""
+        recipe = epoch.recipe
+        trainer = Trainer(
+            *(epoch.model, recipe.train, recipe.run_folder, groups, device, epoch.settings),
+            *(epoch.resume_from, epoch.begin_with),
+            dispatch=recipe.parallel.dispatch,
+            skip=epoch.skip,
+        )
+        watch = _Watch(rank, epoch, pulse, lambda: self._leave == epoch.number)
+        with closing(trainer):
             if rank:
                 trainer.run(lambda record: pulse.advance(), watch)
             else:
@@ -145,11 +160,6 @@ class TrainerRole:
                         keep(record)
                     trainer.run(report, watch)
             return trainer.state.step
-        finally:
-            pulse.close()
-            destroy_groups()
-            gc.collect()  # what is left of the model goes before the next epoch builds its own
-            line.close()
 
     def leave(self, epoch: int) -> None:
         """Have all workers save and return at the end of a step of `epoch`, which may not have begun yet."""
@@ -164,6 +174,13 @@ class TrainerRole:
     def dump_stacks(self) -> None:
         """Write to the log where each thread is."""
         faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
+
+
+def _let_go(error: BaseException | None) -> None:
+    """Empty the frames that an error and those before it came through: they hold the model. What it says stays."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
 
 
 class _Watch(Watch):

@@ -59,6 +59,10 @@ class TrainingOptimizer(ABC):
         One is asked for when the one before is no longer needed.
         """
 
+    @abstractmethod
+    def close(self) -> None:
+        """Make no more steps. A model whose optimizer was not closed may stay as long as the process does."""
+
 
 class TorchAdam(TrainingOptimizer):
     """torch's AdamW on parameters that are whole here, or of which this rank has a shard.
@@ -113,6 +117,9 @@ class TorchAdam(TrainingOptimizer):
         for parameter, state in states:
             held = {key: _like(whole, parameter).clone() for key, whole in state._asdict().items()}
             self._adam.state[parameter] = {"step": torch.tensor(float(steps)), **held}
+
+    def close(self) -> None:
+        """Nothing here keeps the model."""
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:

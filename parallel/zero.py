@@ -190,6 +190,10 @@ class Unpartitioned(TorchAdam):
         self._engine.step()
         return norm
 
+    def close(self) -> None:
+        """What the engine has on the model would keep it."""
+        self._engine.destroy()
+
 
 class Partitioned(TrainingOptimizer):
     """ZeRO 1 and 2. Each number of a gradient lies in one partition on one rank, and is counted once in the norm."""
@@ -259,6 +263,10 @@ class Partitioned(TrainingOptimizer):
                 flat = optimizer.optimizer.state[partition]
                 for key, whole in state._asdict().items():
                     flat[key][place.in_partition].copy_(whole.flatten()[place.in_parameter])
+
+    def close(self) -> None:
+        """The engine's hooks on gradients would keep the model."""
+        self._engine.destroy()
 
 
 class _Place(NamedTuple):

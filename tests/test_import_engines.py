@@ -18,12 +18,9 @@ from megatron.core.fusions.fused_bias_geglu import quick_gelu
 print("all there", {"deepspeed", "megatron.core.parallel_state", "torch._dynamo"} <= set(sys.modules))
 print("as written", float(quick_gelu(torch.zeros(()))))
 module = torch.nn.Linear(2, 1)
-engine, *_ = deepspeed.initialize(
-    model=module,
-    optimizer=torch.optim.AdamW(module.parameters()),
-    config={"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 1}, "zero_allow_untested_optimizer": True},
-    dist_init_required=True,
-)
+adam = torch.optim.AdamW(module.parameters())
+config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 1}, "zero_allow_untested_optimizer": True}
+engine, *_ = deepspeed.initialize(model=module, optimizer=adam, config=config, dist_init_required=True)
 engine.backward(engine(torch.ones(1, 2)).sum())
 engine.step()
 print("compiler after a step", "torch._inductor.compile_fx" in sys.modules)

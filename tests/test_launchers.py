@@ -13,7 +13,7 @@ from typing import Any
 
 import psutil
 import pytest
-from commands import TINY_RECIPE, environment
+from commands import environment
 
 from expertmesh.launch.event_log import read_events
 from expertmesh.launch.recipe import load_recipe
@@ -29,13 +29,6 @@ import sys, expertmesh.launch.cli as cli
 cli.app(sys.argv[1:], standalone_mode=False)
 print("LOADED", "ray" in sys.modules)
 """
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("user")
-    (folder / "tiny.yaml").write_text(TINY_RECIPE)
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -14,19 +14,12 @@ from typing import Any
 
 import psutil
 import pytest
-from commands import COMMAND, TINY_RECIPE, environment, expertmesh_json, wait_until
+from commands import COMMAND, environment, expertmesh_json, wait_until
 
 from expertmesh.system.train.snapshot import read_state
 
 SHORT = ("train.steps=40", "train.checkpoint_every=4", "train.validate_every=40")
 TRAIN = ("train", "tiny.yaml", *SHORT, "name=started", "cluster.launcher=environment", "--json")
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("user")
-    (folder / "tiny.yaml").write_text(TINY_RECIPE)
-    return folder
 
 
 @pytest.fixture(scope="module")

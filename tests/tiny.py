@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -82,8 +83,9 @@ def train(
     groups = build_groups(sizes, model.moe.experts_of_layers)
     records: list[Record] = []
     settings = {"model": model.model_dump(mode="json")}
-    trainer = Trainer(model, config, run_dir, groups, Device("cpu", "gloo"), settings, resume_from, begin_with)
-    trainer.run(records.append)
+    device = Device("cpu", "gloo")
+    with closing(Trainer(model, config, run_dir, groups, device, settings, resume_from, begin_with)) as trainer:
+        trainer.run(records.append)
     return records
 
 

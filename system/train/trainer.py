@@ -135,6 +135,10 @@ class Trainer:
         if self.copying:
             self.copying.resume(self.state.copied)
 
+    def close(self) -> None:
+        """Train no more: the model goes with its last user."""
+        self.zero.close()
+
     def run(self, report: Callable[[Record], None], watch: Watch | None = None) -> None:
         """Train to the last step, or until `watch` wants to leave; all is saved then. Raises NotFinite, SaveFailed."""
         config = self.config
