@@ -2,6 +2,7 @@
 that tests of commands begin with."""
 
 import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# A run in the background of a shell ignores Ctrl-C, and so would each command that it starts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import memory_bounds
 import pytest

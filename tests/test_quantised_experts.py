@@ -60,7 +60,9 @@ def test_answers_are_the_kernels_with_the_weights_of_those_names(scheme):
 
     gate_up = quantise_weights(stacked("gate_proj", "up_proj"), scheme, parts=2)
     down = quantise_weights(stacked("down_proj"), scheme)
-    rows = Rows(torch.randn(4, D), torch.tensor([0, 3, 1, 1, 2]), torch.tensor([2, 0, 3]), torch.rand(5))
+    generator = torch.Generator().manual_seed(2)  # of a thousand draws four are beyond the bounds
+    source_XD, weights_R = torch.randn(4, D, generator=generator), torch.rand(5, generator=generator)
+    rows = Rows(source_XD, torch.tensor([0, 3, 1, 1, 2]), torch.tensor([2, 0, 3]), weights_R)
     want = quantised_swiglu_ref(rows.source_XD, rows.index_R, rows.counts_E, gate_up, down, rows.weights_R)
     assert_close(experts(rows), want, max_error=0.1, rms_error=0.03)
 
