@@ -11,8 +11,6 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# A run in the background of a shell ignores Ctrl-C, and so would each command that it starts.
-signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import memory_bounds
 import pytest
@@ -23,6 +21,15 @@ from commands import TINY_RECIPE, expertmesh_json
 torch.set_num_threads(1)
 
 memory_bounds.watch()
+
+# A run in the background of a shell ignores Ctrl-C, and so would each command that it starts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(autouse=True)
+def drawn_anew() -> None:
+    """What a test draws does not depend on the tests before it."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="module")
