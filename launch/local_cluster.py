@@ -207,7 +207,7 @@ def _is_ray(pid: int) -> bool:
 
 
 def _end(nodes: list[int]) -> None:
-    """Tell the nodes to end, the head last, and stopped ones too; who does not is killed with all its processes."""
+    """Tell the nodes to end, the head last, and stopped ones too; what is left of them then is killed."""
     ours = [pid for pid in reversed(nodes) if _is_ray(pid)]
     for pid in ours:
         os.kill(pid, signal.SIGTERM)
@@ -216,8 +216,7 @@ def _end(nodes: list[int]) -> None:
     while any(_is_ray(pid) for pid in ours) and time.monotonic() < deadline:
         time.sleep(0.1)
     for pid in ours:
-        if _is_ray(pid):
-            _send(pid, signal.SIGKILL)
+        _send(pid, signal.SIGKILL)  # Ray's agents may outlive their node by half a minute
 
 
 def _send(node: int, number: signal.Signals) -> None:
