@@ -106,10 +106,3 @@ def real_nodes() -> Iterator[Nodes]:
             local_cluster._end(there.nodes)
             assert not psutil.wait_procs(family, ENDS_S)[1]
             shutil.rmtree(short)
-
-
-def assert_same_run(run: dict[str, Any], other: dict[str, Any]) -> None:
-    """Losses, and a file of weights, bit for bit."""
-    assert run["losses"] == other["losses"] and run["validation_loss"] == other["validation_loss"]
-    mine, theirs = (Path(each["checkpoint"]) / "model-00002-of-00002.safetensors" for each in (run, other))
-    assert mine.read_bytes() == theirs.read_bytes()

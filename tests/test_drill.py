@@ -19,8 +19,8 @@ from typing import Any
 
 import psutil
 import pytest
-from commands import TINY_RECIPE, expertmesh_json, start_expertmesh
-from nodes import COMES_S, Nodes, assert_same_run, processes_of, real_nodes, strike, works
+from commands import TINY_RECIPE, assert_same_run, expertmesh_json, start_expertmesh
+from nodes import COMES_S, Nodes, processes_of, real_nodes, strike, works
 
 MINUTES, SEED = float(os.environ.get("DRILL_MINUTES", "30")), int(os.environ.get("DRILL_SEED", "1"))
 NODES, FAULTS_PER_RUN = 4, 5

@@ -17,8 +17,8 @@ import httpx
 import openai
 import psutil
 import pytest
-from commands import TINY_RECIPE, expertmesh_json, start_expertmesh
-from nodes import COMES_S, ENDS_S, Nodes, assert_same_run, real_nodes, serves, strike, wait_until, works
+from commands import TINY_RECIPE, assert_same_run, expertmesh_json, start_expertmesh
+from nodes import COMES_S, ENDS_S, Nodes, real_nodes, serves, strike, wait_until, works
 from serving import requests, streamed
 from tiny import prepare_tiny_data, tiny_model, write_random_checkpoint
 
