@@ -76,24 +76,26 @@ def test_a_node_that_ended_before_it_came_is_started_again(here, monkeypatch):
 
 
 NODE = """
-import signal, subprocess, time
-signal.signal(signal.SIGTERM, signal.SIG_IGN)
+import signal, subprocess, sys, time
+signal.signal(signal.SIGTERM, getattr(signal, sys.argv[1]))
 print(subprocess.Popen(["sleep", "600"], process_group=0).pid, flush=True)
 time.sleep(600)
 """
 
 
-def test_a_node_that_is_stopped_ends_with_its_workers(monkeypatch):
-    """Ray puts workers in groups of their own."""
-    node = subprocess.Popen([sys.executable, "-c", NODE], stdout=subprocess.PIPE, text=True, start_new_session=True)
-    worker = psutil.Process(int(node.stdout.readline()))
-    for pid in (node.pid, worker.pid):
+@pytest.mark.parametrize("heeds", [False, True], ids=["that is stopped", "that leaves its agents behind"])
+def test_a_node_ends_with_all_of_its_processes(monkeypatch, heeds):
+    """Ray puts workers in groups of their own, and its agents outlive a node that ends when told."""
+    command = [sys.executable, "-c", NODE, "SIG_DFL" if heeds else "SIG_IGN"]
+    node = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    other = psutil.Process(int(node.stdout.readline()))
+    for pid in () if heeds else (node.pid, other.pid):
         os.kill(pid, signal.SIGSTOP)
-    monkeypatch.setattr(local_cluster, "DOWN_S", 0.5)
+    monkeypatch.setattr(local_cluster, "DOWN_S", 10 if heeds else 0.5)
     monkeypatch.setattr(local_cluster, "_is_ray", lambda pid: node.poll() is None)
     local_cluster._end([node.pid])
-    assert node.wait(10) == -signal.SIGKILL
-    worker.wait(10)
+    assert node.wait(10) == -(signal.SIGTERM if heeds else signal.SIGKILL)
+    other.wait(10)
 
 
 def test_another_folder_is_another_cluster(tmp_path, monkeypatch):
