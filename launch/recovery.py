@@ -35,6 +35,7 @@ from expertmesh.parallel.whereabouts import Place
 
 SETTLE_S = 3.0  # from a failure until those who still hang on a peer are not waited for
 SILENT_S = 3.0  # without a heartbeat, of which there is one a second
+UNHEARD_S = 120.0  # until the first heartbeat, which comes before the imports: only a process must have started
 START_S = 600.0  # until the first step begins: a cold process imports torch, and a large model is loaded
 IMPORTS_S = 30.0  # without a heartbeat while it starts: imports hold it up, on a busy machine for many seconds
 BUDGET_S = 3600.0  # the time in which failures are counted
@@ -298,10 +299,11 @@ def _look_for_a_hang(state: JobState, now: float) -> tuple[JobState, list[Action
         return replace(state, phase=Phase.OVER), [note, Finish(complete=False)]
     at_work = {rank: member for rank, member in enumerate(state.members) if not member.left}
     stall_s = state.config.stall_s
-    # A job that starts has longer, but not a worker that was heard of and is no more.
-    silent_s = max(stall_s, IMPORTS_S)
-    ceased = any(member.beat and now - member.beat_at > silent_s for member in at_work.values())
-    limit = stall_s if state.step else silent_s if ceased else max(stall_s, START_S)
+    # A job that starts has longer, but not a worker that was heard of and is no more, or never was.
+    limits = [max(stall_s, IMPORTS_S if member.beat else UNHEARD_S) for member in at_work.values()]
+    silences = [now - member.beat_at for member in at_work.values()]
+    passed = [limit for limit, silence in zip(limits, silences, strict=True) if silence > limit]
+    limit = stall_s if state.step else min(passed, default=max(stall_s, START_S))
     if now - state.progress_at <= limit:
         return state, []
     seen = {

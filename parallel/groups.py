@@ -172,4 +172,6 @@ def destroy_groups() -> None:
     parallel_state.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()
+    # A world that did not come to be has used up a name, which is a number: peers would wait under the one before.
+    dist.distributed_c10d._world.group_count = 0
     _clear_sharding_prop_cache()  # DTensors find in it, by an equal mesh, groups that are no more

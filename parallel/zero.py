@@ -75,7 +75,13 @@ def _marked(module: nn.Module, held_by: dict[str, dist.ProcessGroup]) -> nn.Modu
     return Marked()
 
 
+BUCKET = 2**25  # numbers of gradients that are reduced at once, at most; by itself DeepSpeed has memory for 5e8
 OTHERS = "others"  # are reduced among the ranks that split the batch or its sequences
+
+
+def bucket_of(parameters: Iterable[nn.Parameter]) -> int:
+    """Numbers of gradients that are reduced at once, in memory of their own."""
+    return min(BUCKET, sum(parameter.numel() for parameter in parameters))
 
 
 def _kind(parameter: nn.Parameter) -> str:
@@ -159,7 +165,7 @@ def build_zero(
             # Only ratios of these matter to the engine; the trainer cuts its own batches.
             "train_micro_batch_size_per_gpu": 1,
             "gradient_accumulation_steps": 1,
-            "zero_optimization": {"stage": stage},
+            "zero_optimization": {"stage": stage, "reduce_bucket_size": bucket_of(parameters)},
             "zero_allow_untested_optimizer": True,
             # At stage 0 DeepSpeed takes the mean of the ranks' norms, which is none when their experts differ.
             "gradient_clipping": gradient_clipping if stage else 0.0,
@@ -185,7 +191,7 @@ class Unpartitioned(TorchAdam):
         with self._engine.no_sync():
             for total in totals:
                 self._engine.backward(total)
-        self._engine.allreduce_gradients()
+        self._engine.allreduce_gradients(BUCKET)  # of these it reduces one more parameter at once
         norm = self._clip()
         self._engine.step()
         return norm

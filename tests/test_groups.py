@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import fields
+from datetime import timedelta
 from typing import NamedTuple
 
 import pytest
+import torch
 import torch.distributed as dist
+from ranks import run_ranks
 
-from expertmesh.parallel.groups import Groups, build_groups
+from expertmesh.parallel.groups import Groups, build_groups, destroy_groups
 from expertmesh.parallel.sizes import ParallelSizes
 from expertmesh.system.plan.rehearsal import fake_world
 
@@ -199,3 +202,24 @@ def test_one_process_needs_no_groups():
         groups.expert_tensor_rank,
     )
     assert set(ranks) == {groups.expert_data_rank} == {0}
+
+
+def _meet_after_a_failure() -> float:
+    """Rank 0 waits for a peer that does not come, and then meets one that has not."""
+    store, rank = dist.distributed_c10d._get_default_store(), dist.get_rank()
+    dist.barrier()
+    destroy_groups()
+    if rank == 0:
+        with pytest.raises(RuntimeError):
+            alone, short = dist.PrefixStore("alone", store), timedelta(seconds=1)
+            dist.init_process_group("gloo", store=alone, rank=0, world_size=2, timeout=short)
+        destroy_groups()
+    again, long = dist.PrefixStore("again", store), timedelta(seconds=20)
+    dist.init_process_group("gloo", store=again, rank=rank, world_size=2, timeout=long)
+    met = torch.ones(1)
+    dist.all_reduce(met)
+    return met.item()
+
+
+def test_a_rank_whose_world_did_not_come_to_be_meets_new_peers():
+    assert run_ranks(_meet_after_a_failure, 2) == [2.0, 2.0]

@@ -13,6 +13,7 @@ from expertmesh.launch.recovery import (
     REFILL_S,
     SETTLE_S,
     START_S,
+    UNHEARD_S,
     Action,
     AskToLeave,
     Beat,
@@ -365,10 +366,23 @@ def test_each_step_that_is_not_finite_is_left_out():
 
 def test_a_job_that_is_starting_has_longer():
     state = begin(FaultConfig(stall_s=1), 20, TWO, (), 0.0)
-    state, actions, _ = play(state, (1, Beat(0, 1, 0, 0)), (100, Beat(0, 2, 0, 0)), (100, Tick()))
+    seconds = range(1, 2 + int(START_S))
+    beats = [(second, Beat(rank, second, 0, 0)) for second in seconds for rank in range(2)]
+    state, actions, _ = play(state, *beats, (0.9 + START_S, Tick()))
     assert not actions
-    _, actions, _ = play(state, (1.4 + START_S, Beat(0, 3, 0, 0)), (1.5 + START_S, Tick()))
-    assert actions == [Dump((0, 1)), Kill((1,))], "the one that was never heard of"
+    _, actions, _ = play(state, (1.1 + START_S, Tick()))
+    assert actions[0] == Dump((0, 1))
+
+
+@pytest.mark.parametrize("stall_s, noticed", [(5, UNHEARD_S), (200, 200)])
+def test_a_worker_that_is_never_heard_of_does_not_have_as_long(stall_s, noticed):
+    """Stopped before its first heartbeat: the others would wait for it until a timeout of theirs."""
+    beats = [(second, Beat(0, second, 0, 0)) for second in range(1, int(noticed) + 2)]
+    state = begin(FaultConfig(stall_s=stall_s), 20, TWO, (), 0.0)
+    state, actions, _ = play(state, *beats, (noticed + 0.9, Tick()))
+    assert not actions
+    _, actions, _ = play(state, (noticed + 1.1, Tick()))
+    assert actions == [Dump((0, 1)), Kill((1,))]
 
 
 @pytest.mark.parametrize("stall_s, noticed", [(5, IMPORTS_S), (50, 50)])
