@@ -59,6 +59,7 @@ def test_all_layers_agree_on_two_ranks():
     result = CliRunner().invoke(app, ["bench", "parallel", *size, "--json"])
     assert result.exit_code == 0, result.output
     rows = json.loads(result.stdout)
+    rows, memory = ([row for row in rows if row["table"] == table] for table in ("step", "memory"))
     assert all(rows[0].keys() == row.keys() >= KEYS for row in rows)
     plain, least = rows[: len(contenders(2))], "the least possible"
     assert all(row["seconds"] and row["ratio_to_ours"] for row in rows if row["what"] != least), rows
@@ -74,3 +75,5 @@ def test_all_layers_agree_on_two_ranks():
     assert "MoE++ 8+4" in plus_plus["what"]
     assert plus_plus["sent_bytes"] <= 0.8 * vanilla["sent_bytes"]
     assert parallel_table(rows[: len(plain) + 1]).row_count == len(plain) + 1
+    assert [row["what"] for row in memory] == [*(f"ZeRO {stage}, ep 1" for stage in range(4)), "ZeRO 1, ep 2"]
+    assert parallel_table(memory).row_count == len(memory)

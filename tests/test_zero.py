@@ -9,7 +9,9 @@ import torch
 from numerics import assert_close
 from ranks import new_world, run_ranks
 from tiny import tiny_model
+from torch import nn
 
+from expertmesh.parallel import zero
 from expertmesh.parallel.all_to_all import Traffic
 from expertmesh.parallel.dispatchers import AllToAllDispatcher, LocalDispatcher
 from expertmesh.parallel.groups import Groups, build_groups
@@ -75,13 +77,13 @@ def zero_of(loss: LanguageModelLoss, stage: int) -> TrainingOptimizer:
     return build_zero(loss, alike, decayed, stage=stage, **settings)
 
 
-def make_step(loss: LanguageModelLoss, zero: TrainingOptimizer, step: int) -> float:
+def make_step(loss: LanguageModelLoss, optimizer: TrainingOptimizer, step: int) -> float:
     mine = batch(step).tensor_split(loss.groups.data_size)[loss.groups.data_rank]
-    return zero.step(iter([loss(mine).total]), RATES[step])
+    return optimizer.step(iter([loss(mine).total]), RATES[step])
 
 
-def compare(loss: LanguageModelLoss, zero: TrainingOptimizer, reference: Reference, when: str) -> None:
-    states = {w.parameter: zero.state(w.parameter) for w in weights(loss.model)}
+def compare(loss: LanguageModelLoss, optimizer: TrainingOptimizer, reference: Reference, when: str) -> None:
+    states = {w.parameter: optimizer.state(w.parameter) for w in weights(loss.model)}
     expected = by_name(reference.loss.model, lambda p: p.detach())
     for name, tensor in by_name(loss.model, lambda p: p.detach()).items():
         # Adam divides by the gradient's own size, so the noise of a small gradient shows in full.
@@ -92,7 +94,8 @@ def compare(loss: LanguageModelLoss, zero: TrainingOptimizer, reference: Referen
             assert_close(tensor, expected[name], max_error=1e-4, rms_error=2e-5, what=f"{when}: {key} of {name}")
 
 
-def check_stages(pairs: list[tuple[int, int, int]]) -> None:
+def check_stages(pairs: list[tuple[int, int, int]], bucket: int) -> None:
+    zero.BUCKET = bucket
     for ep, first, second in pairs:
         check_updates(build_groups(ParallelSizes(dp=2, ep=ep)), first, second)
         new_world()
@@ -100,19 +103,19 @@ def check_stages(pairs: list[tuple[int, int, int]]) -> None:
 
 def check_updates(groups: Groups, first: int, second: int) -> None:
     reference, loss = Reference(), loss_of(CONFIG, groups)
-    zero = zero_of(loss, first)
+    predecessor = zero_of(loss, first)
     for step in range(3):
         norm = reference.step(step)
         assert norm > 2 * CLIPPING, "clipping is not active"
-        assert make_step(loss, zero, step) == pytest.approx(norm, rel=1e-5)
-        compare(loss, zero, reference, f"step {step}")
+        assert make_step(loss, predecessor, step) == pytest.approx(norm, rel=1e-5)
+        compare(loss, predecessor, reference, f"step {step}")
 
     # Another layout of the same state goes on: full tensors out of one object and into the next.
     taken_over = loss_of(CONFIG, groups)
     taken_over.load_state_dict(copy.deepcopy(loss.state_dict()))
     successor = zero_of(taken_over, second)
     new_of = dict(zip(loss.model.parameters(), taken_over.model.parameters(), strict=True))
-    states = {new: zero.state(old) for old, new in new_of.items()}
+    states = {new: predecessor.state(old) for old, new in new_of.items()}
     successor.load_state(states.items(), steps=3)
     for new, state in states.items():
         for got, want in zip(successor.state(new), state, strict=True):
@@ -120,7 +123,7 @@ def check_updates(groups: Groups, first: int, second: int) -> None:
     norm = reference.step(3)
     assert make_step(taken_over, successor, 3) == pytest.approx(norm, rel=1e-5)
     compare(taken_over, successor, reference, "after taking over")
-    make_step(loss, zero, 3)
+    make_step(loss, predecessor, 3)
     for old, new in new_of.items():
         assert_close(new, old, what="the one who went on, and the successor")
 
@@ -134,6 +137,14 @@ def check_updates(groups: Groups, first: int, second: int) -> None:
         smaller.load_state(moments.items(), steps=1)
 
 
-def test_two_ranks_make_the_updates_of_one_process():
+@pytest.mark.parametrize("bucket, reason", [(zero.BUCKET, "reduced at once"), (700, "in many buckets")], ids=str)
+def test_two_ranks_make_the_updates_of_one_process(bucket, reason):
     """With one stage, then with another that takes over."""
-    run_ranks(check_stages, 2, [(2, 1, 2), (2, 0, 2), (2, 2, 0), (1, 0, 1)])
+    run_ranks(check_stages, 2, [(2, 1, 2), (2, 0, 2), (2, 2, 0), (1, 0, 1)], bucket)
+
+
+def test_no_more_is_reduced_at_once_than_there_is():
+    """DeepSpeed takes memory for a whole bucket."""
+    parameters = [nn.Parameter(torch.empty(count, device="meta")) for count in (3, 2**24)]
+    assert zero.bucket_of(parameters) == 3 + 2**24
+    assert zero.bucket_of([*parameters, *parameters, *parameters]) == zero.BUCKET

@@ -37,6 +37,7 @@ from expertmesh.launch.bench.ranks import (
 )
 from expertmesh.launch.bench.reference import Right, disagreement, expected
 from expertmesh.launch.bench.timing import speed
+from expertmesh.launch.bench.zero_memory import MemoryCase, bench_memory
 
 VANILLA = "expertmesh, no zero-computation experts"
 PLUS_PLUS = (8, 0.75)  # FFN experts and tau of the MoE++ layer whose bytes are compared with a plain one's
@@ -74,15 +75,17 @@ class ParallelCase:
 
 
 def bench_parallel(case: ParallelCase, say: Say) -> list[list[Row]]:
-    """The rows of two tables: all contenders; and MoE++ beside a plain layer.
+    """The rows of three tables: all contenders; MoE++ beside a plain layer; and a rank's memory (zero_memory.py).
 
-    A row has `what, dtype, ranks, tokens (of a rank), experts, top_k, seconds` (of a step, forward and backward; None
-    where it was not timed), `ratio_to_ours` (its speed over ours), `sent_bytes, bytes_to_ours, rounds, threads, note`.
+    A row of the first two has `table, what, dtype, ranks, tokens (of a rank), experts, top_k, seconds` (of a step,
+    forward and backward; None where it was not timed), `ratio_to_ours` (its speed over ours), `sent_bytes,
+    bytes_to_ours, rounds, threads, note`.
 
     Raises:
         RuntimeError: if our own layer disagrees with the reference, or a rank fails.
     """
-    return tables_of_ranks(case.ranks, partial(_tables, case), say)
+    memory = MemoryCase(case.ranks, case.experts, case.top_k, case.hidden_size, case.ffn_size)
+    return [*tables_of_ranks(case.ranks, partial(_tables, case), say), bench_memory(memory, say)]
 
 
 def _tables(case: ParallelCase, rank: int, say: Say) -> Iterator[list[Row]]:
@@ -151,6 +154,7 @@ def _row(
     note: str,
 ) -> Row:
     return {
+        "table": "step",
         "what": what,
         "dtype": case.dtype,
         "ranks": case.ranks,

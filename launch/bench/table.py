@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from rich import box
 from rich.table import Table
 
 PARALLEL_COLUMNS = (("seconds", 1e3), ("ratio_to_ours", 1), ("sent_bytes", 1e-6), ("bytes_to_ours", 1))
+MEMORY_COLUMNS = {
+    "weights": "weight_bytes",
+    "gradients": "gradient_bytes",
+    "optimizer": "optimizer_bytes",
+    "all, as planned": "planned_bytes",
+    "measured": "most_bytes",
+}
 COLUMNS = ("", "ms", "tokens/s", "of limit", "of dense", "of ours")
 
 
@@ -19,11 +27,8 @@ def table(rows: list[dict[str, Any]]) -> Table:
     first = rows[0]
     sizes = f"{first['tokens']} tokens, {first['experts']} experts, top-{first['top_k']}, threads: {first['threads']}"
     title = f"{first['pass']}, {first['dtype']}, {sizes}"
-    shown = Table(title=title, title_justify="left", caption_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     with_traffic = "dispatched_bytes" in first
-    columns = (*COLUMNS[:3], "of vanilla", "to FFN", "MB sent") if with_traffic else COLUMNS
-    for number, name in enumerate(columns):
-        shown.add_column(name, justify="right" if number else "left", no_wrap=True)
+    shown = _empty(title, (*COLUMNS[:3], "of vanilla", "to FFN", "MB sent") if with_traffic else COLUMNS)
     notes = []
     for row in rows:
         mark = ""
@@ -45,6 +50,13 @@ def table(rows: list[dict[str, Any]]) -> Table:
     return shown
 
 
+def _empty(title: str, columns: Iterable[str]) -> Table:
+    shown = Table(title=title, title_justify="left", caption_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for number, name in enumerate(columns):
+        shown.add_column(name, justify="right" if number else "left", no_wrap=True)
+    return shown
+
+
 def _ratio(ratio: float | None) -> str:
     return "" if ratio is None else f"{ratio:.2f}"
 
@@ -52,11 +64,11 @@ def _ratio(ratio: float | None) -> str:
 def parallel_table(rows: list[dict[str, Any]]) -> Table:
     """Speed and bytes are beside ours: 0.5 takes twice as long, or sends half. What was not timed says why below."""
     first = rows[0]
+    if first["table"] == "memory":
+        return _memory_table(rows)
     sizes = f"{first['tokens']} tokens a rank, {first['experts']} experts, top-{first['top_k']}, {first['dtype']}"
     title = f"{first['ranks']} ranks, {sizes}, threads of a rank: {first['threads']}"
-    shown = Table(title=title, title_justify="left", caption_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    for number, name in enumerate(("", "ms", "speed", "MB sent", "bytes")):
-        shown.add_column(name, justify="right" if number else "left", no_wrap=True)
+    shown = _empty(title, ("", "ms", "speed", "MB sent", "bytes"))
     for row in rows:
         if row["sent_bytes"] is not None:
             cells = [
@@ -68,14 +80,20 @@ def parallel_table(rows: list[dict[str, Any]]) -> Table:
     return shown
 
 
+def _memory_table(rows: list[dict[str, Any]]) -> Table:
+    title = f"memory of one of {rows[0]['ranks']} ranks, {rows[0]['parameters'] / 1e6:.1f} M parameters: MB"
+    shown = _empty(title, ("", *MEMORY_COLUMNS))
+    for row in rows:
+        shown.add_row(row["what"], *(f"{row[key] / 1e6:.4g}" for key in MEMORY_COLUMNS.values()))
+    return shown
+
+
 def serve_table(rows: list[dict[str, Any]]) -> Table:
     """Speed is beside our joined engine. What was not timed says why below."""
     first = rows[0]
     sizes = f"{first['prompt_tokens']} tokens of prompt and {first['new_tokens']} new ones each, {first['dtype']}"
     title = f"{first['concurrent']} requests at once, {sizes}"
-    shown = Table(title=title, title_justify="left", caption_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    for number, name in enumerate(("", "tokens/s", "speed", "same tokens")):
-        shown.add_column(name, justify="right" if number else "left", no_wrap=True)
+    shown = _empty(title, ("", "tokens/s", "speed", "same tokens"))
     for row in rows:
         if row["seconds"] is not None:
             speed = f"{row['tokens_per_second']:,.0f}"
@@ -125,9 +143,7 @@ def cluster_table(rows: list[dict[str, Any]]) -> Table:
     """Speeds are beside the first row's: 0.5 takes twice as long. MB of rows: as the dispatchers count them."""
     title, columns = CLUSTER_TABLES[rows[0]["table"]]
     rounds = f"median of {rows[0]['rounds']}"
-    shown = Table(title=f"{title}, {rounds}", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    for number, name in enumerate(("", *(name for name, _, _ in columns))):
-        shown.add_column(name, justify="right" if number else "left", no_wrap=True)
+    shown = _empty(f"{title}, {rounds}", ("", *(name for name, _, _ in columns)))
     for row in rows:
         shown.add_row(row["what"], *(f"{row[key] * factor:.3g}" for _, key, factor in columns))
     shown.caption = rows[0].get("note")

@@ -72,7 +72,7 @@ def bench_parallel(
     rounds: Annotated[int, typer.Option(help="steps of each layer; the median counts")] = 7,
     as_json: JsonOption = False,
 ) -> None:
-    """Our expert-parallel layer beside DeepSpeed's and Megatron-Core's on gloo ranks: step times and bytes."""
+    """Our expert-parallel layer beside DeepSpeed's and Megatron-Core's: times and bytes; and memory by ZeRO stage."""
     with wrong_input():
         from expertmesh.launch.bench import parallel
 

@@ -6,13 +6,14 @@ those that split the batch or its sequences) a rank has, at each ZeRO stage,
 
                         0      1, 2       3
     weights             4 P    4 P        4 P / n + 4 W     W: those that are whole at a time (below)
-    gradients           4 P    4 P        4 P / n + 4 W     added up over micro-batches, then reduced; at 3 before
+    gradients           4 P + 4 B         4 P / n + 4 W     added up over micro-batches, then reduced, B at a time; at 3
+                                                            before
     optimizer           8 P    16 P / n   8 P / n           two moments; at 1 and 2 master weight, reduced gradient too
 
 With bfloat16, at stage 3 alone, it is 2 W; whole weights, tokens and rows then cross in 2 bytes a number for 4 below.
 
-W is the largest of layers, embedding and head, and all that none of these has alone. A backward may fetch one more
-ahead of time.
+B is the smaller of P and 2^25 (parallel/zero.py). W is the largest of layers, embedding and head, and all that none of
+these has alone. A backward may fetch one more ahead of time.
 
 and a step sends from a rank, M micro-batches of T tokens a data-parallel and context-parallel rank, width D:
 
@@ -56,6 +57,7 @@ from expertmesh.parallel.pipeline import runs_of_layers
 from expertmesh.parallel.shard import WHOLE
 from expertmesh.parallel.sizes import ParallelSizes
 from expertmesh.parallel.wire import WIRES
+from expertmesh.parallel.zero import bucket_of
 from expertmesh.system.model.attention_config import AttentionConfig
 from expertmesh.system.model.config import ModelConfig
 from expertmesh.system.model.tensor_parallel import LINEAR_MAPS, parallel_transformer
@@ -110,7 +112,7 @@ def _plan_rank(model: ModelConfig, sizes: ParallelSizes, train: TrainConfig, sta
     reduced = sum(FLOAT * parameter.numel() * (ranks - 1) / ranks for parameter, ranks in held)
     if train.zero_stage == 3:
         shards = sum(largest_shard(parameter.shape, ranks) for parameter, ranks in held)
-        weight_bytes = FLOAT * shards + _width(train) * _whole_at_a_time(part)
+        weight_bytes = gradient_bytes = FLOAT * shards + _width(train) * _whole_at_a_time(part)
         optimizer, crossings = 2 * shards, train.micro_batches * (1 + 2 * _width(train) / FLOAT)
         sums = _sums_of_shards(part, sizes)
         # What is no unit of its own comes with each run of layers.
@@ -119,13 +121,14 @@ def _plan_rank(model: ModelConfig, sizes: ParallelSizes, train: TrainConfig, sta
         reduced += (sizes.interleave - 1) * sum(FLOAT * p.numel() * (ranks - 1) / ranks for p, ranks in rest)
     else:
         weight_bytes, crossings, sums = FLOAT * total, 2.0, 0.0
+        gradient_bytes = weight_bytes + FLOAT * bucket_of(parameter for parameter, _ in held)
         optimizer = 4 * _partitions(held) if train.zero_stage else 2 * total
     return RankPlan(
         pipeline_rank=stage,
         layers=[[run.start, run.stop] for run in part.runs],
         parameters=total,
         weight_bytes=weight_bytes,
-        gradient_bytes=weight_bytes,  # they are in the same form as the weights
+        gradient_bytes=gradient_bytes,
         optimizer_bytes=FLOAT * optimizer,
         sent_bytes={
             "pipeline": _pipeline(model, sizes, train, stage),
