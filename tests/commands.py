@@ -61,11 +61,11 @@ def start_expertmesh(*words: str | Path, folder: Path) -> subprocess.Popen[str]:
     )
 
 
-def wait_until(condition: Callable[[], bool], what: str, seconds: float = 120) -> None:
+def wait_until(condition: Callable[[], Any], what: str, seconds: float = 120) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, what
-        time.sleep(0.02)
+        time.sleep(0.05)
 
 
 def assert_same_run(run: dict[str, Any], other: dict[str, Any]) -> None:

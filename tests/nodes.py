@@ -10,10 +10,9 @@ import shutil
 import signal
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
@@ -79,13 +78,6 @@ class Nodes:
         node = next(node for node in self.left[1:] if works(node))
         strike(node, how)
         self.left.remove(node)
-
-
-def wait_until(condition: Callable[[], Any], what: str, seconds: float = COMES_S) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.1)
 
 
 @contextmanager

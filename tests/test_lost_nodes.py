@@ -17,8 +17,8 @@ import httpx
 import openai
 import psutil
 import pytest
-from commands import TINY_RECIPE, assert_same_run, expertmesh_json, start_expertmesh
-from nodes import COMES_S, ENDS_S, Nodes, real_nodes, serves, strike, wait_until, works
+from commands import TINY_RECIPE, assert_same_run, expertmesh_json, start_expertmesh, wait_until
+from nodes import COMES_S, ENDS_S, Nodes, real_nodes, serves, strike, works
 from serving import requests, streamed
 from tiny import prepare_tiny_data, tiny_model, write_random_checkpoint
 
@@ -64,7 +64,9 @@ def start(nodes: Nodes, folder: Path, name: str, *words: str) -> Popen[str]:
     run_dir = folder / "runs" / name
     known = len(happened(run_dir, "saved"))
     command = start_expertmesh(*RUN, f"name={name}", *words, "--address", nodes.there.address, folder=folder)
-    wait_until(lambda: len(happened(run_dir, "saved")) > known or command.poll() is not None, "nothing was saved")
+    wait_until(
+        lambda: len(happened(run_dir, "saved")) > known or command.poll() is not None, "nothing was saved", COMES_S
+    )
     assert command.poll() is None, command.communicate()
     return command
 
@@ -86,7 +88,7 @@ def test_a_job_outlives_nodes_as_long_as_there_is_room(nodes, folder, whole):
     command = start(nodes, folder, "lost")
     for times, how in enumerate((signal.SIGKILL, signal.SIGSTOP), 1):
         nodes.lose_one(how)
-        wait_until(lambda times=times: got_over(run_dir, times), f"{how.name} is not survived")
+        wait_until(lambda times=times: got_over(run_dir, times), f"{how.name} is not survived", COMES_S)
         assert len(happened(run_dir, "failed")) == times, "a node that is lost is one failure"
     nodes.lose_one(signal.SIGKILL)
     told = last_words(command)
