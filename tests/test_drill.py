@@ -90,4 +90,5 @@ def test_nothing_is_lost(tmp_path, monkeypatch):
             befell += happened
             print(f"run {runs} is as if nothing had been: {dict(befell)}", flush=True)
     assert not {process.pid for process in psutil.Process().children(recursive=True)} - before
-    assert not list(temporary.iterdir())
+    # torch makes a cache for each user, in any process that has an optimizer.
+    assert [path.name for path in temporary.iterdir() if not path.name.startswith("torchinductor_")] == []
