@@ -250,11 +250,14 @@ class Partitioned(TrainingOptimizer):
         return next(i for i, p in enumerate(self._optimizer.bit16_groups) if any(q is parameter for q in p))
 
     def _whole(self, parameter: nn.Parameter, group: int, partition: torch.Tensor) -> torch.Tensor:
-        """Shaped like the parameter, float32: what the ranks have of it in their partitions."""
+        """Shaped like the parameter, float32: what ranks have of it in their partitions; a view where one has all."""
+        place, ranks = _place(parameter), self._optimizer.real_dp_process_group[group]
+        if place and ranks.size() == 1:
+            return partition[place.in_partition].view_as(parameter)
         whole = torch.zeros(parameter.numel(), device=parameter.device)
-        if place := _place(parameter):
+        if place:
             whole[place.in_parameter].copy_(partition[place.in_partition])
-        dist.all_reduce(whole, group=self._optimizer.real_dp_process_group[group])
+        dist.all_reduce(whole, group=ranks)
         return whole.view_as(parameter)
 
     @torch.no_grad()
