@@ -7,9 +7,11 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 COMMAND = [sys.executable, "-m", "expertmesh.launch.cli"]
 
@@ -66,6 +68,21 @@ def wait_until(condition: Callable[[], Any], what: str, seconds: float = 120) ->
     while not condition():
         assert time.monotonic() < deadline, what
         time.sleep(0.05)
+
+
+def await_end(processes: Iterable[psutil.Process], seconds: float) -> None:
+    left = list(processes)
+    wait_until(lambda: all(map(_has_ended, left)), f"some have not ended: {left}", seconds)
+
+
+def _has_ended(process: psutil.Process) -> bool:
+    try:
+        process.wait(0)
+    except psutil.TimeoutExpired:
+        return False
+    except FileNotFoundError:  # the kernel's, of a process that ends at this very moment; psutil knows only ESRCH
+        return False
+    return True
 
 
 def assert_same_run(run: dict[str, Any], other: dict[str, Any]) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from commands import await_end
 
 from expertmesh.launch import local_cluster
 from expertmesh.launch.local_cluster import LocalCluster
@@ -34,7 +35,8 @@ def tree(node: int) -> list[psutil.Process]:
 def strike(node: int, how: signal.Signals) -> None:
     """Do it to all processes of a node."""
     for process in tree(node):
-        process.send_signal(how)
+        with suppress(psutil.NoSuchProcess):  # it has just ended
+            process.send_signal(how)
 
 
 def processes_of(node: int, role: str) -> Iterator[psutil.Process]:
@@ -96,5 +98,5 @@ def real_nodes() -> Iterator[Nodes]:
         finally:
             family = [process for node in there.nodes for process in tree(node)]
             local_cluster._end(there.nodes)
-            assert not psutil.wait_procs(family, ENDS_S)[1]
+            await_end(family, ENDS_S)
             shutil.rmtree(short)

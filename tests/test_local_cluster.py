@@ -12,6 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from commands import await_end
 
 from expertmesh.launch import local_cluster
 
@@ -95,7 +96,7 @@ def test_a_node_ends_with_all_of_its_processes(monkeypatch, heeds):
     monkeypatch.setattr(local_cluster, "_is_ray", lambda pid: node.poll() is None)
     local_cluster._end([node.pid])
     assert node.wait(10) == -(signal.SIGTERM if heeds else signal.SIGKILL)
-    other.wait(10)
+    await_end([other], 10)
 
 
 def test_another_folder_is_another_cluster(tmp_path, monkeypatch):

@@ -22,7 +22,7 @@ from pathlib import Path
 import httpx
 import openai
 import psutil
-from commands import start_expertmesh
+from commands import await_end, start_expertmesh
 from tiny import VOCAB_SIZE, prepare_tiny_data, tiny_model, write_random_checkpoint
 
 REQUESTS, AT_ONCE, SEED = 500, 24, 1
@@ -80,8 +80,7 @@ def service(folder: Path, *words: str) -> Iterator[tuple[subprocess.Popen[str], 
         server.send_signal(signal.SIGINT)
         _, errors = server.communicate(timeout=WAIT_S)
     assert server.returncode in (0, 130), errors
-    _, alive = psutil.wait_procs(started, timeout=20)
-    assert not alive, "processes are left"
+    await_end(started, 20)
 
 
 def workers(server: subprocess.Popen[str], role: str) -> list[psutil.Process]:
