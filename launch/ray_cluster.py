@@ -18,12 +18,14 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 # Ray reads these while it is imported.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 # Ray's own future default, asked for now: workers without a GPU request keep the visibility that the user set.
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+# A call that comes when we are on no cluster any more fails; Ray would start one for it, or attach to a stranger's.
+os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
 
 _TOKEN_FILE = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
 if os.environ.get("RAY_AUTH_TOKEN") or _TOKEN_FILE.exists():
@@ -35,6 +37,7 @@ from ray.exceptions import AuthenticationError, OutOfMemoryError, RayActorError,
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from expertmesh.launch.room import Wanted, told_of
 from expertmesh.launch.worker_failed import WorkerFailed, in_a_line
 
 
@@ -187,45 +190,6 @@ def gpus_for(workers: int) -> int:
     return int(ray.cluster_resources().get("GPU", 0) >= workers)
 
 
-class Wanted(NamedTuple):
-    """What a pool asks of a cluster."""
-
-    pool: str
-    workers: int
-    each: dict[str, float]  # resources of one worker
-    where: dict[str, str]  # labels that a node must have
-    strategy: str  # of Ray's placement groups
-    spares: int = 0  # more of them
-
-    def __str__(self) -> str:
-        each = ", ".join(f"{amount:g} {kind}" for kind, amount in self.each.items())
-        more = f" and {self.spares} spares" if self.spares else ""
-        nodes = f" on nodes with {_listed(self.where)}" if self.where else ""
-        together = {"STRICT_SPREAD": ", each on a node of its own", "STRICT_PACK": ", all on one node"}
-        asks = f"pool {self.pool} asks for {self.workers} workers{more} of {each}"
-        return f"{asks}{nodes}{together.get(self.strategy, '')}"
-
-    def places(self, nodes: list[dict[str, Any]]) -> int:
-        """For how many workers there is room on `nodes`, as `ray.nodes()` tells of them, however empty they are."""
-        rooms = [
-            min(int(node["Resources"].get(kind, 0) // amount) for kind, amount in self.each.items())
-            for node in nodes
-            if self.where.items() <= node["Labels"].items()
-        ]
-        if self.strategy == "STRICT_PACK":
-            return max(rooms, default=0)
-        return sum(min(room, 1) for room in rooms) if self.strategy == "STRICT_SPREAD" else sum(rooms)
-
-    def check_room(self) -> None:
-        """Raise WorkerFailed when the nodes that are there could not hold it, however empty they were.
-
-        Ray waits silently for what can never be placed.
-        """
-        if (places := self.places(nodes := _alive())) < self.workers + self.spares:
-            advice = "; fault.spares=0 does without" if self.spares else ""
-            raise WorkerFailed(f"{self}; the cluster has room for {places}: {told_of(nodes)}{advice}")
-
-
 class Pool:
     """`workers` actors of one role, and `spares` after them, in one placement group; later ones in groups of their own.
 
@@ -253,21 +217,24 @@ class Pool:
         self._resources = {"num_cpus": cpus, "num_gpus": gpus}
         self._places: list[tuple[PlacementGroup, int]] = []  # of each rank: the group and the bundle
         self._ended: set[int] = set()
+        self._waiters, self._waiters_changed = 0, threading.Condition()  # threads that wait for workers to start
+        self._no_more = False
         self.workers: list[Any] = []
         self.grow(workers, spares)
 
     def grow(self, workers: int, spares: int = 0) -> list[int]:
         """The ranks of so many more workers. Raises WorkerFailed where there is no place for them."""
         wanted, count = self._wanted._replace(workers=workers, spares=spares), workers + spares
-        wanted.check_room()
+        wanted.check_room(_alive())
         name = f"{self.name}-{secrets.token_hex(4)}"  # Ray wants each group's to be its own
         selector = [wanted.where] * count if wanted.where else None
         group = placement_group([wanted.each] * count, wanted.strategy, name, bundle_label_selector=selector)
-        try:
-            _await_group(group, wanted, time.monotonic() + PLACEMENT_TIMEOUT_S)
-        except WorkerFailed:
-            remove_placement_group(group)
-            raise
+        with self._waiting():
+            try:
+                self._await_group(group, wanted, time.monotonic() + PLACEMENT_TIMEOUT_S)
+            except WorkerFailed:
+                remove_placement_group(group)
+                raise
         ranks = list(range(len(self.workers), len(self.workers) + count))
         self._places += [(group, bundle) for bundle in range(count)]
         self.workers += [self._place(rank) for rank in ranks]
@@ -289,7 +256,7 @@ class Pool:
 
     def check_room(self) -> None:
         """Raise WorkerFailed when the nodes that are left could not hold the workers, however empty they were."""
-        self._wanted.check_room()
+        self._wanted.check_room(_alive())
 
     def await_started(self, ranks: Sequence[int]) -> None:
         """Wait until these workers have started, or have a place and PLACEMENT_TIMEOUT_S are over.
@@ -299,16 +266,52 @@ class Pool:
         Raises WorkerFailed when the nodes that are left have no room, or none that came free in time.
         """
         deadline = time.monotonic() + PLACEMENT_TIMEOUT_S
-        starting = {self.call(rank, "__ray_ready__"): (rank, _names()) for rank in ranks}
-        while starting and time.monotonic() < deadline:
-            for call in self.wait(list(starting), LOOK_EVERY_S):
-                rank, nodes = starting.pop(call)
-                if self._failure(rank, call) and (left := _names()) != nodes:
-                    self.workers[rank] = self._place(rank)
-                    starting[self.call(rank, "__ray_ready__")] = rank, left
-            self.check_room()
-        for rank, _ in starting.values():
-            _await_group(self._places[rank][0], self._wanted, deadline)
+        with self._waiting():
+            starting = {self.call(rank, "__ray_ready__"): (rank, _names()) for rank in ranks}
+            while starting and time.monotonic() < deadline:
+                for call in self.wait(list(starting), LOOK_EVERY_S):
+                    rank, nodes = starting.pop(call)
+                    if self._failure(rank, call) and (left := _names()) != nodes:
+                        self.workers[rank] = self._place(rank)
+                        starting[self.call(rank, "__ray_ready__")] = rank, left
+                self._check_still_waited_for()
+                self.check_room()
+            for rank, _ in starting.values():
+                self._await_group(self._places[rank][0], self._wanted, deadline)
+
+    def _await_group(self, group: PlacementGroup, wanted: Wanted, deadline: float) -> None:
+        """Wait until each bundle has its node. Raises WorkerFailed where none has room, or none comes free in time."""
+        while not group.wait(LOOK_EVERY_S):
+            self._check_still_waited_for()
+            wanted.check_room(nodes := _alive())
+            if time.monotonic() > deadline:
+                told = told_of(nodes, ray._private.state.available_resources_per_node())
+                raise WorkerFailed(f"{wanted}; they did not come free within {PLACEMENT_TIMEOUT_S} s: {told}")
+
+    def wait_no_more(self) -> None:
+        """Have each thread that waits for workers raise WorkerFailed, now or when it comes; return once none waits.
+
+        Before the process leaves the cluster: some of Ray's calls never return when that happens below them.
+        """
+        self._no_more = True
+        with self._waiters_changed:
+            self._waiters_changed.wait_for(lambda: not self._waiters)
+
+    def _check_still_waited_for(self) -> None:
+        if self._no_more:
+            raise WorkerFailed(f"workers of pool {self.name} are waited for no more")
+
+    @contextmanager
+    def _waiting(self) -> Iterator[None]:
+        with self._waiters_changed:
+            self._check_still_waited_for()
+            self._waiters += 1
+        try:
+            yield
+        finally:
+            with self._waiters_changed:
+                self._waiters -= 1
+                self._waiters_changed.notify_all()
 
     def replace(self, rank: int) -> None:
         """A new worker in the place of one that is dead, or will be."""
@@ -360,12 +363,13 @@ class Pool:
         Workers that lose a peer fail too, with an error of the connection. So a failure is given a moment to spread,
         and the worker that died is named before those that raised.
         """
-        done, waiting = ray.wait(calls, num_returns=len(calls), timeout=seconds)
-        if any(self._failure(calls.index(call), call) for call in done):
-            done, _ = ray.wait(calls, num_returns=len(calls), timeout=SPREAD_S)
-            failures = [failure for call in done if (failure := self._failure(calls.index(call), call))]
-            raise max(failures, key=lambda failure: failure.died)
-        return not waiting
+        with self._waiting():
+            done, waiting = ray.wait(calls, num_returns=len(calls), timeout=seconds)
+            if any(self._failure(calls.index(call), call) for call in done):
+                done, _ = ray.wait(calls, num_returns=len(calls), timeout=SPREAD_S)
+                failures = [failure for call in done if (failure := self._failure(calls.index(call), call))]
+                raise max(failures, key=lambda failure: failure.died)
+            return not waiting
 
     def _failure(self, rank: int, call: ray.ObjectRef) -> WorkerFailed | None:
         try:
@@ -399,38 +403,9 @@ def _cause(error: RayTaskError) -> str:
     return in_a_line(error.cause) if error.cause else str(error)
 
 
-def _await_group(group: PlacementGroup, wanted: Wanted, deadline: float) -> None:
-    """Wait until each bundle has its node. Raises WorkerFailed where there is no room, or none comes free in time."""
-    while not group.wait(LOOK_EVERY_S):
-        wanted.check_room()
-        if time.monotonic() > deadline:
-            free = ray._private.state.available_resources_per_node()
-            told = told_of(_alive(), free)
-            raise WorkerFailed(f"{wanted}; they did not come free within {PLACEMENT_TIMEOUT_S} s: {told}")
-
-
 def _alive() -> list[dict[str, Any]]:
     return [node for node in ray.nodes() if node["Alive"]]
 
 
 def _names() -> set[str]:
     return {node["NodeID"] for node in _alive()}
-
-
-def _listed(labels: dict[str, str]) -> str:
-    return ", ".join(f"{key}={value}" for key, value in labels.items())
-
-
-def told_of(nodes: list[dict[str, Any]], free: dict[str, dict[str, float]] | None = None) -> str:
-    """What each of `nodes` has. `free`: what of it nobody holds, by the node's id."""
-
-    def amount(node: dict[str, Any], kind: str) -> str:
-        whole = f"{node['Resources'].get(kind, 0):g} {kind}"
-        return whole if free is None else f"{free.get(node['NodeID'], {}).get(kind, 0):g} of {whole} free"
-
-    def told(node: dict[str, Any]) -> str:
-        labels = _listed({key: value for key, value in node["Labels"].items() if not key.startswith("ray.io/")})
-        name = f"{node['NodeManagerHostname']} ({labels})" if labels else node["NodeManagerHostname"]
-        return f"{name} has {amount(node, 'CPU')}, {amount(node, 'GPU')}"
-
-    return "; ".join(map(told, nodes))

@@ -6,7 +6,7 @@ import asyncio
 import os
 import socket
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager, closing, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -124,14 +124,15 @@ async def bring_up(
     from expertmesh.launch.ray_cluster import cluster
     from expertmesh.launch.split_service import SplitService
 
-    with cluster(address, cpus=sum(pools) + MORE_PLACES) as host:
-        split = SplitService(host, served.checkpoint, config, trace is not None)
+    with (
+        cluster(address, cpus=sum(pools) + MORE_PLACES) as host,
+        closing(SplitService(host, served.checkpoint, config, trace is not None)) as split,
+    ):
         await split.start(pools, context_length)
         try:
             async with split.client as client:
                 yield Service(client, split)
         finally:
-            split.close()
             if trace is not None:
                 with suppress(RuntimeError):  # of a worker that died: there is a better message on its way
                     await split.write_trace(trace)

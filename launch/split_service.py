@@ -63,6 +63,7 @@ class SplitService:
         self._store = Rendezvous(host)
         self._restarts = Restarts(config.restarts)
         self._changing = asyncio.Lock()
+        self._at_work: list[Pool] = []
         self._watching: list[asyncio.Task[None]] = []
         self._number = 0  # of the newest FFN pool
 
@@ -70,9 +71,11 @@ class SplitService:
         """Bring up both pools, each while the other does. Raises WorkerFailed where one cannot be."""
         place, gpus = (self._store.host, self._store.port), gpus_for(sum(pools))
         self._ffn, self.pool = Pool("ffn", FFNRole, pools.ffn, 1, *place, gpus=gpus), FFNPool(pools.ffn)
+        self._at_work.append(self._ffn)
         self._ffn_ranks = list(range(pools.ffn))  # of the processes at work; what was ended leaves gaps
         self._duties = self._assign(self.pool, pools.attention)
         self._attention = Pool("attention", AttentionRole, pools.attention, 1, *place, gpus=gpus)
+        self._at_work.append(self._attention)
         linking = self._attention.start("start", self._checkpoint, self._config, self.pool, self._trace)
         while not await asyncio.to_thread(self._attention.finished, linking, 0.2):
             self._raise_failure(self._duties)  # one that cannot load would be waited for in vain
@@ -89,8 +92,11 @@ class SplitService:
             self._watching[-1].add_done_callback(tell_end)
 
     def close(self) -> None:
+        """Watch the workers no more, and wait for none to start; the rest can be asked as before."""
         for task in self._watching:
             task.cancel()
+        for pool in self._at_work:
+            pool.wait_no_more()
 
     async def write_trace(self, path: Path) -> None:
         write_trace(path, [await self._attention.ask(rank, "spans") for rank in self.client.alive])

@@ -10,10 +10,8 @@ from typing import Any
 import pytest
 from commands import TINY_RECIPE
 
-from expertmesh.launch import ray_cluster
 from expertmesh.launch.crew import PoolCrew
 from expertmesh.launch.lifeline import Lifeline
-from expertmesh.launch.ray_cluster import Wanted
 from expertmesh.launch.recipe import load_recipe
 from expertmesh.launch.recovery import How, Left, Spares
 from expertmesh.launch.rendezvous import join
@@ -159,13 +157,3 @@ def test_after_no_place_was_found_there_is_nothing_to_be_told(epoch):
         made.form(epoch._replace(number=1), (), ())
     assert made.records() == [] and list(made.beats()) == [] and made.spares() == Spares()
     made.stop()
-
-
-def test_no_room_for_spares_is_told_with_a_way_out(monkeypatch):
-    node = {"Alive": True, "NodeManagerHostname": "a", "Resources": {"CPU": 2.0}, "Labels": {}}
-    monkeypatch.setattr(ray_cluster.ray, "nodes", lambda: [node])
-    wanted = Wanted("trainer", 2, {"CPU": 1}, {}, "PACK")
-    wanted.check_room()
-    told = "asks for 2 workers and 1 spares of 1 CPU; the cluster has room for 2: a has 2 CPU, 0 GPU; fault.spares=0"
-    with pytest.raises(WorkerFailed, match=told):
-        wanted._replace(spares=1).check_room()

@@ -1,53 +1,59 @@
-"""What a pool asks of a cluster, and what is said where it cannot have it; tests/test_lost_nodes.py has real nodes."""
+"""Leaving a cluster, and losing its head; tests/test_lost_nodes.py has real nodes."""
 
 from __future__ import annotations
 
+import multiprocessing
 import socket
 import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
+from ray.exceptions import RaySystemError
 
 from expertmesh.launch import ray_cluster
-from expertmesh.launch.ray_cluster import Wanted, told_of, watched_head
+from expertmesh.launch.ray_cluster import LOOK_EVERY_S, Pool, cluster, gpus_for, watched_head
+from expertmesh.launch.worker_failed import WorkerFailed
 
 
-def node(name: str, cpus: float, gpus: float = 0, **labels: str) -> dict[str, Any]:
-    resources = {"CPU": cpus, "memory": 1e9} | ({"GPU": gpus} if gpus else {})
-    labels = {"ray.io/node-id": name, **labels}
-    return {"NodeID": name, "NodeManagerHostname": name, "Resources": resources, "Labels": labels}
+def wait_and_leave() -> None:
+    class Never:
+        """A worker that is never there. In here, so that Ray sends it along: workers cannot import a test."""
+
+        def __init__(self, rank: int) -> None:
+            threading.Event().wait()
+
+    with cluster(None, 2):
+        pool, told = Pool("never", Never, 1, 1), []
+
+        def act(wait: Callable[[], object]) -> None:
+            with pytest.raises(WorkerFailed) as failed:
+                wait()
+            told.append(str(failed.value))
+
+        guest = Pool("guest", Never, 1, 1)
+        waits = (lambda: pool.await_started([0]), lambda: pool.grow(1))  # there is room, which the guest has
+        waiting = [threading.Thread(target=act, args=[wait], daemon=True) for wait in waits]
+        for thread in waiting:
+            thread.start()
+        time.sleep(2 * LOOK_EVERY_S)
+        assert all(thread.is_alive() for thread in waiting)
+        pool.wait_no_more()
+        for thread in waiting:
+            thread.join(1)
+        assert not any(thread.is_alive() for thread in waiting)
+        act(waits[0])  # one that comes late
+        assert told == 3 * ["workers of pool never are waited for no more"]
+        guest.stop()
+    with pytest.raises(RaySystemError, match="Ray has not been started yet"):  # nor is one for it
+        gpus_for(1)
 
 
-NODES = [node("a", 4), node("b", 3, pool="ffn"), node("c", 5, gpus=2, pool="ffn", zone="1")]
-
-ROOMS = [
-    ({"CPU": 1}, {}, "PACK", 12, "anywhere"),
-    ({"CPU": 2}, {}, "SPREAD", 5, "a worker is not cut in two"),
-    ({"CPU": 1, "GPU": 1}, {}, "PACK", 2, "by what there is least of"),
-    ({"CPU": 1}, {"pool": "ffn"}, "PACK", 8, "where the label is"),
-    ({"CPU": 1}, {"pool": "ffn", "zone": "1"}, "PACK", 5, "where both are"),
-    ({"CPU": 1}, {"pool": "attention"}, "PACK", 0, "where nobody has it"),
-    ({"CPU": 4}, {}, "STRICT_SPREAD", 2, "one a node"),
-    ({"CPU": 1}, {"pool": "ffn"}, "STRICT_PACK", 5, "all on one"),
-    ({"CPU": 1}, {"pool": "attention"}, "STRICT_PACK", 0, "on one that is not there"),
-]
-
-
-@pytest.mark.parametrize("each, where, strategy, room, reason", ROOMS, ids=[row[-1] for row in ROOMS])
-def test_room(each, where, strategy, room, reason):
-    assert Wanted("ffn", 2, each, where, strategy).places(NODES) == room
-
-
-def test_what_is_asked_for_and_what_there_is():
-    wanted = Wanted("trainer", 2, {"CPU": 1, "GPU": 0.5}, {"pool": "ffn", "zone": "1"}, "STRICT_SPREAD")
-    assert str(wanted) == (
-        "pool trainer asks for 2 workers of 1 CPU, 0.5 GPU on nodes with pool=ffn, zone=1, each on a node of its own"
-    )
-    assert str(Wanted("trainer", 2, {"CPU": 1}, {}, "PACK")) == "pool trainer asks for 2 workers of 1 CPU"
-    assert told_of(NODES[:2]) == "a has 4 CPU, 0 GPU; b (pool=ffn) has 3 CPU, 0 GPU"
-    free = {"c": {"CPU": 1.5}}
-    assert told_of(NODES[2:], free) == "c (pool=ffn, zone=1) has 1.5 of 5 CPU free, 0 of 2 GPU free"
+def test_who_leaves_a_cluster_waits_for_nobody():
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+        process.submit(wait_and_leave).result()
 
 
 @pytest.mark.parametrize("speaks", [True, False], ids=["at work", "stopped"])
