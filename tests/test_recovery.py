@@ -371,7 +371,7 @@ def test_a_job_that_is_starting_has_longer():
     state, actions, _ = play(state, *beats, (0.9 + START_S, Tick()))
     assert not actions
     _, actions, _ = play(state, (1.1 + START_S, Tick()))
-    assert actions[0] == Dump((0, 1))
+    assert actions == [Dump((0, 1)), Kill((0, 1))], "nobody can be told from the others"
 
 
 @pytest.mark.parametrize("stall_s, noticed", [(5, UNHEARD_S), (200, 200)])
