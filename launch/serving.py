@@ -133,6 +133,7 @@ async def bring_up(
             async with split.client as client:
                 yield Service(client, split)
         finally:
+            split.close()  # nobody is given up while it tells its spans
             if trace is not None:
                 with suppress(RuntimeError):  # of a worker that died: there is a better message on its way
                     await split.write_trace(trace)
